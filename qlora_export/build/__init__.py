@@ -1,0 +1,5 @@
+"""Building artifacts: one pass over the base, row block by row block, into folders that are whole or not there."""
+
+from qlora_export.build.build import BuildOptions, build
+
+__all__ = ["BuildOptions", "build"]

@@ -1,0 +1,114 @@
+"""The manifest of a finished folder: every file with size and sha256, what it was made from, and by what.
+
+`manifest.json` is written last and holds no time and no path of the machine, so the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from qlora_export import __version__
+from qlora_export.contracts import Artifact
+from qlora_export.errors import InputError, UsageError, VerifyMismatch
+from qlora_export.plan import ArtifactPlan, Plan
+from qlora_export.tensors.dtypes import TORCH_NAMES
+
+MANIFEST_NAME = "manifest.json"
+FileFacts = dict[str, dict[str, Any]]
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files: FileFacts) -> bytes:
+    """Content of manifest.json; `sources` are the base's weight files, `files` the artifact's."""
+    training = plan.training
+    manifest = {
+        "schema": 1,
+        "name": artifact.name,
+        "format": artifact.form.name,
+        "runtime": "transformers",
+        "onto": artifact.onto,
+        "plan_digest": artifact.digest,
+        "recipe_digest": plan.recipe.digest,
+        "versions": {
+            "qlora_export": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+        },
+        "training_quantization": {
+            "recorded": training.recorded,
+            "quant_type": training.quant_type,
+            "block_size": training.block_size,
+            "double_quant": training.double_quant,
+            "storage_dtype": TORCH_NAMES[training.storage_dtype],
+            "compute_dtype": TORCH_NAMES[training.compute_dtype],
+        },
+        "assumptions": list(plan.assumptions),
+        "sources": {
+            "base": {
+                "id": plan.recipe.base_id or plan.checkpoint.folder.resolve().name,
+                "headers_sha256": plan.checkpoint.headers_sha256,
+                "files": sources,
+            },
+            "adapter": {"id": plan.adapter.folder.resolve().name, "sha256": plan.adapter.digest()},
+        },
+        "files": files,
+    }
+    return json.dumps(manifest, indent=2).encode() + b"\n"
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """A finished folder by its manifest; raises UsageError when it is not one of ours."""
+    path = folder / MANIFEST_NAME
+    hint = "choose another --out, or move the folder away"
+    if not path.is_file():
+        raise UsageError(f"{folder}: exists and is no artifact of ours (no {MANIFEST_NAME})", hint)
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw)
+        name, form = str(manifest["name"]), str(manifest["format"])
+        digest, files = manifest["plan_digest"], manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path}: no manifest of ours", hint) from None
+    if not isinstance(digest, str) or not isinstance(files, dict):
+        raise UsageError(f"{path}: no manifest of ours", hint)
+    return Artifact(name, form, folder, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def verify_artifact(artifact: Artifact) -> None:
+    """Compare every file of a finished folder with its manifest; raises VerifyMismatch naming the first that differs."""
+    hint = f"the folder was changed after it was built; remove {artifact.path} and build again"
+    for name, expected in artifact.manifest["files"].items():
+        path = artifact.path / name
+        if not path.is_file():
+            raise VerifyMismatch(f"{path}: missing, the manifest lists it", hint)
+        if (found := file_facts(path)) != expected:
+            raise VerifyMismatch(
+                f"{path}: {found['bytes']} bytes with sha256 {found['sha256'][:12]}, the manifest says "
+                f"{expected['bytes']} and {expected['sha256'][:12]}",
+                hint,
+            )
+
+
+def require_same_sources(artifact: Artifact, sources: Mapping[str, Any]) -> None:
+    """Raise InputError unless the artifact was made from these base files."""
+    recorded = artifact.manifest["sources"]["base"]["files"]
+    for name, facts in sources.items():
+        if recorded.get(name) != facts:
+            raise InputError(
+                f"{artifact.path}: made from another {name} than the base now holds",
+                "choose another --out, or remove the folder to build it again",
+            )

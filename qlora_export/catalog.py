@@ -1,0 +1,44 @@
+"""What stands behind each door: a name and the `module:object` that is loaded when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any, cast
+
+from qlora_export.contracts import Format, Runtime, TrainingQuantization
+from qlora_export.errors import UsageError
+
+FORMATS = {
+    "fp32": "qlora_export.formats.dense:fp32",
+    "bf16": "qlora_export.formats.dense:bf16",
+    "fp16": "qlora_export.formats.dense:fp16",
+    "nf4": "qlora_export.formats.nf4:nearest",
+    "nf4-adapter": "qlora_export.formats.nf4:trained",
+}
+DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+RUNTIMES = {"transformers": "qlora_export.runtimes.transformers:TransformersRuntime"}
+
+
+def load_format(name: str, training: TrainingQuantization) -> Format:
+    """The format of that name, told how the base was quantised in training."""
+    return cast(Format, _load(FORMATS, "format", name)(training))
+
+
+def load_runtime(name: str) -> Runtime:
+    """The runtime of that name."""
+    return cast(Runtime, _load(RUNTIMES, "runtime", name)())
+
+
+def require_known(table: dict[str, str], kind: str, name: str) -> None:
+    """Raise UsageError with the nearest known name when `name` is not in the table."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(table)}"
+        raise UsageError(f"unknown {kind} {name!r}", hint)
+
+
+def _load(table: dict[str, str], kind: str, name: str) -> Any:
+    require_known(table, kind, name)
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,266 @@
+"""The four doors and the values that pass through them.
+
+A door is a Protocol; what stands behind it is named in `catalog.py`. Values are frozen and hold facts, not behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.errors import GateFailed
+
+Float32 = NDArray[np.float32]
+Consumes = Literal["merged", "base"]
+Onto = Literal["as-trained", "original"]
+Outcome = Literal["pass", "fail", "inconclusive", "not-measured"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, safetensors dtype and shape of a tensor; rows are all leading dimensions together."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """Name of the module whose weight this is."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def columns(self) -> int:
+        """Length of a row: the last dimension of a matrix, 1 for vectors and scalars."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TrainedModule:
+    """What the sidecar recorded of one quantised module: sha256 of codes and of the absmax state, absmax mean."""
+
+    codes_sha256: str
+    absmax_sha256: str
+    nested_offset: float | None
+
+
+@dataclass(frozen=True)
+class TrainingQuantization:
+    """How the base was quantised while the adapter was trained, and where that knowledge comes from.
+
+    `storage_dtype` is the dtype the base was loaded in (bitsandbytes' `quant_state.dtype`); `weight_roundings` are the
+    dtypes that a de-quantised weight is rounded to, in order, before it is multiplied. `exact_nested` says that the
+    nearest absmax code was searched exactly (CUDA) instead of by bitsandbytes' CPU table.
+    """
+
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    storage_dtype: str = "BF16"
+    compute_dtype: str = "BF16"
+    weight_roundings: tuple[str, ...] = ("BF16",)
+    exact_nested: bool = False
+    base_sha256: str | None = None
+    modules: Mapping[str, TrainedModule] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    recorded: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an output file: full name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """Bytes of a part that are ready to be written at an offset inside it."""
+
+    part: str
+    offset: int
+    data: NDArray[np.uint8]
+
+
+class TensorEncoder(Protocol):
+    """Encodes one tensor, row block by row block in any order, from several threads at once."""
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """Encode whole rows, given flat; `first_row` is a multiple of the format's `row_multiple`."""
+        ...
+
+    def seal(self) -> Iterable[Piece]:
+        """What can only be written when every row has been seen."""
+        ...
+
+
+class Format(Protocol):
+    """A safetensors format: which parts a weight becomes, and the maths both ways."""
+
+    name: str
+    consumes: Consumes
+    quantises: bool
+    keeps_adapter: bool
+    dense_dtype: str
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Fewest rows that hold whole blocks."""
+        ...
+
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """The exact parts that `spec` becomes, known from its header alone."""
+        ...
+
+    def open(self, spec: TensorSpec) -> TensorEncoder:
+        """Start encoding a tensor."""
+        ...
+
+    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Float32:
+        """Flat float32 values that the raw bytes of the parts stand for."""
+        ...
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """The `quantization_config` of config.json; `kept` names the linear modules that stay dense."""
+        ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder: its manifest has been written and its bytes agree with it."""
+
+    name: str
+    format: str
+    path: Path
+    manifest: Mapping[str, Any]
+    manifest_sha256: str
+    reused: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+
+class Session(Protocol):
+    """A model opened in a runtime."""
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Float32:
+        """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
+        ...
+
+
+class Runtime(Protocol):
+    """Opens a finished folder as a consumer would."""
+
+    name: str
+
+    def open(self, folder: Path) -> AbstractContextManager[Session]:
+        """Load the folder; raises InputError when it does not load."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on the scored tokens: NLL [tokens] in nats, top-1 token ids [tokens]."""
+
+    name: str
+    runtime: str
+    nll: NDArray[np.float64]
+    top1: NDArray[np.int64]
+    kl: NDArray[np.float64] | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL."""
+        return float(np.exp(self.nll.mean()))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far one artifact is from the model that was trained; errors are standard errors, logarithms natural."""
+
+    perplexity: float
+    perplexity_stderr: float
+    perplexity_reference: float
+    perplexity_reference_stderr: float
+    ln_ppl_ratio: float
+    ln_ppl_ratio_stderr: float
+    mean_kl: float
+    mean_kl_stderr: float
+    median_kl: float
+    kl_99: float
+    same_top1: float
+    same_top1_stderr: float
+    gain_kept: float | None
+    gain_kept_stderr: float | None
+    survival_median: float | None = None
+    survival_min: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's decision on one artifact and its reasons."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An artifact with a passing verdict on these very bytes; made by the gate alone, the only thing published."""
+
+    artifact: Artifact
+    verdict: Verdict
+    drift: Drift
+
+    def __post_init__(self) -> None:
+        if self.verdict.outcome != "pass":
+            raise GateFailed(
+                f"{self.artifact.name}: the verdict is {self.verdict.outcome}", "only a passing artifact is published"
+            )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where an artifact went, as which commit, and the digest of what was read back."""
+
+    artifact: str
+    destination: str
+    commit: str
+    files: Mapping[str, str]
+
+
+class Publisher(Protocol):
+    """Brings a verified artifact to its users, once and whole."""
+
+    def publish(self, verified: Verified) -> Receipt:
+        """Publish, read back, and say where it is; publishing the same bytes again changes nothing."""
+        ...
+
+
+class Exporter(Protocol):
+    """Makes an artifact of another kind from a finished folder."""
+
+    name: str
+
+    def export(self, source: Artifact, destination: Path) -> Artifact:
+        """Write the destination folder whole or not at all."""
+        ...

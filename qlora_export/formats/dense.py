@@ -1,0 +1,85 @@
+"""Dense 16 and 32-bit weights: one part a tensor, the shape of the source, rounded once to nearest even.
+
+On disk: plain safetensors, no `quantization_config`. Cost: 2 or 4 bytes a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.errors import InputError
+from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Weights of one floating dtype."""
+
+    name: str
+    dense_dtype: str
+    consumes: Consumes = "merged"
+    quantises: bool = False
+    keeps_adapter: bool = False
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Any row stands alone."""
+        return 1
+
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """The tensor itself in the dense dtype."""
+        return (Part(spec.name, self.dense_dtype, spec.shape),)
+
+    def open(self, spec: TensorSpec) -> DenseEncoder:
+        """Start encoding a tensor."""
+        return DenseEncoder(spec, self.dense_dtype)
+
+    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Float32:
+        """Flat float32 values of the stored ones."""
+        return widen(parts[spec.name], self.dense_dtype)
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """None: nothing is quantised."""
+        return None
+
+
+@dataclass(frozen=True)
+class DenseEncoder:
+    """Rounds rows; keeps no state."""
+
+    spec: TensorSpec
+    dtype: str
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """The rows' bytes at their place; raises InputError when a value overflows the dtype."""
+        raw = narrow(values, self.dtype)
+        if self.dtype == "F16" and not np.isfinite(raw.view(np.float16)).all():
+            raise InputError(
+                f"tensor {self.spec.name} holds {np.abs(values).max():.6g}, fp16 ends at 65504",
+                "choose bf16 or fp32 for this artifact",
+            )
+        yield Piece(self.spec.name, first_row * self.spec.columns * ITEM_BYTES[self.dtype], raw)
+
+    def seal(self) -> Iterable[Piece]:
+        """Nothing is left to write."""
+        return ()
+
+
+def fp32(training: TrainingQuantization) -> Dense:
+    """32-bit weights."""
+    return Dense("fp32", "F32")
+
+
+def bf16(training: TrainingQuantization) -> Dense:
+    """bfloat16 weights."""
+    return Dense("bf16", "BF16")
+
+
+def fp16(training: TrainingQuantization) -> Dense:
+    """IEEE half-precision weights."""
+    return Dense("fp16", "F16")

@@ -1,0 +1,101 @@
+"""What travels with the weights: tokenizer, templates, licences byte for byte, and config.json edited as JSON.
+
+Tokenizer files come from the adapter folder where it has them, else from the base: re-serialising them loses chat
+templates and added tokens. config.json keeps every key it has; only the dtype, the quantisation and stale traces of
+where it was saved change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_export.contracts import Format
+from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.sidecar import SIDECAR_NAME
+from qlora_export.tensors.dtypes import TORCH_NAMES
+
+TOKENIZER_NAME = re.compile(
+    r"tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|.*\.tiktoken|spiece\.model|sentencepiece.*\.model|chat_template\.(jinja|json)"
+)
+COMPANION_NAME = re.compile(
+    r"generation_config\.json|(pre)?processor_config\.json|video_preprocessor_config\.json"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
+)
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class CarriedFile:
+    """A file of the artifact that is no weight file of ours: its relative name, and a source path or its content."""
+
+    name: str
+    source: Path | None = None
+    content: bytes = b""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.source.stat().st_size if self.source else len(self.content)
+
+    def sha256(self) -> str:
+        """Digest of the content."""
+        if self.source is None:
+            return hashlib.sha256(self.content).hexdigest()
+        with self.source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def carried_files(checkpoint: Checkpoint, adapter: Adapter, form: Format, config: bytes) -> tuple[CarriedFile, ...]:
+    """All files beside the weights, sorted by name."""
+    files = {"config.json": CarriedFile("config.json", content=config)}
+    for path in checkpoint.folder.iterdir():
+        if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
+            files[path.name] = CarriedFile(path.name, path)
+    for path in adapter.folder.iterdir():
+        if path.is_file() and TOKENIZER_NAME.fullmatch(path.name):
+            files[path.name] = CarriedFile(path.name, path)
+    if form.keeps_adapter:
+        for file in _kept_adapter(adapter):
+            files[file.name] = file
+    return tuple(files[name] for name in sorted(files))
+
+
+def differing_tokenizer_files(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
+    """Tokenizer files that adapter and base both have, with other bytes."""
+    names = (path.name for path in adapter.folder.iterdir() if TOKENIZER_NAME.fullmatch(path.name))
+    return sorted(
+        name
+        for name in names
+        if (checkpoint.folder / name).is_file()
+        and (checkpoint.folder / name).read_bytes() != (adapter.folder / name).read_bytes()
+    )
+
+
+def edited_config(config: Mapping[str, Any], form: Format, kept: tuple[str, ...]) -> bytes:
+    """config.json of an artifact, as bytes."""
+    edited = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+    key = "torch_dtype" if "torch_dtype" in edited and "dtype" not in edited else "dtype"
+    edited[key] = TORCH_NAMES[form.dense_dtype]
+    if quantization := form.quantization_config(kept):
+        edited["quantization_config"] = quantization
+    return json.dumps(edited, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _kept_adapter(adapter: Adapter) -> list[CarriedFile]:
+    """The adapter as it is, but for the path of its base, which is now the folder above."""
+    config = {**adapter.config, "base_model_name_or_path": ".."}
+    files = [
+        CarriedFile(f"{ADAPTER_FOLDER}/{CONFIG_NAME}", content=json.dumps(config, indent=2).encode() + b"\n"),
+        CarriedFile(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", adapter.weights),
+    ]
+    if adapter.training.recorded:
+        files.append(CarriedFile(f"{ADAPTER_FOLDER}/{SIDECAR_NAME}", adapter.folder / SIDECAR_NAME))
+    return files

@@ -1,0 +1,128 @@
+"""The base as the adapter saw it: `round(decode(nf4(round(W))))`, one module at a time.
+
+The stored weight is rounded to the dtype it was loaded in, quantised to NF4 with (double-quantised) absmax, decoded in
+float32, and rounded to the dtypes it passed on its way into the matrix product. Double quantisation needs the absmax of
+the whole tensor before the first row can be decoded, so every tensor is passed over twice; the state between costs
+4 bytes for each block of 64 weights. The codes and the absmax state are hashed on the way and must equal the sidecar's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Set
+
+import numpy as np
+
+from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.errors import InputError
+from qlora_export.quant import nested, nf4
+from qlora_export.quant.floats import Float32, UInt8
+from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.sidecar import absmax_sha256
+from qlora_export.tensors.dtypes import round_to
+
+# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
+DENSE_BY_DEFAULT = re.compile(
+    r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
+)
+
+
+def quantised_modules(checkpoint: Checkpoint, training: TrainingQuantization) -> Set[str]:
+    """Modules whose weight was in NF4 during training: as recorded, or every linear layer but the output head."""
+    if training.recorded:
+        return set(training.modules)
+    return {
+        tensor.spec.module
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight")
+        and len(tensor.spec.shape) == 2
+        and not DENSE_BY_DEFAULT.search(tensor.spec.module)
+    }
+
+
+class TrainedBase:
+    """One NF4 tensor of the as-trained base: observe every row once, settle, then ask for rows in any order."""
+
+    def __init__(self, spec: TensorSpec, training: TrainingQuantization) -> None:
+        self._spec = spec
+        self._training = training
+        self._absmax = np.zeros(-(-spec.size // training.block_size), np.float32)
+        self._scales = self._absmax
+        self._codes_digest = _OrderedDigest()
+        self._absmax_sha256 = ""
+
+    def observe(self, values: Float32, first_row: int) -> None:
+        """Take note of the absmax of flat rows; the rows hold whole blocks."""
+        nf4.block_absmax(values, self._training.block_size, self._blocks(self._absmax, values, first_row))
+
+    def settle(self) -> None:
+        """Quantise the absmax of the whole tensor."""
+        if not self._training.double_quant:
+            self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
+            return
+        recorded = self._training.modules.get(self._spec.module)
+        offset = nested_offset(self._absmax, recorded)
+        codes, nested_absmax = nested.encode(self._absmax, offset, self._training.exact_nested)
+        self._scales = nested.decode(codes, nested_absmax, offset)
+        self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
+
+    def rows(self, values: Float32, first_row: int) -> Float32:
+        """The same rows as training multiplied with; every row passes here exactly once."""
+        codes: UInt8 = np.empty((values.size + 1) // 2, np.uint8)
+        nf4.encode(values, self._blocks(self._absmax, values, first_row), self._training.block_size, codes)
+        self._codes_digest.update(first_row * self._spec.columns // 2, codes)
+        out = np.empty_like(values)
+        nf4.decode(codes, self._blocks(self._scales, values, first_row), self._training.block_size, out)
+        for dtype in self._training.weight_roundings:
+            out = round_to(out, dtype)
+        return out
+
+    def require_recorded(self) -> None:
+        """Raise InputError unless codes and absmax state are those of the sidecar."""
+        recorded = self._training.modules.get(self._spec.module)
+        if recorded is None:
+            return
+        for what, ours, theirs in (
+            ("codes", self._codes_digest.hexdigest(), recorded.codes_sha256),
+            ("absmax state", self._absmax_sha256, recorded.absmax_sha256),
+        ):
+            if ours != theirs:
+                raise InputError(
+                    f"{self._spec.name}: the NF4 {what} of this base have sha256 {ours[:12]}, "
+                    f"the adapter was trained on {theirs[:12]}",
+                    "this is not the base that the adapter saw: check revision and dtype of the base",
+                )
+
+    def _blocks(self, per_block: Float32, values: Float32, first_row: int) -> Float32:
+        """The slice of a per-block array that belongs to these rows."""
+        first = first_row * self._spec.columns // self._training.block_size
+        return per_block[first : first - (-values.size // self._training.block_size)]
+
+
+def nested_offset(absmax: Float32, recorded: TrainedModule | None) -> np.float32:
+    """The mean that double quantisation subtracts: the recorded one, since it depends on torch's threads, or ours."""
+    if recorded is not None and recorded.nested_offset is not None:
+        return np.float32(recorded.nested_offset)
+    return nested.mean(absmax)
+
+
+class _OrderedDigest:
+    """sha256 of a byte string whose pieces arrive in any order; early ones wait."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._waiting: dict[int, UInt8] = {}
+        self._lock = threading.Lock()
+
+    def update(self, position: int, data: UInt8) -> None:
+        with self._lock:
+            self._waiting[position] = data
+            while (piece := self._waiting.pop(self._position, None)) is not None:
+                self._digest.update(piece)
+                self._position += piece.nbytes
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()

@@ -1,0 +1,49 @@
+"""16-bit floats as integers: bf16 and fp16 to float32 and back, rounded to nearest even.
+
+bf16 is the upper half of a float32, so widening is a shift and narrowing adds half of the last kept bit:
+`(bits + 0x7fff + ((bits >> 16) & 1)) >> 16`. One pass over memory each way. Values are expected to be finite.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+UInt16 = NDArray[np.uint16]
+UInt32 = NDArray[np.uint32]
+UInt8 = NDArray[np.uint8]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def widen_bfloat16(bits: UInt16, out: UInt32) -> None:
+    """Widen flat bf16 bits into flat float32 bits."""
+    for index in range(bits.size):
+        out[index] = np.uint32(bits[index]) << np.uint32(16)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def narrow_bfloat16(bits: UInt32, out: UInt16) -> None:
+    """Round flat float32 bits to flat bf16 bits, ties to even."""
+    for index in range(bits.size):
+        value = bits[index]
+        out[index] = np.uint16((value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def round_bfloat16(bits: UInt32) -> None:
+    """Round flat float32 bits to the nearest bf16, in place, still as float32 bits."""
+    for index in range(bits.size):
+        value = bits[index]
+        rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
+        bits[index] = rounded & np.uint32(0xFFFF0000)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def all_finite(bits: UInt32) -> bool:
+    """Whether no float32 of these flat bits is NaN or infinite."""
+    worst = np.uint32(0)
+    for index in range(bits.size):
+        worst = max(worst, bits[index] & np.uint32(0x7FFFFFFF))
+    return worst < np.uint32(0x7F800000)

@@ -1,0 +1,160 @@
+"""The recipe: what a release is made of, as frozen facts from a YAML file.
+
+An unknown key is an error that names the nearest known one. Paths are relative to the recipe's folder. The digest is a
+sha256 over the canonical JSON of the facts, so comments and the order of keys do not change it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qlora_export.catalog import FORMATS, require_known
+from qlora_export.contracts import Onto
+from qlora_export.errors import InputError, UsageError
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Facts):
+    """The gate's limits; None means that a number is reported but not judged."""
+
+    perplexity_ratio: float | None = Field(None, gt=0)
+    mean_kl: float | None = Field(None, ge=0)
+    same_top1: float | None = Field(None, ge=0, le=1)
+    gain_kept: float | None = None
+    survival_min: float | None = None
+
+    def over(self, defaults: Limits) -> Limits:
+        """These limits, with the gaps filled from `defaults`."""
+        stated = {name: getattr(self, name) for name in self.model_fields_set}
+        return defaults.model_copy(update=stated)
+
+
+class Merge(_Facts):
+    """Which base the adapter is added to."""
+
+    onto: Onto = "as-trained"
+
+
+class ArtifactRecipe(_Facts):
+    """One artifact to make."""
+
+    format: str
+    name: str = ""
+    onto: Onto | None = None
+    keep: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    expect: Literal["pass", "fail"] = "pass"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_format(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name"):
+            return {**data, "name": data.get("format", "")}
+        return data
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.endswith(".partial"):
+            raise ValueError(f"{name!r} cannot be the name of a folder")
+        return name
+
+
+class DriftRecipe(_Facts):
+    """The text that drift is measured on, and the limits for every artifact that has none of its own."""
+
+    text: str
+    window_tokens: int = Field(1024, ge=8)
+    tokens: int | None = Field(None, ge=1)
+    limits: Limits = Limits()
+
+
+class Recipe(_Facts):
+    """Everything a run is told; `folder` is where relative paths start."""
+
+    base: str
+    base_id: str | None = None
+    adapter: str
+    merge: Merge = Merge()
+    artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
+    drift: DriftRecipe | None = None
+    shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1)
+    folder: Path = Field(Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        names = [artifact.name.lower() for artifact in self.artifacts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two artifacts are called {name!r}: give one of them a name of its own")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the recipe's facts."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def path(self, text: str) -> Path:
+        """A path of this recipe, seen from its folder."""
+        return self.folder / Path(text).expanduser()
+
+    def onto(self, artifact: ArtifactRecipe) -> Onto:
+        """The merge base of one artifact."""
+        return artifact.onto or self.merge.onto
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; raises UsageError naming every key that is wrong."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe", "give the path of a YAML recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}", "a recipe is a YAML mapping") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys, this is a {type(data).__name__}")
+    return make_recipe({**data, "folder": path.parent}, str(path))
+
+
+def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
+    """Validate recipe data that came from `origin`, a file or the flags."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        messages, hints = zip(*(_explain(item) for item in error.errors()), strict=True)
+        raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None
+    for artifact in recipe.artifacts:
+        require_known(FORMATS, "format", artifact.format)
+    return recipe
+
+
+def _explain(item: Any) -> tuple[str, str]:
+    """One validation error as a message and a hint."""
+    where = ".".join(str(step) for step in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(Recipe, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key {where}", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where} is missing", "every recipe names a base, an adapter and at least one artifact"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}", ""
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Known keys at a place in the recipe."""
+    sections = {"merge": Merge, "artifacts": ArtifactRecipe, "drift": DriftRecipe, "limits": Limits}
+    for step in location:
+        model = sections.get(step, model) if isinstance(step, str) else model
+    return [name for name in model.model_fields if name != "folder"]

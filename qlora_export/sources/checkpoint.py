@@ -1,0 +1,138 @@
+"""A base checkpoint, opened by its headers: which tensors there are, where, and what config.json says.
+
+`model.safetensors`, or shards named by `model.safetensors.index.json`. No weight is read, no pickle is ever opened and
+no name may lead out of the folder (links of a Hub cache into its own `blobs` are followed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_export.errors import InputError, Refused
+from qlora_export.tensors.header import StoredTensor, read_header
+from qlora_export.tensors.layout import INDEX_NAME
+
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: folder, raw config.json, tensors in file and offset order, weight files."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[Path, ...]
+
+    @property
+    def headers_sha256(self) -> str:
+        """sha256 over the sorted names, shapes and dtypes: which base this is, whatever its sharding."""
+        facts = sorted(
+            [tensor.spec.name, list(tensor.spec.shape), tensor.spec.dtype] for tensor in self.tensors.values()
+        )
+        return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head shares the embedding's weight."""
+        return bool(self.config.get("tie_word_embeddings", False))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder; raises InputError or Refused naming file, tensor and number."""
+    require_folder(folder, "base")
+    config = read_json(folder / "config.json")
+    names = _weight_files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        for tensor in read_header(contained_file(folder, name)).values():
+            if tensor.spec.name in tensors:
+                first = tensors[tensor.spec.name].path.name
+                raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
+            tensors[tensor.spec.name] = tensor
+    _check_index(folder, tensors)
+    return Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
+
+
+def require_folder(folder: Path, role: str) -> None:
+    """Raise InputError unless `folder` is a folder."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{role} {folder}: no such folder",
+            "give a local folder; a model of the Hub is fetched first with `hf download`",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises InputError when it is missing or something else."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing", "is this the right folder?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})", "restore the file from where it came") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def contained_file(folder: Path, name: str) -> Path:
+    """A weight file of the folder; raises Refused when the name leads elsewhere, InputError when it is missing."""
+    if not SHARD_NAME.fullmatch(name):
+        raise Refused(f"{folder}: weight file {name!r} is no plain safetensors file name", "the index may be hostile")
+    path = folder / name
+    if not path.exists():
+        raise InputError(f"{path}: the index names this shard, it is missing", "fetch the whole model again")
+    target = path.resolve()
+    blobs = folder.resolve().parent.parent / "blobs"
+    if target.parent not in (folder.resolve(), blobs) or not target.is_file():
+        raise Refused(f"{path}: leads out of the folder, to {target}", "copy the real file into the folder")
+    return path
+
+
+def pickles(folder: Path, stem: str) -> list[str]:
+    """Names of weight files in the folder that only pickle could open."""
+    return sorted(path.name for path in folder.glob(f"{stem}*") if path.suffix in PICKLE_SUFFIXES)
+
+
+def _weight_files(folder: Path) -> tuple[str, ...]:
+    if (folder / INDEX_NAME).exists():
+        return tuple(sorted(set(_weight_map(folder).values())))
+    if (folder / SINGLE_NAME).exists():
+        return (SINGLE_NAME,)
+    if found := pickles(folder, "pytorch_model") + pickles(folder, "model"):
+        raise Refused(
+            f"{folder}: its only weights are pickles ({', '.join(found[:3])})",
+            "a pickle can run code; convert it to safetensors where you trust it",
+        )
+    raise InputError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}", "is this a model folder?")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: no weight_map", "restore the index from where the model came")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise Refused(f"{path}: tensor {name} points to {file!r}", "a weight_map may only name files beside it")
+    return weight_map
+
+
+def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    if not (folder / INDEX_NAME).exists():
+        return
+    weight_map = _weight_map(folder)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].path.name != file:
+            raise InputError(f"{folder / INDEX_NAME}: tensor {name} is not in {file}", "index and shards do not agree")
+    if extra := next((name for name in tensors if name not in weight_map), None):
+        raise InputError(f"{folder / INDEX_NAME}: tensor {extra} of {tensors[extra].path.name} is not listed")

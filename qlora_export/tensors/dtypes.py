@@ -1,0 +1,51 @@
+"""The safetensors dtypes: their sizes, and float32 views of their raw bytes.
+
+Raw bytes come and go as flat uint8 arrays, values as flat float32 arrays. Narrowing rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qlora_export.quant.floats import Float32, UInt8, narrow_bfloat16, round_bfloat16, widen_bfloat16
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FROM_TORCH_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+def widen(raw: UInt8, dtype: str) -> Float32:
+    """The float32 values of raw little-endian bytes of a dtype in `FLOATS`; a new array."""
+    if dtype == "BF16":
+        out = np.empty(raw.size // 2, np.float32)
+        widen_bfloat16(raw.view(np.uint16), out.view(np.uint32))
+        return out
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    return raw.view(np.float32).copy()
+
+
+def narrow(values: Float32, dtype: str) -> UInt8:
+    """Raw bytes of flat float32 values rounded once to a dtype in `FLOATS`; may share memory for F32."""
+    if dtype == "BF16":
+        out = np.empty(values.size, np.uint16)
+        narrow_bfloat16(values.view(np.uint32), out)
+        return out.view(np.uint8)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint8)
+    return values.view(np.uint8)
+
+
+def round_to(values: Float32, dtype: str) -> Float32:
+    """Flat float32 values rounded to a dtype in `FLOATS`; in place where that is possible."""
+    if dtype == "BF16":
+        round_bfloat16(values.view(np.uint32))
+        return values
+    if dtype == "F16":
+        return widen(narrow(values, "F16"), "F16")
+    return values

@@ -1,0 +1,105 @@
+"""Where every byte of the output goes, decided before the first one is written.
+
+A tensor may be written as several parts (codes, scales, state); the parts of one tensor share a file. Files are cut
+when the next tensor would pass the limit, in the order of the source. Inside a file wider dtypes come first, so that
+every part is aligned to its item size. Names: `model.safetensors`, or `model-0000k-of-0000n.safetensors` and
+`model.safetensors.index.json`. Sources: the safetensors format document, transformers' sharding convention.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qlora_export.contracts import Part
+from qlora_export.tensors.dtypes import ITEM_BYTES
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The home of one part: file name, absolute first byte, number of bytes."""
+
+    file: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output file: its name, its header including the length prefix, and its total size."""
+
+    file: str
+    header: bytes
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All weight files of an artifact and the place of every part by name."""
+
+    shards: tuple[ShardLayout, ...]
+    places: dict[str, Place]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weight files together."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def index(self) -> bytes | None:
+        """Content of the index file, or None when one shard needs none."""
+        if len(self.shards) < 2:
+            return None
+        weight_map = {name: place.file for name, place in sorted(self.places.items())}
+        total = sum(place.bytes for place in self.places.values())
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+
+
+def part_bytes(part: Part) -> int:
+    """Size of a part on disk."""
+    return math.prod(part.shape) * ITEM_BYTES[part.dtype]
+
+
+def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int) -> Layout:
+    """Assign the parts of all tensors, given tensor by tensor in source order, to files of about `shard_bytes`."""
+    groups: list[list[Part]] = [[]]
+    filled = 0
+    for parts in tensors:
+        size = sum(part_bytes(part) for part in parts)
+        if filled and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].extend(parts)
+        filled += size
+    places: dict[str, Place] = {}
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        shards.append(_shard(name, group, places))
+    return Layout(tuple(shards), places)
+
+
+def _shard(name: str, parts: list[Part], places: dict[str, Place]) -> ShardLayout:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    ordered = sorted(parts, key=lambda part: -ITEM_BYTES[part.dtype])
+    for part in ordered:
+        size = part_bytes(part)
+        header[part.name] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    prefix = struct.pack("<Q", len(encoded)) + encoded
+    offset = len(prefix)
+    for part in ordered:
+        places[part.name] = Place(name, offset, part_bytes(part))
+        offset += part_bytes(part)
+    return ShardLayout(name, prefix, offset)

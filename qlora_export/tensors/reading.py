@@ -1,0 +1,57 @@
+"""Positioned reads of row blocks: any rows of any stored tensor, from any thread, without a shared file position."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from qlora_export.errors import InputError
+from qlora_export.quant.floats import Float32, UInt8
+from qlora_export.tensors.dtypes import ITEM_BYTES, widen
+from qlora_export.tensors.header import StoredTensor
+
+
+class SourceFiles:
+    """Open source files by path; one descriptor each, closed together."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, tensor: StoredTensor, first_row: int, rows: int) -> UInt8:
+        """Raw bytes of `rows` rows from `first_row` on, flat uint8."""
+        row_bytes = tensor.spec.columns * ITEM_BYTES[tensor.spec.dtype]
+        out = np.empty(rows * row_bytes, np.uint8)
+        view, position = memoryview(out), tensor.offset + first_row * row_bytes
+        while view:
+            count = os.preadv(self._descriptor(tensor.path), [view], position)
+            if count == 0:
+                raise InputError(
+                    f"{tensor.path}: tensor {tensor.spec.name} ends early, at byte {position}",
+                    "the file became shorter while it was read; restore it and run again",
+                )
+            view, position = view[count:], position + count
+        return out
+
+    def values(self, tensor: StoredTensor) -> Float32:
+        """All values of a tensor as float32 in its shape."""
+        raw = self.read(tensor, 0, tensor.spec.rows)
+        return widen(raw, tensor.spec.dtype).reshape(tensor.spec.shape)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]

@@ -1,0 +1,89 @@
+"""Positioned writes into the planned files: header first, then parts at their offsets, in any order, from any thread.
+
+Every file gets its full size before the first write, so a disk that is too small is found at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+
+from qlora_export.contracts import Piece
+from qlora_export.errors import EnvironmentProblem
+from qlora_export.tensors.layout import Layout, ShardLayout
+
+
+class ShardWriter:
+    """Writes the weight files of one artifact into a folder."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._places = layout.places
+        self._descriptors: dict[str, int] = {}
+        try:
+            for shard in layout.shards:
+                self._descriptors[shard.file] = _create(folder / shard.file, shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def write(self, piece: Piece) -> None:
+        """Write a piece of a part at its place."""
+        place = self._places[piece.part]
+        if piece.offset + piece.data.nbytes > place.bytes:
+            raise ValueError(f"{piece.part}: {piece.data.nbytes} bytes at {piece.offset} pass its {place.bytes} bytes")
+        _write_all(self._descriptors[place.file], memoryview(piece.data), place.offset + piece.offset)
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close all files; what was written stays."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def disk_full(path: Path, needed_bytes: int) -> EnvironmentProblem:
+    """The error for a disk without room."""
+    return EnvironmentProblem(
+        f"{path}: no space for {needed_bytes} bytes", "free some disk space or choose another --out, then run again"
+    )
+
+
+def _create(path: Path, shard: ShardLayout) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _reserve(descriptor, path, shard.bytes)
+        _write_all(descriptor, memoryview(shard.header), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _reserve(descriptor: int, path: Path, size: int) -> None:
+    try:
+        os.ftruncate(descriptor, size)
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(path, size) from None
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+    view = view.cast("B")
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
