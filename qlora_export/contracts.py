@@ -6,7 +6,7 @@ A door is a Protocol; what stands behind it is named in `catalog.py`. Values are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,9 @@ from qlora_export.errors import GateFailed
 Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
 Onto = Literal["as-trained", "original"]
+# Told how much is done and how much there is in all, and what opens one for a named stage.
+Progress = Callable[[int, int], None]
+Track = Callable[[str], AbstractContextManager[Progress]]
 Outcome = Literal["pass", "fail", "inconclusive", "not-measured"]
 
 
@@ -133,8 +136,8 @@ class Format(Protocol):
         """Start encoding a tensor."""
         ...
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Float32:
-        """Flat float32 values that the raw bytes of the parts stand for."""
+    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+        """Flat float32 values of whole blocks of rows, from the raw bytes of the whole parts."""
         ...
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
@@ -159,6 +162,23 @@ class Artifact:
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
 
 
+class Tokenizer(Protocol):
+    """Turns text and chat into token ids, as the released model's users will."""
+
+    @property
+    def begin(self) -> int | None:
+        """The token that starts a text, if the model has one."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens of the tokenizer's own."""
+        ...
+
+    def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
+        """A conversation by the chat template; `answering` adds the start of the assistant's turn."""
+        ...
+
+
 class Session(Protocol):
     """A model opened in a runtime."""
 
@@ -179,18 +199,17 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on the scored tokens: NLL [tokens] in nats, top-1 token ids [tokens]."""
+    """One model on the scored tokens: NLL and KL(reference || model) [tokens] in nats, top-1 token ids [tokens].
+
+    `nonfinite` counts tokens whose distribution held NaN or infinity; such a measurement is never averaged.
+    """
 
     name: str
     runtime: str
     nll: NDArray[np.float64]
     top1: NDArray[np.int64]
-    kl: NDArray[np.float64] | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean NLL."""
-        return float(np.exp(self.nll.mean()))
+    kl: NDArray[np.float64]
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)

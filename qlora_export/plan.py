@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import __version__, catalog
-from qlora_export.contracts import Format, Onto, TensorSpec, TrainingQuantization
+from qlora_export.contracts import Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import ExitCode, ExportError, PlanRefused, Problem
 from qlora_export.merge.carried import CarriedFile, carried_files, differing_tokenizer_files, edited_config
 from qlora_export.merge.homes import Adaptation, match_adapter
@@ -239,24 +239,22 @@ def _plan_artifact(
     dense = form
     if form.quantises:
         dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], adapter.training)
-    linears = sorted(quantised)
-    dropped = {name for pattern in item.keep for name in fnmatch.filter(linears, pattern)}
+    dropped = {name for pattern in item.keep for name in fnmatch.filter(quantised, pattern)}
     encoded = quantised - dropped if form.quantises else frozenset()
     routes = {}
     for name, tensor in checkpoint.tensors.items():
         chosen = form if tensor.spec.module in encoded and name.endswith(".weight") else dense
         routes[name] = Route(tensor.spec, chosen if tensor.spec.dtype in FLOATS else None)
     layout = lay_out((route_parts(route) for route in routes.values()), recipe.shard_bytes)
-    kept = ("lm_head", *sorted(dropped))
+    matrices = {spec.module for spec in (route.spec for route in routes.values()) if len(spec.shape) == 2}
+    kept = tuple(sorted({"lm_head"} | (matrices - encoded)))
     carried = carried_files(checkpoint, adapter, form, edited_config(checkpoint.config, form, kept))
     plan = ArtifactPlan(item, form, recipe.onto(item), routes, layout, carried, "")
     return ArtifactPlan(item, form, plan.onto, routes, layout, carried, _digest(plan, checkpoint, adapter))
 
 
-def route_parts(route: Route) -> Any:
+def route_parts(route: Route) -> tuple[Part, ...]:
     """The parts that a routed tensor becomes."""
-    from qlora_export.contracts import Part
-
     if route.form is None:
         return (Part(route.spec.name, route.spec.dtype, route.spec.shape),)
     return route.form.parts(route.spec)

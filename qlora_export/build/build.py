@@ -32,14 +32,12 @@ from qlora_export.build.manifest import (
 )
 from qlora_export.build.tensor_job import RowBlock, TensorJob
 from qlora_export.build.workers import StagedJob, WorkerPool
-from qlora_export.contracts import Artifact
+from qlora_export.contracts import Artifact, Progress
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import CarriedFile
 from qlora_export.plan import ArtifactPlan, Plan
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter, disk_full
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

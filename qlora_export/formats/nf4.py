@@ -69,17 +69,20 @@ class NF4:
         """Start encoding a tensor."""
         return NF4Encoder(spec, self)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Float32:
-        """Flat float32 values, before any rounding to the model's dtype."""
-        absmax = parts[f"{spec.name}.absmax"]
-        state = json.loads(parts[f"{spec.name}.{STATE_SUFFIX}"].tobytes())
+    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+        """Flat float32 values of whole blocks of rows, before any rounding to the model's dtype."""
+        block = self.training.block_size
+        out = np.empty(len(rows) * spec.columns, np.float32)
+        first = rows.start * spec.columns
+        blocks = range(first // block, first // block - (-out.size // block))
         if self.training.double_quant:
+            state = json.loads(parts[f"{spec.name}.{STATE_SUFFIX}"].tobytes())
             nested_absmax = parts[f"{spec.name}.nested_absmax"].view(np.float32)
-            scales = nested.decode(absmax, nested_absmax, np.float32(state["nested_offset"]))
+            codes = parts[f"{spec.name}.absmax"][blocks.start : blocks.stop]
+            scales = nested.decode(codes, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
         else:
-            scales = absmax.view(np.float32)
-        out = np.empty(spec.size, np.float32)
-        nf4.decode(parts[spec.name], scales, int(state["blocksize"]), out)
+            scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
+        nf4.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, out)
         return out
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:

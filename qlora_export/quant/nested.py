@@ -136,7 +136,7 @@ def encode(absmax: Float32, offset: np.float32, exact: bool = False) -> tuple[UI
     return codes.reshape(-1)[: centred.size].copy(), nested_absmax
 
 
-def decode(codes: UInt8, nested_absmax: Float32, offset: np.float32) -> Float32:
-    """The float32 absmax that the codes stand for."""
-    scales = np.repeat(nested_absmax, BLOCK)[: codes.size]
+def decode(codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0) -> Float32:
+    """The float32 absmax that the codes stand for; `codes` begins at absmax number `first` of the tensor."""
+    scales = nested_absmax[np.arange(first, first + codes.size) // BLOCK]
     return dynamic_map()[codes] * scales + offset

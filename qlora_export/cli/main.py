@@ -1,0 +1,87 @@
+"""The command: its verbs, and how every error becomes a message, a hint and an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from qlora_export import __version__
+from qlora_export.cli import build, check, demo, plan
+from qlora_export.errors import ExitCode, ExportError, PlanRefused
+
+app = typer.Typer(
+    name="qlora-export",
+    help="Release a QLoRA fine-tune: merge, re-quantise, measure the drift from the model that was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
+app.command("build")(build.build)
+app.command("check")(check.check)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Release a QLoRA fine-tune: merge, re-quantise, measure the drift from the model that was trained."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def run() -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    from click.exceptions import ClickException
+
+    try:
+        code = app(standalone_mode=False)
+    except ExportError as error:
+        _print_error(error.message, error.hint, error.exit_code, isinstance(error, PlanRefused))
+        return int(error.exit_code)
+    except ClickException as error:
+        _print_error(error.format_message(), "see --help", ExitCode.USAGE)
+        return int(ExitCode.USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        return int(ExitCode.INTERRUPTED)
+    except Terminated:
+        return int(ExitCode.TERMINATED)
+    except OSError as error:
+        _print_error(str(error), "check the path, its permissions and the disk", ExitCode.ENVIRONMENT)
+        return int(ExitCode.ENVIRONMENT)
+    except Exception as error:  # noqa: BLE001  the last resort: whatever got here is a bug of ours
+        traceback.print_exc()
+        _print_error(f"{type(error).__name__}: {error}", "this is a bug: please report it", ExitCode.BUG)
+        return int(ExitCode.BUG)
+    return int(code or 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _print_error(message: str, hint: str, code: ExitCode, several: bool = False) -> None:
+    lines = message.splitlines() if several else [message]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    for line in hint.splitlines():
+        print(f"hint: {line}", file=sys.stderr)
+    if "--json" in sys.argv:
+        data = {"schema": 1, "exit_code": int(code), "error": {"message": message, "hint": hint}}
+        print(json.dumps(data, indent=2))

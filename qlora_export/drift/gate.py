@@ -1,0 +1,88 @@
+"""The gate: limits against numbers, and the only place where a `Verified` is made.
+
+A limit is broken when even the favourable end of the number's 95 % interval breaks it, kept when the unfavourable end
+keeps it, and open in between: then the verdict is inconclusive and says about how many tokens would decide it (errors
+fall with the square root of the tokens).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from qlora_export.contracts import Artifact, Drift, Outcome, Verdict, Verified
+from qlora_export.errors import VerifyMismatch
+from qlora_export.recipe import Limits
+
+Z_95 = 1.959964
+DEFAULT_LIMITS = Limits(perplexity_ratio=1.03, mean_kl=0.05, same_top1=0.95, gain_kept=0.95, survival_min=0.9)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number against its limit; `above` says that the number must not be below."""
+
+    name: str
+    value: float
+    stderr: float
+    limit: float
+    above: bool
+
+    @property
+    def outcome(self) -> Outcome:
+        """pass, fail or inconclusive."""
+        margin = self.value - self.limit if self.above else self.limit - self.value
+        reach = Z_95 * self.stderr
+        if margin >= reach:
+            return "pass"
+        return "inconclusive" if margin > -reach else "fail"
+
+    def reason(self, tokens: int) -> str:
+        """The check in words."""
+        sign = "at least" if self.above else "at most"
+        error = f" ± {self.stderr:.2g}" if self.stderr else ""
+        text = f"{self.name} is {self.value:.4g}{error}, the limit is {sign} {self.limit:g}"
+        if self.outcome != "inconclusive":
+            return text
+        distance = abs(self.value - self.limit)
+        if distance == 0:
+            return f"{text}: no number of tokens decides a value on its limit"
+        needed = math.ceil(tokens * (Z_95 * self.stderr / distance) ** 2)
+        return f"{text}: about {needed - tokens} more tokens are needed to decide"
+
+
+def checks(drift: Drift, limits: Limits) -> list[Check]:
+    """Every number that has a limit."""
+    ratio = math.exp(drift.ln_ppl_ratio)
+    found = [
+        ("perplexity ratio", ratio, ratio * drift.ln_ppl_ratio_stderr, limits.perplexity_ratio, False),
+        ("mean KL", drift.mean_kl, drift.mean_kl_stderr, limits.mean_kl, False),
+        ("same top-1", drift.same_top1, drift.same_top1_stderr, limits.same_top1, True),
+        ("gain kept", drift.gain_kept, drift.gain_kept_stderr or 0.0, limits.gain_kept, True),
+        ("lowest survival", drift.survival_min, 0.0, limits.survival_min, True),
+    ]
+    return [
+        Check(name, value, stderr, limit, above)
+        for name, value, stderr, limit, above in found
+        if value is not None and limit is not None
+    ]
+
+
+def judge(drift: Drift, limits: Limits, tokens: int, nonfinite: int) -> Verdict:
+    """The verdict on one artifact: fail before inconclusive before pass, with the reasons that decide."""
+    if nonfinite:
+        return Verdict("fail", (f"{nonfinite} tokens have a distribution with NaN or infinity",))
+    results = checks(drift, limits)
+    for outcome in ("fail", "inconclusive"):
+        if reasons := tuple(check.reason(tokens) for check in results if check.outcome == outcome):
+            return Verdict(outcome, reasons)
+    return Verdict("pass")
+
+
+def verify(artifact: Artifact, verdict: Verdict, drift: Drift) -> Verified:
+    """The artifact as fit to be published; raises GateFailed, or VerifyMismatch when its manifest changed meanwhile."""
+    found = hashlib.sha256((artifact.path / "manifest.json").read_bytes()).hexdigest()
+    if artifact.manifest_sha256 != found:
+        raise VerifyMismatch(f"{artifact.path}: the manifest changed while it was measured", "run the check again")
+    return Verified(artifact, verdict, drift)

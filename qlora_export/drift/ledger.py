@@ -1,0 +1,79 @@
+"""The ledger: every model measured on the same tokens, compared with the one that was trained.
+
+Rows: the model without the adapter, the merged model in 16 bits, and each artifact in its own runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+
+from qlora_export.contracts import Artifact, Drift, Measurement, Verdict, Verified
+from qlora_export.drift.gate import judge, verify
+from qlora_export.drift.statistics import compare
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.recipe import ArtifactRecipe, Limits
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact's line: how it drifted, layer by layer what survived, and what the gate says."""
+
+    artifact: Artifact
+    recipe: ArtifactRecipe
+    runtime: str
+    drift: Drift
+    survival: Mapping[str, float]
+    limits: Limits
+    verdict: Verdict
+    verified: Verified | None
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the verdict is the one that the recipe expects."""
+        return self.verdict.outcome == self.recipe.expect
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All rows on one set of tokens."""
+
+    tokens: TokenSet
+    reference: Measurement
+    base: Drift
+    merged: Drift
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class References:
+    """What every artifact is compared with."""
+
+    tuned: Measurement
+    base: Measurement
+    merged: Measurement
+
+
+def enter(
+    artifact: Artifact,
+    recipe: ArtifactRecipe,
+    measured: Measurement,
+    survival: Mapping[str, float],
+    references: References,
+    limits: Limits,
+    tokens: TokenSet,
+) -> Entry:
+    """Judge one measured artifact."""
+    drift = compare(measured, references.tuned, references.base, tokens)
+    drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
+    verdict = judge(drift, limits, tokens.count, measured.nonfinite)
+    verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
+    return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified)
+
+
+def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:
+    """The whole ledger."""
+    base = compare(references.base, references.tuned, references.base, tokens)
+    merged = compare(references.merged, references.tuned, references.base, tokens)
+    return Ledger(tokens, references.tuned, base, merged, entries)

@@ -1,0 +1,105 @@
+"""The order of things: plan, build, check. Only this file knows it.
+
+Every function takes values and returns values; printing is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora_export import catalog
+from qlora_export.build import BuildOptions, build
+from qlora_export.contracts import Progress, Track
+from qlora_export.drift.gate import DEFAULT_LIMITS
+from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
+from qlora_export.drift.measure import (
+    ReferenceProbabilities,
+    keep_reference,
+    measure,
+    measure_reference,
+    reference_probabilities,
+)
+from qlora_export.drift.survival import survival
+from qlora_export.drift.tokens import TokenSet, token_set
+from qlora_export.errors import UsageError
+from qlora_export.plan import Plan, make_plan
+from qlora_export.recipe import Recipe
+from qlora_export.report.run import Run
+from qlora_export.sources.text import read_text
+
+
+@contextmanager
+def untracked(stage: str) -> Iterator[Progress]:
+    """A track that shows nothing."""
+    yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run writes and how it shows its progress."""
+
+    out: Path
+    workers: int = field(default_factory=lambda: BuildOptions().workers)
+    track: Track = untracked
+
+
+def run_plan(recipe: Recipe, options: RunOptions) -> Run:
+    """Plan only."""
+    return Run(make_plan(recipe, options.out))
+
+
+def run_build(recipe: Recipe, options: RunOptions) -> Run:
+    """Plan and build."""
+    plan = make_plan(recipe, options.out)
+    with options.track("build") as progress:
+        artifacts = build(plan, options.out, BuildOptions(options.workers, progress=progress))
+    return Run(plan, tuple(artifacts))
+
+
+def run_check(recipe: Recipe, options: RunOptions) -> Run:
+    """Plan, build what is missing, and measure every artifact against the model that was trained."""
+    if recipe.drift is None:
+        raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
+    text = read_text(recipe.path(recipe.drift.text))
+    run = run_build(recipe, options)
+
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    tokenizer = FolderTokenizer(run.artifacts[0].path)
+    tokens = token_set(text, tokenizer, recipe.drift.window_tokens, recipe.drift.tokens)
+    with reference_probabilities(options.out, tokens) as store:
+        references = _measure_references(run.plan, store, options)
+        ledger = _measure_artifacts(run, references, tokens, store, options)
+    return Run(run.plan, run.artifacts, ledger)
+
+
+def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunOptions) -> References:
+    """Measure the live model of training with the adapter, without it, and merged."""
+    from qlora_export.runtimes.as_trained import open_as_trained
+
+    live = open_as_trained(plan.checkpoint.folder, plan.adapter.folder, plan.training)
+    with options.track("measure as trained") as progress:
+        keep_reference(live.tuned(), store, progress)
+    with live.base() as session, options.track("measure the base") as progress:
+        base = measure("base", "transformers", session, store, progress)
+    with live.merged() as session, options.track("measure merged") as progress:
+        merged = measure("merged", "transformers", session, store, progress)
+    return References(measure_reference("as trained", store), base, merged)
+
+
+def _measure_artifacts(
+    run: Run, references: References, tokens: TokenSet, store: ReferenceProbabilities, options: RunOptions
+) -> Ledger:
+    entries = []
+    defaults = run.plan.recipe.drift.limits.over(DEFAULT_LIMITS) if run.plan.recipe.drift else DEFAULT_LIMITS
+    for item, artifact in zip(run.plan.artifacts, run.artifacts, strict=True):
+        runtime = catalog.load_runtime(str(artifact.manifest["runtime"]))
+        with runtime.open(artifact.path) as session, options.track(f"measure {artifact.name}") as progress:
+            measured = measure(artifact.name, runtime.name, session, store, progress)
+        kept = survival(run.plan, item, artifact)
+        limits = item.recipe.limits.over(defaults)
+        entries.append(enter(artifact, item.recipe, measured, kept, references, limits, tokens))
+    return make_ledger(tokens, references, tuple(entries))

@@ -1,0 +1,105 @@
+"""The report as JSON, schema 1: what `--json` prints and `report.json` holds; and the exit code that follows from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_export.contracts import Artifact
+from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.errors import ExitCode
+from qlora_export.report.run import Run
+
+REPORT_NAME = "report.json"
+
+
+def exit_code(run: Run) -> ExitCode:
+    """OK when every verdict is the expected one; else failed before inconclusive."""
+    surprises = [entry for entry in (run.ledger.entries if run.ledger else ()) if not entry.as_expected]
+    if any(entry.verdict.outcome != "inconclusive" for entry in surprises):
+        return ExitCode.GATE_FAILED
+    return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
+
+
+def report(run: Run) -> dict[str, Any]:
+    """The report of a run as plain data; numbers that are not finite become null."""
+    entries = {entry.artifact.name: entry for entry in (run.ledger.entries if run.ledger else ())}
+    data = {
+        "schema": 1,
+        "recipe_digest": run.plan.recipe.digest,
+        "tokens": _tokens(run.ledger),
+        "reference": _reference(run),
+        "assumptions": list(run.plan.assumptions),
+        "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
+        "published": [],
+        "exit_code": int(exit_code(run)),
+    }
+    cleaned: dict[str, Any] = _finite(data)
+    return cleaned
+
+
+def write_report(run: Run, folder: Path) -> Path:
+    """Write report.json into the run folder, whole or not at all."""
+    path = folder / REPORT_NAME
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(report(run), indent=2) + "\n")
+    partial.rename(path)
+    return path
+
+
+def _tokens(ledger: Ledger | None) -> dict[str, Any] | None:
+    if ledger is None:
+        return None
+    return {"sha256": ledger.tokens.sha256, "count": ledger.tokens.count, "protocol": ledger.tokens.protocol}
+
+
+def _reference(run: Run) -> dict[str, Any] | None:
+    if run.ledger is None:
+        return None
+    training = run.plan.training
+    return {
+        "model": "4-bit base with live adapter",
+        "runtime": "transformers",
+        "activations": "float32",
+        "training_quantization": "recorded" if training.recorded else "assumed",
+        "perplexity": run.ledger.base.perplexity_reference,
+        "perplexity_stderr": run.ledger.base.perplexity_reference_stderr,
+        "base": asdict(run.ledger.base),
+        "merged": asdict(run.ledger.merged),
+    }
+
+
+def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
+    facts = {
+        "name": artifact.name,
+        "format": artifact.format,
+        "path": str(artifact.path),
+        "bytes": artifact.bytes,
+        "runtime": str(artifact.manifest["runtime"]),
+        "manifest_sha256": artifact.manifest_sha256,
+        "reused": artifact.reused,
+    }
+    if entry is None:
+        return {**facts, "verdict": "not-measured", "reasons": [], "drift": None}
+    return {
+        **facts,
+        "verdict": entry.verdict.outcome,
+        "expected": entry.recipe.expect,
+        "reasons": list(entry.verdict.reasons),
+        "limits": entry.limits.model_dump(),
+        "drift": asdict(entry.drift),
+        "survival": dict(entry.survival),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

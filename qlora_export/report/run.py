@@ -1,0 +1,18 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_export.contracts import Artifact
+from qlora_export.drift.ledger import Ledger
+from qlora_export.plan import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """The plan, the artifacts that exist, and the ledger when they were measured."""
+
+    plan: Plan
+    artifacts: tuple[Artifact, ...] = ()
+    ledger: Ledger | None = None

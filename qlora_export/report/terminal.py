@@ -1,0 +1,115 @@
+"""What a person sees: the result on stdout, progress and hints on stderr, and no bars without a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qlora_export import contracts
+from qlora_export.contracts import Drift
+from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.report.run import Run
+
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+@contextmanager
+def show_progress(stage: str) -> Iterator[contracts.Progress]:
+    """A bar on stderr for one stage, or nothing when stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(stage, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def print_plan(run: Run, workers: int) -> None:
+    """The plan as a table."""
+    console = Console()
+    plan = run.plan
+    table = Table(title=f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted", title_justify="left")
+    for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for item in plan.artifacts:
+        onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
+        table.add_row(item.name, item.form.name, onto, size(item.bytes))
+    console.print(table)
+    console.print(f"disk {size(plan.bytes)}, memory about {size(plan.peak_memory_bytes(workers))}", highlight=False)
+    _print_assumptions(console, run)
+
+
+def print_artifacts(run: Run) -> None:
+    """The folders that were built."""
+    console = Console()
+    for artifact in run.artifacts:
+        state = "verified, kept" if artifact.reused else "built"
+        console.print(
+            f"{artifact.name:<16} {size(artifact.bytes):>10}  {state:<14}  {artifact.path}", highlight=False, soft_wrap=True
+        )
+    _print_assumptions(console, run)
+
+
+def print_ledger(run: Run, ledger: Ledger) -> None:
+    """The drift of every model from the one that was trained."""
+    console = Console()
+    table = Table(title="Drift from the model that was trained", title_justify="left")
+    table.add_column("model")
+    for name in ("size", "perplexity", "ppl ratio", "mean KL", "same top-1", "gain kept", "survival min"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    reference = f"{ledger.base.perplexity_reference:.4f} ± {ledger.base.perplexity_reference_stderr:.2g}"
+    table.add_row("as trained", "", reference, "1", "0", "1", "1", "1", "reference", style="bold")
+    table.add_row("base alone", "", *_numbers(ledger.base), "", style="dim")
+    table.add_row("merged, 16 bit", "", *_numbers(ledger.merged), "", style="dim")
+    for entry in ledger.entries:
+        table.add_row(entry.artifact.name, size(entry.artifact.bytes), *_numbers(entry.drift), _verdict(entry))
+    console.print(table)
+    console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
+    console.print(f"{ledger.tokens.protocol}; float32 activations", highlight=False, soft_wrap=True)
+    for entry in ledger.entries:
+        for reason in entry.verdict.reasons:
+            console.print(f"{entry.artifact.name}: {reason}", highlight=False, soft_wrap=True)
+    _print_assumptions(console, run)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def _verdict(entry: Entry) -> str:
+    outcome = entry.verdict.outcome
+    if entry.recipe.expect == "fail":
+        outcome_text = f"{outcome}, as expected" if entry.as_expected else f"{outcome}, expected to fail"
+    else:
+        outcome_text = outcome
+    colour = "green" if entry.as_expected else "red"
+    return f"[{colour if outcome != 'inconclusive' else 'yellow'}]{outcome_text}[/]"
+
+
+def _numbers(drift: Drift) -> tuple[str, ...]:
+    return (
+        f"{drift.perplexity:.4f}",
+        f"{math.exp(drift.ln_ppl_ratio):.4f} ± {drift.ln_ppl_ratio_stderr:.1g}",
+        f"{drift.mean_kl:.2g}",
+        f"{drift.same_top1:.2%}",
+        "" if drift.gain_kept is None else f"{drift.gain_kept:.2%}",
+        "" if drift.survival_min is None else f"{drift.survival_min:.1%}",
+    )
+
+
+def _print_assumptions(console: Console, run: Run) -> None:
+    for assumption in run.plan.assumptions:
+        console.print(f"assumed: {assumption}", highlight=False, soft_wrap=True)

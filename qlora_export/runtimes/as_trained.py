@@ -1,0 +1,107 @@
+"""The reference: the model that was trained, as its training saw it, in transformers, bitsandbytes and peft.
+
+The base is quantised to 4 bits by bitsandbytes while it loads, with one torch thread (its mean of the absmax depends on
+their number), and the adapter stays live. The same model without the adapter, and with every delta merged into a weight
+of the storage dtype, give the other rows of the ledger. Nothing of our own engine takes part, so it is an oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+
+from qlora_export.contracts import Session, TrainingQuantization
+from qlora_export.errors import InputError
+from qlora_export.runtimes.loading import (
+    TORCH_DTYPES,
+    ModelSession,
+    decoded_weight,
+    load_causal_lm,
+    pin_weights,
+    widen_dense,
+)
+from qlora_export.sources.live_model import trained_module
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """The live model of training."""
+
+    model: Any
+    training: TrainingQuantization
+
+    def tuned(self) -> Session:
+        """With the live adapter: the reference."""
+        return ModelSession(self.model)
+
+    @contextmanager
+    def base(self) -> Iterator[Session]:
+        """Without the adapter."""
+        with self.model.disable_adapter():
+            yield ModelSession(self.model)
+
+    @contextmanager
+    def merged(self) -> Iterator[Session]:
+        """With every delta added to its decoded weight and rounded once to the storage dtype."""
+        layers = [module for module in self.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+        for layer in layers:
+            layer.forward = partial(_merged_forward, layer, self.training)
+        try:
+            yield ModelSession(self.model)
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+def open_as_trained(base: Path, adapter: Path, training: TrainingQuantization) -> AsTrained:
+    """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=training.quant_type,
+        bnb_4bit_use_double_quant=training.double_quant,
+        bnb_4bit_compute_dtype=TORCH_DTYPES[training.compute_dtype],
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = load_causal_lm(base, quantization_config=quantization, dtype=TORCH_DTYPES[training.storage_dtype])
+    finally:
+        torch.set_num_threads(threads)
+    _require_recorded(model, training)
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    widen_dense(model)
+    pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])
+    return AsTrained(model, training)
+
+
+def _merged_forward(layer: Any, training: TrainingQuantization, inputs: torch.Tensor) -> torch.Tensor:
+    roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
+    weight = decoded_weight(layer.base_layer, roundings)
+    for name in layer.active_adapters:
+        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+    bias = layer.base_layer.bias.float() if layer.base_layer.bias is not None else None
+    return torch.nn.functional.linear(inputs.float(), weight.to(TORCH_DTYPES[training.storage_dtype]).float(), bias)
+
+
+def _require_recorded(model: Any, training: TrainingQuantization) -> None:
+    """Raise InputError unless bitsandbytes made the codes and absmax of the sidecar."""
+    for name, module in model.named_modules():
+        recorded = training.modules.get(name)
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and recorded is not None:
+            found = trained_module(name, module)
+            if found != recorded:
+                what = "codes" if found.codes_sha256 != recorded.codes_sha256 else "absmax state"
+                raise InputError(
+                    f"{name}: bitsandbytes on this machine quantises the base to another {what} than in training",
+                    "give the base that the adapter was trained on, and bitsandbytes on the kind of device that "
+                    "trained it",
+                )

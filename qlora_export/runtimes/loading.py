@@ -1,0 +1,118 @@
+"""Loading models with transformers, quietly, and computing with exactly the weights that were meant.
+
+bitsandbytes' Linear4bit computes in its compute dtype, and on CPUs with AVX512-BF16 it repacks the weights in eval mode
+and computes with bf16 absmax, which shifts logits by some 1e-3. `pin_weights` makes every Linear4bit multiply in float32
+with the very values that a model sees: decoded in float32, then rounded as stated.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_export.contracts import Float32
+from qlora_export.errors import InputError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import bitsandbytes  # noqa: E402
+import transformers  # noqa: E402
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_causal_lm(folder: Path, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` on the CPU, without output; raises InputError when it does not load."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **options)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {error}", "is the folder complete?") from error
+    return model.eval()
+
+
+def widen_dense(model: Any) -> None:
+    """Cast every parameter that is not quantised to float32, in place; no value changes."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, bitsandbytes.nn.Params4bit) and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def decoded_weight(layer: Any, roundings: Sequence[torch.dtype]) -> torch.Tensor:
+    """The float32 weight of a linear layer, decoded from 4 bits if need be and rounded to each dtype in turn."""
+    weight = layer.weight.data
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        wide = copy.copy(state)
+        wide.dtype = torch.float32
+        weight = bitsandbytes.functional.dequantize_4bit(weight, wide)
+        for dtype in roundings:
+            weight = weight.to(dtype)
+    return weight.float()
+
+
+def pin_weights(model: Any, roundings: Sequence[torch.dtype] | None = None) -> None:
+    """Make every Linear4bit multiply in float32 with its decoded weight; rounded to its compute dtype by default."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            chosen = roundings if roundings is not None else [module.compute_dtype or torch.float32]
+            module.forward = partial(_forward, module, tuple(chosen))
+
+
+def _forward(layer: Any, roundings: Sequence[torch.dtype], inputs: torch.Tensor) -> torch.Tensor:
+    bias = layer.bias.float() if layer.bias is not None else None
+    return torch.nn.functional.linear(inputs.float(), decoded_weight(layer, roundings), bias)
+
+
+class ModelSession:
+    """A loaded causal language model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def log_probabilities(self, tokens: Sequence[int]) -> Float32:
+        """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
+        logits = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+        result: Float32 = torch.log_softmax(logits.float(), dim=-1).numpy()
+        return result
+
+
+class FolderTokenizer:
+    """The tokenizer of a model folder, opened by transformers without remote code."""
+
+    def __init__(self, folder: Path) -> None:
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise InputError(f"{folder}: no tokenizer can be loaded: {error}", "add the tokenizer's files") from error
+        self._folder = folder
+
+    @property
+    def begin(self) -> int | None:
+        """The token that starts a text, if the model has one."""
+        token: int | None = self._tokenizer.bos_token_id
+        return token
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens of the tokenizer's own."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
+        """A conversation by the chat template; raises InputError when there is no template."""
+        if self._tokenizer.chat_template is None:
+            raise InputError(f"{self._folder}: no chat template", "give plain text for drift, or add the template")
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=answering
+        )
+        return text

@@ -1,0 +1,39 @@
+"""The runtime `transformers`: the folder opened by `AutoModelForCausalLM`, with its `adapter/` by peft, on the CPU.
+
+Activations are float32; quantised weights are decoded in float32 and rounded to the folder's compute dtype, the values
+that serving multiplies with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import torch
+
+from qlora_export.contracts import Session
+from qlora_export.errors import InputError
+from qlora_export.runtimes.loading import ModelSession, load_causal_lm, pin_weights, widen_dense
+
+ADAPTER_FOLDER = "adapter"
+
+
+class TransformersRuntime:
+    """Opens safetensors artifacts as a consumer would."""
+
+    name = "transformers"
+
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[Session]:
+        """Load the folder; raises InputError when it does not load."""
+        model = load_causal_lm(folder, dtype=torch.float32)
+        if (folder / ADAPTER_FOLDER).is_dir():
+            try:
+                model = peft.PeftModel.from_pretrained(model, folder / ADAPTER_FOLDER).eval()
+            except (ValueError, RuntimeError, OSError, KeyError) as error:
+                raise InputError(f"{folder / ADAPTER_FOLDER}: peft cannot load it: {error}") from error
+        widen_dense(model)
+        pin_weights(model)
+        yield ModelSession(model)
