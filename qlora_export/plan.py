@@ -9,7 +9,8 @@ import fnmatch
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class ArtifactPlan:
     @property
     def bytes(self) -> int:
         """Size of the folder without its manifest."""
-        return self.layout.bytes + len(self.layout.index() or b"") + sum(file.bytes for file in self.carried)
+        return self.layout.total_bytes + len(self.layout.index() or b"") + sum(file.bytes for file in self.carried)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Plan:
     checkpoint: Checkpoint
     adapter: Adapter
     adaptations: Mapping[str, Adaptation]
-    quantised: Set[str]
+    quantised: AbstractSet[str]
     artifacts: tuple[ArtifactPlan, ...]
     assumptions: tuple[str, ...]
 
@@ -160,16 +161,16 @@ def _base_problems(checkpoint: Checkpoint) -> list[Problem]:
                 "give the 16-bit base",
             )
         )
-    for tensor in checkpoint.tensors.values():
-        if tensor.spec.dtype.startswith("F") and tensor.spec.dtype not in FLOATS:
-            problems.append(
-                Problem(
-                    ExitCode.REFUSED,
-                    f"{tensor.path}: tensor {tensor.spec.name} has dtype {tensor.spec.dtype}",
-                    "only 16 and 32-bit floats can be merged yet",
-                )
-            )
-    return problems
+    odd = [tensor for tensor in checkpoint.tensors.values() if tensor.spec.dtype[0] == "F"]
+    return problems + [
+        Problem(
+            ExitCode.REFUSED,
+            f"{tensor.path}: tensor {tensor.spec.name} has dtype {tensor.spec.dtype}",
+            "only 16 and 32-bit floats can be merged yet",
+        )
+        for tensor in odd
+        if tensor.spec.dtype not in FLOATS
+    ]
 
 
 def _training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]:
@@ -205,7 +206,7 @@ def _training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem
     return problems
 
 
-def _keep_problems(recipe: Recipe, quantised: Set[str]) -> list[Problem]:
+def _keep_problems(recipe: Recipe, quantised: AbstractSet[str]) -> list[Problem]:
     return [
         Problem(ExitCode.USAGE, f"artifact {artifact.name}: keep {pattern!r} matches no module", "see the base's names")
         for artifact in recipe.artifacts
@@ -233,7 +234,7 @@ def _assumptions(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
 
 
 def _plan_artifact(
-    recipe: Recipe, item: ArtifactRecipe, checkpoint: Checkpoint, adapter: Adapter, quantised: Set[str]
+    recipe: Recipe, item: ArtifactRecipe, checkpoint: Checkpoint, adapter: Adapter, quantised: AbstractSet[str]
 ) -> ArtifactPlan:
     form = catalog.load_format(item.format, adapter.training)
     dense = form

@@ -154,7 +154,12 @@ def _explain(item: Any) -> tuple[str, str]:
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Known keys at a place in the recipe."""
-    sections = {"merge": Merge, "artifacts": ArtifactRecipe, "drift": DriftRecipe, "limits": Limits}
+    sections: dict[str, type[BaseModel]] = {
+        "merge": Merge,
+        "artifacts": ArtifactRecipe,
+        "drift": DriftRecipe,
+        "limits": Limits,
+    }
     for step in location:
         model = sections.get(step, model) if isinstance(step, str) else model
     return [name for name in model.model_fields if name != "folder"]

@@ -34,6 +34,8 @@ from demo_dialogues import dialogues
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
+from qlora_export.training import record
+
 SEED = 20
 VOCABULARY = 2048
 WINDOW = 256
@@ -41,6 +43,7 @@ SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 TRAIN_SEED, HOLDOUT_SEED = 7, 1_000_007
 HOLDOUT_DIALOGUES = 240
+BASE_ID = "qlora-export/demo"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -252,11 +255,10 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     with torch.no_grad():
         tuned_nll = answer_loss(model, held_out, pad).item()
     ratios = relative_deltas(model)
+    model.peft_config["default"].base_model_name_or_path = BASE_ID
     model.save_pretrained(folder)
-    if options.sidecar:
-        from qlora_export.training import record
-
-        record(model, folder)
+    sort_targets(folder / "adapter_config.json")
+    record(model, folder, base)
     return {
         "dialogues": options.dialogues,
         "steps": options.steps,
@@ -268,6 +270,13 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
         "relative_delta_median": float(np.median(list(ratios.values()))),
         "relative_delta": ratios,
     }
+
+
+def sort_targets(path: Path) -> None:
+    """Give the target modules a fixed order: peft writes a set."""
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_text(folder: Path, seed: int, count: int, name: str) -> None:
@@ -297,7 +306,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.0)
-    parser.add_argument("--no-sidecar", dest="sidecar", action="store_false")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "training_record.json"

@@ -1,8 +1,8 @@
 """What a build has finished, so that a killed run goes on where it stopped.
 
-`NAME.partial/.journal` holds one JSON object a line: first the digest of the plan, then lists of tensors whose bytes had
-reached the disk before the line was written. A torn last line is ignored: its tensors are written again, with the same
-bytes.
+`NAME.partial/.journal` holds one JSON object a line: first the digest of the plan, then lists of tensors whose bytes
+had reached the disk before the line was written. A torn last line is ignored: its tensors are written again, with the
+same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qlora_export.errors import UsageError
 
@@ -44,7 +45,7 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _records(path: Path) -> list[dict[str, object]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a torn tail is cut off so that the next line starts clean."""
     if not path.exists():
         return []

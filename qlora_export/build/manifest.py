@@ -89,7 +89,7 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def verify_artifact(artifact: Artifact) -> None:
-    """Compare every file of a finished folder with its manifest; raises VerifyMismatch naming the first that differs."""
+    """Compare every file of a finished folder with its manifest; raises VerifyMismatch naming the first mismatch."""
     hint = f"the folder was changed after it was built; remove {artifact.path} and build again"
     for name, expected in artifact.manifest["files"].items():
         path = artifact.path / name

@@ -151,6 +151,8 @@ def _blocks(tensor: StoredTensor, multiple: int) -> tuple[RowBlock, ...]:
     """Cut a tensor into blocks of whole multiples of rows, about `BLOCK_WEIGHTS` values each."""
     rows, columns = tensor.spec.rows, max(tensor.spec.columns, 1)
     height = max(multiple, BLOCK_WEIGHTS // columns // multiple * multiple)
-    return tuple(RowBlock(first, min(height, rows - first)) for first in range(0, rows, height)) if tensor.spec.size else ()
-
-
+    return (
+        tuple(RowBlock(first, min(height, rows - first)) for first in range(0, rows, height))
+        if tensor.spec.size
+        else ()
+    )

@@ -96,7 +96,7 @@ class WorkerPool:
         while (task := self._next()) is not None:
             try:
                 task()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
                 self._fail(error)
 
     def _next(self) -> Callable[[], None] | None:
@@ -136,9 +136,7 @@ class WorkerPool:
             self._open -= 1
             self._changed.notify_all()
 
-    def _stage(
-        self, blocks: Sequence[RowBlock], step: Callable[[RowBlock], None], then: Callable[[], None]
-    ) -> None:
+    def _stage(self, blocks: Sequence[RowBlock], step: Callable[[RowBlock], None], then: Callable[[], None]) -> None:
         """Queue one step over all blocks; whoever does the last one goes on with `then`."""
         if not blocks:
             then()

@@ -82,7 +82,8 @@ def measure(
 def _scored_rows(session: Session, window: Window) -> Float32:
     """Log-probabilities of the scored tokens' places: row t - 1 predicts token t."""
     rows = session.log_probabilities(window.tokens)
-    return rows[np.array(window.scored) - 1]
+    scored: Float32 = rows[np.array(window.scored) - 1]
+    return scored
 
 
 def _compare(name: str, runtime: str, store: ReferenceProbabilities, found: Iterator[Float32]) -> Measurement:

@@ -4,7 +4,8 @@
 
 1 when the whole delta is there, 0 when rounding has erased it; weight error alone prefers the erased one. The shipped
 bytes are read from the finished folder, rounded as serving rounds them, row block by row block. For an artifact that
-ships the adapter beside its base, the adapter's own product is added. Memory: the blocks and 4 bytes for each 64 weights.
+ships the adapter beside its base, the adapter's own product is added. Memory: the blocks and 4 bytes for each block of
+64 weights.
 """
 
 from __future__ import annotations

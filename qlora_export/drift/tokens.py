@@ -50,6 +50,7 @@ class TokenSet:
 
 def token_set(text: DriftText, tokenizer: Tokenizer, window_tokens: int, limit: int | None) -> TokenSet:
     """Windows of at most `window_tokens` until `limit` tokens are scored; raises InputError when none are."""
+    found: Iterator[Window]
     if text.chats:
         found = (_chat_window(chat, tokenizer, window_tokens) for chat in text.chats)
         protocol = f"chat template, one window of at most {window_tokens} tokens a chat, assistant tokens scored"

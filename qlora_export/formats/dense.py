@@ -42,7 +42,8 @@ class Dense:
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of the stored rows."""
         row_bytes = spec.columns * ITEM_BYTES[self.dense_dtype]
-        return widen(np.ascontiguousarray(parts[spec.name][rows.start * row_bytes : rows.stop * row_bytes]), self.dense_dtype)
+        raw = parts[spec.name][rows.start * row_bytes : rows.stop * row_bytes]
+        return widen(raw, self.dense_dtype)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """None: nothing is quantised."""

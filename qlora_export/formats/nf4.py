@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit NF4: `nf4` holds the merged weights, `nf4-adapter` the base of training with the adapter beside it.
+"""bitsandbytes NF4: `nf4` holds the merged weights, `nf4-adapter` the base of training with the adapter beside it.
 
 For a linear `x.weight` of shape [out, in]: `x.weight` uint8 [ceil(out * in / 2), 1], the first code of a pair in the
 high nibble; `x.weight.absmax` uint8 [blocks] (float32 without double quantisation); `x.weight.quant_map` float32 [16];

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Set
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -29,16 +29,14 @@ DENSE_BY_DEFAULT = re.compile(
 )
 
 
-def quantised_modules(checkpoint: Checkpoint, training: TrainingQuantization) -> Set[str]:
+def quantised_modules(checkpoint: Checkpoint, training: TrainingQuantization) -> AbstractSet[str]:
     """Modules whose weight was in NF4 during training: as recorded, or every linear layer but the output head."""
     if training.recorded:
         return set(training.modules)
     return {
         tensor.spec.module
         for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight")
-        and len(tensor.spec.shape) == 2
-        and not DENSE_BY_DEFAULT.search(tensor.spec.module)
+        if name.endswith(".weight") and len(tensor.spec.shape) == 2 and not DENSE_BY_DEFAULT.search(tensor.spec.module)
     }
 
 
@@ -121,7 +119,7 @@ class _OrderedDigest:
         with self._lock:
             self._waiting[position] = data
             while (piece := self._waiting.pop(self._position, None)) is not None:
-                self._digest.update(piece)
+                self._digest.update(piece.data)
                 self._position += piece.nbytes
 
     def hexdigest(self) -> str:

@@ -46,4 +46,4 @@ def all_finite(bits: UInt32) -> bool:
     worst = np.uint32(0)
     for index in range(bits.size):
         worst = max(worst, bits[index] & np.uint32(0x7FFFFFFF))
-    return worst < np.uint32(0x7F800000)
+    return bool(worst < np.uint32(0x7F800000))

@@ -51,7 +51,8 @@ def dynamic_map() -> Float32:
 @cache
 def _midpoints() -> Float32:
     codes = dynamic_map()
-    return np.float32(0.5) * (codes[:-1] + codes[1:])
+    middles: Float32 = np.float32(0.5) * (codes[:-1] + codes[1:])
+    return middles
 
 
 @cache
@@ -91,7 +92,8 @@ def _cascade(values: Float32) -> Float32:
     for level in range(1, 4):
         for lane in range(width):
             sums[0, lane] += sums[level, lane]
-    return sums[0]
+    total: Float32 = sums[0]
+    return total
 
 
 def mean(values: Float32) -> np.float32:
@@ -139,4 +141,5 @@ def encode(absmax: Float32, offset: np.float32, exact: bool = False) -> tuple[UI
 def decode(codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0) -> Float32:
     """The float32 absmax that the codes stand for; `codes` begins at absmax number `first` of the tensor."""
     scales = nested_absmax[np.arange(first, first + codes.size) // BLOCK]
-    return dynamic_map()[codes] * scales + offset
+    absmax: Float32 = dynamic_map()[codes] * scales + offset
+    return absmax

@@ -1,4 +1,4 @@
-"""The report as JSON, schema 1: what `--json` prints and `report.json` holds; and the exit code that follows from it."""
+"""The report as JSON, schema 1: what `--json` prints and `report.json` holds, and the exit code that follows."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def print_plan(run: Run, workers: int) -> None:
     """The plan as a table."""
     console = Console()
     plan = run.plan
-    table = Table(title=f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted", title_justify="left")
+    table = Table(
+        title=f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted", title_justify="left"
+    )
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for item in plan.artifacts:
@@ -52,7 +54,9 @@ def print_artifacts(run: Run) -> None:
     for artifact in run.artifacts:
         state = "verified, kept" if artifact.reused else "built"
         console.print(
-            f"{artifact.name:<16} {size(artifact.bytes):>10}  {state:<14}  {artifact.path}", highlight=False, soft_wrap=True
+            f"{artifact.name:<16} {size(artifact.bytes):>10}  {state:<14}  {artifact.path}",
+            highlight=False,
+            soft_wrap=True,
         )
     _print_assumptions(console, run)
 

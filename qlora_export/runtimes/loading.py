@@ -1,8 +1,8 @@
 """Loading models with transformers, quietly, and computing with exactly the weights that were meant.
 
 bitsandbytes' Linear4bit computes in its compute dtype, and on CPUs with AVX512-BF16 it repacks the weights in eval mode
-and computes with bf16 absmax, which shifts logits by some 1e-3. `pin_weights` makes every Linear4bit multiply in float32
-with the very values that a model sees: decoded in float32, then rounded as stated.
+and computes with bf16 absmax, which shifts logits by some 1e-3. `pin_weights` makes every Linear4bit multiply in
+float32 with the very values that a model sees: decoded in float32, then rounded as stated.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def decoded_weight(layer: Any, roundings: Sequence[torch.dtype]) -> torch.Tensor
     weight = layer.weight.data
     state = getattr(layer.weight, "quant_state", None)
     if state is not None:
-        wide = copy.copy(state)
-        wide.dtype = torch.float32
-        weight = bitsandbytes.functional.dequantize_4bit(weight, wide)
+        # Decoded as one row: bitsandbytes 0.50 on AVX512 takes the wrong absmax when a row ends inside a block.
+        flat = copy.copy(state)
+        flat.dtype, flat.shape = torch.float32, torch.Size((1, state.shape.numel()))
+        weight = bitsandbytes.functional.dequantize_4bit(weight, flat).reshape(state.shape)
         for dtype in roundings:
             weight = weight.to(dtype)
     return weight.float()
@@ -78,11 +79,11 @@ class ModelSession:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    @torch.no_grad()
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
-        logits = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-        result: Float32 = torch.log_softmax(logits.float(), dim=-1).numpy()
+        with torch.no_grad():
+            logits = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+            result: Float32 = torch.log_softmax(logits.float(), dim=-1).numpy()
         return result
 
 
@@ -112,7 +113,5 @@ class FolderTokenizer:
         """A conversation by the chat template; raises InputError when there is no template."""
         if self._tokenizer.chat_template is None:
             raise InputError(f"{self._folder}: no chat template", "give plain text for drift, or add the template")
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=answering
-        )
+        text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
         return text

@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, opened by its headers: adapter_config.json, tensors, and the sidecar if there is one.
+"""A LoRA adapter as PEFT saves it, opened by its headers: adapter_config.json, tensors, and the sidecar if it has one.
 
 `adapter_config.json` is read as JSON (importing peft takes seconds). Other files of a checkpoint folder, such as
 `optimizer.pt`, are ignored and never opened. Source: PEFT's checkpoint format document.

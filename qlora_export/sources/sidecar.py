@@ -7,9 +7,9 @@
      "modules": {NAME: {"codes_sha256", "absmax_sha256", "nested_offset"}},
      "versions": {PACKAGE: VERSION}}
 
-dtypes carry torch's names. `absmax_sha256` is over the bytes of the 8-bit codes, the nested absmax and the offset (or of
-the float32 absmax without double quantisation), all little-endian. Without a sidecar, NF4 in blocks of 64 with double
-quantisation, loaded and computed in bf16, is assumed, and the plan says so.
+dtypes carry torch's names. `absmax_sha256` is over the bytes of the 8-bit codes, the nested absmax and the offset
+(or of the float32 absmax without double quantisation), all little-endian. Without a sidecar, NF4 in blocks of 64 with
+double quantisation, loaded and computed in bf16, is assumed, and the plan says so.
 """
 
 from __future__ import annotations

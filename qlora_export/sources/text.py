@@ -54,7 +54,5 @@ def _entry(path: Path, number: int, line: str) -> Chat | str:
 
 def _is_message(message: object) -> bool:
     return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )

@@ -94,7 +94,8 @@ def _check_tiling(path: Path, spans: list[tuple[StoredTensor, int, int]], data_b
     for info, first, last in spans:
         if first != position:
             raise InputError(
-                f"{path}: tensor {info.spec.name} starts at byte {first} of the data, expected {position}", TRUNCATED_HINT
+                f"{path}: tensor {info.spec.name} starts at byte {first} of the data, expected {position}",
+                TRUNCATED_HINT,
             )
         position = last
     if position != data_bytes:

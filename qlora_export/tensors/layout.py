@@ -46,7 +46,7 @@ class Layout:
     places: dict[str, Place]
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Size of all weight files together."""
         return sum(shard.bytes for shard in self.shards)
 

@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -22,10 +23,12 @@ class SourceFiles:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> SourceFiles:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -34,7 +37,7 @@ class SourceFiles:
         """Raw bytes of `rows` rows from `first_row` on, flat uint8."""
         row_bytes = tensor.spec.columns * ITEM_BYTES[tensor.spec.dtype]
         out = np.empty(rows * row_bytes, np.uint8)
-        view, position = memoryview(out), tensor.offset + first_row * row_bytes
+        view, position = out.data, tensor.offset + first_row * row_bytes
         while view:
             count = os.preadv(self._descriptor(tensor.path), [view], position)
             if count == 0:

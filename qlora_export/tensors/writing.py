@@ -9,6 +9,7 @@ import errno
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from qlora_export.contracts import Piece
 from qlora_export.errors import EnvironmentProblem
@@ -28,10 +29,12 @@ class ShardWriter:
             self.close()
             raise
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def write(self, piece: Piece) -> None:
@@ -39,7 +42,7 @@ class ShardWriter:
         place = self._places[piece.part]
         if piece.offset + piece.data.nbytes > place.bytes:
             raise ValueError(f"{piece.part}: {piece.data.nbytes} bytes at {piece.offset} pass its {place.bytes} bytes")
-        _write_all(self._descriptors[place.file], memoryview(piece.data), place.offset + piece.offset)
+        _write_all(self._descriptors[place.file], piece.data.data, place.offset + piece.offset)
 
     def sync(self) -> None:
         """Bring everything written so far to the disk."""

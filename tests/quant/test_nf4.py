@@ -1,0 +1,59 @@
+"""bitsandbytes is the oracle, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+
+from qlora_export.quant import nf4
+from tests.conftest import random_values
+
+SHAPES = [(64, 256), (7, 100), (3, 3), (1, 1), (5, 64), (129, 65), (1000, 333)]
+
+
+def encode(values: Any, block: int) -> tuple[Any, Any]:
+    absmax = np.empty(-(-values.size // block), np.float32)
+    nf4.block_absmax(values, block, absmax)
+    codes = np.empty((values.size + 1) // 2, np.uint8)
+    nf4.encode(values, absmax, block, codes)
+    return codes, absmax
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_absmax_and_values_are_those_of_bitsandbytes(shape: tuple[int, int], block: int, dtype: Any) -> None:
+    weight = torch.from_numpy(random_values(*shape)).to(dtype)
+    weight[0] = 0
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, quant_type="nf4")
+    codes, absmax = encode(weight.float().numpy().reshape(-1), block)
+    assert codes.tobytes() == packed.numpy().tobytes()
+    assert absmax.tobytes() == state.absmax.numpy().tobytes()
+    state.dtype, state.shape = torch.float32, torch.Size((1, weight.numel()))
+    out = np.empty(weight.numel(), np.float32)
+    nf4.decode(codes, absmax, block, out)
+    np.testing.assert_array_equal(out, bnb.dequantize_4bit(packed, state).numpy().reshape(-1))
+
+
+def test_values_on_a_midpoint_take_the_lower_code() -> None:
+    values = np.zeros(64, np.float32)
+    values[0] = 1
+    values[1:16] = nf4.MIDPOINTS
+    packed, _ = bnb.quantize_4bit(torch.from_numpy(values), blocksize=64, quant_type="nf4")
+    codes, _ = encode(values, 64)
+    assert codes.tobytes() == packed.numpy().tobytes()
+    assert [codes[position // 2] >> (4 if position % 2 == 0 else 0) & 15 for position in range(1, 16)] == [*range(15)]
+
+
+def test_its_own_output_is_a_fixed_point() -> None:
+    values = random_values(4096)
+    codes, absmax = encode(values, 64)
+    out = np.empty_like(values)
+    nf4.decode(codes, absmax, 64, out)
+    again, again_absmax = encode(out, 64)
+    assert again.tobytes() == codes.tobytes()
+    assert again_absmax.tobytes() == absmax.tobytes()
