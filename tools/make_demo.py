@@ -303,9 +303,9 @@ def main() -> None:
     parser.add_argument("--stage", choices=("base", "adapter", "all"), default="all")
     parser.add_argument("--base-steps", type=int, default=1600)
     parser.add_argument("--dialogues", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--decay", type=float, default=10.0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "training_record.json"

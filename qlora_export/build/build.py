@@ -237,11 +237,11 @@ def _disk_errors(out: Path, needed_bytes: int) -> Iterator[None]:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Keep a second run out of the same folder."""
-    path = out / ".lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{out}: another run is building here", "wait for it, or choose another --out") from None
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise UsageError(f"{out}: another run is building here", "wait for it, or choose another --out") from None
+    finally:
+        os.close(descriptor)

@@ -40,7 +40,7 @@ def read_sidecar(folder: Path) -> TrainingQuantization:
         raise InputError(f"{path}: schema {data.get('schema')!r}, this version reads 1", "update qlora-export")
     try:
         return _parse(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {type(error).__name__} at {error}", "write it again with training.record") from None
 
 

@@ -1,0 +1,87 @@
+"""What every format promises, checked for each name in the catalog on odd shapes and several blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_export.catalog import FORMATS, load_format
+from qlora_export.contracts import Format, TensorSpec, TrainingQuantization
+from qlora_export.tensors.dtypes import ITEM_BYTES
+from tests.conftest import random_values
+
+SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640)]
+# Largest error a format may leave, relative to the largest magnitude of the tensor.
+BOUNDS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "nf4": 0.17, "nf4-adapter": 0.17}
+
+
+@pytest.fixture(params=FORMATS)
+def form(request: pytest.FixtureRequest) -> Format:
+    return load_format(request.param, TrainingQuantization())
+
+
+def encode(form: Format, spec: TensorSpec, values: Any, cuts: list[int]) -> dict[str, Any]:
+    """Encode in the given blocks of rows; every planned byte must be written exactly once."""
+    parts = {part.name: part for part in form.parts(spec)}
+    sizes = {name: math.prod(part.shape) * ITEM_BYTES[part.dtype] for name, part in parts.items()}
+    raw = {name: np.zeros(size, np.uint8) for name, size in sizes.items()}
+    written = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
+    encoder = form.open(spec)
+
+    def put(pieces: Any) -> None:
+        for piece in pieces:
+            place = slice(piece.offset, piece.offset + piece.data.nbytes)
+            raw[piece.part][place] = piece.data.reshape(-1).view(np.uint8)
+            written[piece.part][place] += 1
+
+    blocks = list(zip(cuts[:-1], cuts[1:], strict=True))
+    for first, last in reversed(blocks):
+        put(encoder.encode(values[first * spec.columns : last * spec.columns].copy(), first))
+    put(encoder.seal())
+    for name, counts in written.items():
+        assert (counts == 1).all(), f"{name}: every planned byte is written once"
+    return raw
+
+
+def cuts(form: Format, spec: TensorSpec, height: int) -> list[int]:
+    step = form.row_multiple(spec) * height
+    return [*range(0, spec.rows, step), spec.rows]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes_do_not_depend_on_the_blocks(form: Format, shape: tuple[int, int]) -> None:
+    spec = TensorSpec("layer.weight", "BF16", shape)
+    values = random_values(*shape).reshape(-1)
+    whole = encode(form, spec, values, [0, spec.rows])
+    for height in (1, 3):
+        pieces = encode(form, spec, values, cuts(form, spec, height))
+        assert {name: raw.tobytes() for name, raw in pieces.items()} == {k: v.tobytes() for k, v in whole.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_comes_back_within_the_bound(form: Format, shape: tuple[int, int]) -> None:
+    spec = TensorSpec("layer.weight", "BF16", shape)
+    values = random_values(*shape).reshape(-1)
+    raw = encode(form, spec, values, [0, spec.rows])
+    decoded = form.decode(spec, raw, range(spec.rows))
+    assert np.abs(decoded - values).max() <= BOUNDS[form.name] * np.abs(values).max()
+    step = form.row_multiple(spec)
+    if step < spec.rows:
+        tail = form.decode(spec, raw, range(step, spec.rows))
+        np.testing.assert_array_equal(tail, decoded[step * spec.columns :])
+
+
+def test_every_format_has_a_bound_and_its_own_name(form: Format) -> None:
+    assert form.name in BOUNDS
+    assert form.dense_dtype in ITEM_BYTES
+    assert form.quantises == (form.quantization_config([]) is not None)
+
+
+def test_parts_are_named_after_the_tensor(form: Format) -> None:
+    names = [part.name for part in form.parts(TensorSpec("a.b.weight", "BF16", (64, 64)))]
+    assert names[0] == "a.b.weight"
+    assert all(name.startswith("a.b.weight") for name in names)
+    assert len(set(names)) == len(names)

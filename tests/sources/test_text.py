@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_export.errors import InputError
+from qlora_export.sources.text import read_text
+
+
+def write(tmp_path: Path, name: str, content: str) -> Path:
+    path = tmp_path / name
+    path.write_text(content)
+    return path
+
+
+def test_chats_and_texts(tmp_path: Path) -> None:
+    chats = read_text(write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": "x", "id": 1}]}\n\n'))
+    assert chats.chats == (({"role": "user", "content": "x"},),)
+    assert read_text(write(tmp_path, "b.jsonl", '{"text": "a"}\n{"text": "b"}')).text == "a\n\nb"
+    assert read_text(write(tmp_path, "c.txt", "plain")).text == "plain"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "line 1 is not valid JSON"),
+        ('{"text": "a"}\n[1]', "line 2 has neither messages nor text"),
+        ('{"messages": []}', "line 1 has neither"),
+        ('{"messages": [{"role": "user"}]}', "line 1 has neither"),
+        ('{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}', "1 chats and 1 plain texts"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read_text(write(tmp_path, "bad.jsonl", content))
+
+
+def test_missing_and_binary(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such text"):
+        read_text(tmp_path / "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_text(tmp_path / "binary.txt")
