@@ -1,0 +1,53 @@
+"""Rules of the house that import-linter cannot see."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qlora_export
+from qlora_export import catalog
+from qlora_export.contracts import Artifact, Drift, TrainingQuantization, Verdict, Verified
+from qlora_export.errors import GateFailed
+
+PACKAGE = Path(qlora_export.__file__).parent
+
+
+def calls(name: str) -> Iterator[Path]:
+    """Files in which `name` is called."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+                yield path.relative_to(PACKAGE)
+
+
+def test_only_the_gate_makes_a_verified() -> None:
+    assert {str(path) for path in calls("Verified")} == {"drift/gate.py"}
+
+
+def test_only_cli_and_terminal_print() -> None:
+    assert {str(path) for path in calls("print") if path.parts[0] != "cli"} <= {"report/terminal.py"}
+
+
+@pytest.mark.parametrize("outcome", ["fail", "inconclusive", "not-measured"])
+def test_a_verified_without_a_passing_verdict_cannot_exist(outcome: str) -> None:
+    artifact = Artifact("a", "bf16", Path("a"), {"files": {}}, "0")
+    drift = Drift(*([1.0] * 14))
+    with pytest.raises(GateFailed, match=outcome):
+        Verified(artifact, Verdict(outcome), drift)  # type: ignore[arg-type]
+
+
+def test_every_name_in_the_catalog_loads() -> None:
+    for name in catalog.FORMATS:
+        assert catalog.load_format(name, TrainingQuantization()).name == name
+    for name in catalog.RUNTIMES:
+        assert catalog.load_runtime(name).name == name
+    assert set(catalog.DENSE_FORMATS.values()) <= set(catalog.FORMATS)
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    vague = {"utils", "helpers", "common", "misc", "manager"}
+    assert not vague & {path.stem for path in PACKAGE.rglob("*.py")}
