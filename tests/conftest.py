@@ -45,7 +45,9 @@ def pico_config(**changes: Any) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(**{**settings, **changes})
 
 
-def save_base(folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, shard: str = "50GB", **changes: Any) -> Path:
+def save_base(
+    folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, shard: str = "50GB", **changes: Any
+) -> Path:
     """A pico base with a tokenizer."""
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(pico_config(**changes))

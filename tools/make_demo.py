@@ -255,10 +255,9 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     with torch.no_grad():
         tuned_nll = answer_loss(model, held_out, pad).item()
     ratios = relative_deltas(model)
-    model.peft_config["default"].base_model_name_or_path = BASE_ID
     model.save_pretrained(folder)
-    sort_targets(folder / "adapter_config.json")
-    record(model, folder, base)
+    tidy_adapter(folder)
+    record(model, folder)
     return {
         "dialogues": options.dialogues,
         "steps": options.steps,
@@ -272,11 +271,14 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     }
 
 
-def sort_targets(path: Path) -> None:
-    """Give the target modules a fixed order: peft writes a set."""
+def tidy_adapter(folder: Path) -> None:
+    """Leave nothing of this machine and no order that changes from run to run in what peft saved."""
+    path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = BASE_ID
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").unlink()
 
 
 def write_text(folder: Path, seed: int, count: int, name: str) -> None:

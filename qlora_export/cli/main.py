@@ -48,16 +48,11 @@ def run() -> NoReturn:
 
 
 def _run() -> int:
-    from click.exceptions import ClickException
-
     try:
         code = app(standalone_mode=False)
     except ExportError as error:
         _print_error(error.message, error.hint, error.exit_code, isinstance(error, PlanRefused))
         return int(error.exit_code)
-    except ClickException as error:
-        _print_error(error.format_message(), "see --help", ExitCode.USAGE)
-        return int(ExitCode.USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return int(ExitCode.INTERRUPTED)
     except Terminated:
@@ -65,11 +60,20 @@ def _run() -> int:
     except OSError as error:
         _print_error(str(error), "check the path, its permissions and the disk", ExitCode.ENVIRONMENT)
         return int(ExitCode.ENVIRONMENT)
-    except Exception as error:  # noqa: BLE001  the last resort: whatever got here is a bug of ours
+    except Exception as error:  # noqa: BLE001  the last resort: whatever is left is a bug of ours
+        if (usage := _usage_message(error)) is not None:
+            _print_error(usage, "see --help", ExitCode.USAGE)
+            return int(ExitCode.USAGE)
         traceback.print_exc()
         _print_error(f"{type(error).__name__}: {error}", "this is a bug: please report it", ExitCode.BUG)
         return int(ExitCode.BUG)
     return int(code or 0)
+
+
+def _usage_message(error: Exception) -> str | None:
+    """The message of typer's own errors; their base class is click's, which typer may or may not have within."""
+    kinds = [kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"]
+    return str(error.format_message()) if isinstance(error, tuple(kinds)) else None  # type: ignore[attr-defined]
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

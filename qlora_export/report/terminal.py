@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,6 +17,11 @@ from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.report.run import Run
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+PIPE_COLUMNS = 120
+LEGEND = (
+    "ratio: of perplexities, paired, ± standard error · top-1: same most likely token · gain: share of the "
+    "fine-tuning gain kept · survival: of the delta, in the worst layer"
+)
 
 
 @contextmanager
@@ -33,11 +39,9 @@ def show_progress(stage: str) -> Iterator[contracts.Progress]:
 
 def print_plan(run: Run, workers: int) -> None:
     """The plan as a table."""
-    console = Console()
+    console = _console()
     plan = run.plan
-    table = Table(
-        title=f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted", title_justify="left"
-    )
+    table = _table(f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted")
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for item in plan.artifacts:
@@ -50,7 +54,7 @@ def print_plan(run: Run, workers: int) -> None:
 
 def print_artifacts(run: Run) -> None:
     """The folders that were built."""
-    console = Console()
+    console = _console()
     for artifact in run.artifacts:
         state = "verified, kept" if artifact.reused else "built"
         console.print(
@@ -63,14 +67,14 @@ def print_artifacts(run: Run) -> None:
 
 def print_ledger(run: Run, ledger: Ledger) -> None:
     """The drift of every model from the one that was trained."""
-    console = Console()
-    table = Table(title="Drift from the model that was trained", title_justify="left")
-    table.add_column("model")
-    for name in ("size", "perplexity", "ppl ratio", "mean KL", "same top-1", "gain kept", "survival min"):
+    console = _console()
+    table = _table("Drift from the model that was trained")
+    table.add_column("model", no_wrap=True)
+    for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
-    table.add_column("verdict")
-    reference = f"{ledger.base.perplexity_reference:.4f} ± {ledger.base.perplexity_reference_stderr:.2g}"
-    table.add_row("as trained", "", reference, "1", "0", "1", "1", "1", "reference", style="bold")
+    table.add_column("verdict", no_wrap=True)
+    perplexity = f"{ledger.base.perplexity_reference:.4f}"
+    table.add_row("as trained", "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
     table.add_row("base alone", "", *_numbers(ledger.base), "", style="dim")
     table.add_row("merged, 16 bit", "", *_numbers(ledger.merged), "", style="dim")
     for entry in ledger.entries:
@@ -78,10 +82,21 @@ def print_ledger(run: Run, ledger: Ledger) -> None:
     console.print(table)
     console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
     console.print(f"{ledger.tokens.protocol}; float32 activations", highlight=False, soft_wrap=True)
+    console.print(LEGEND, highlight=False, soft_wrap=True)
     for entry in ledger.entries:
         for reason in entry.verdict.reasons:
             console.print(f"{entry.artifact.name}: {reason}", highlight=False, soft_wrap=True)
     _print_assumptions(console, run)
+
+
+def _console() -> Console:
+    """Stdout; wide enough for the tables when it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def size(count: int) -> str:
@@ -95,12 +110,11 @@ def size(count: int) -> str:
 
 def _verdict(entry: Entry) -> str:
     outcome = entry.verdict.outcome
-    if entry.recipe.expect == "fail":
-        outcome_text = f"{outcome}, as expected" if entry.as_expected else f"{outcome}, expected to fail"
-    else:
-        outcome_text = outcome
-    colour = "green" if entry.as_expected else "red"
-    return f"[{colour if outcome != 'inconclusive' else 'yellow'}]{outcome_text}[/]"
+    if not entry.as_expected and entry.recipe.expect == "fail":
+        return f"[red]{outcome}, expected to fail[/]"
+    if outcome == "fail" and entry.as_expected:
+        return "[green]fail, as expected[/]"
+    return f"[{COLOURS[outcome]}]{outcome}[/]"
 
 
 def _numbers(drift: Drift) -> tuple[str, ...]:
@@ -108,8 +122,8 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
         f"{drift.perplexity:.4f}",
         f"{math.exp(drift.ln_ppl_ratio):.4f} ± {drift.ln_ppl_ratio_stderr:.1g}",
         f"{drift.mean_kl:.2g}",
-        f"{drift.same_top1:.2%}",
-        "" if drift.gain_kept is None else f"{drift.gain_kept:.2%}",
+        f"{drift.same_top1:.1%}",
+        "" if drift.gain_kept is None else f"{drift.gain_kept:.1%}",
         "" if drift.survival_min is None else f"{drift.survival_min:.1%}",
     )
 

@@ -24,6 +24,7 @@ from qlora_export.errors import InputError
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
     ModelSession,
+    attach_adapter,
     decoded_weight,
     load_causal_lm,
     pin_weights,
@@ -77,7 +78,7 @@ def open_as_trained(base: Path, adapter: Path, training: TrainingQuantization) -
     finally:
         torch.set_num_threads(threads)
     _require_recorded(model, training)
-    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    model = attach_adapter(model, adapter)
     widen_dense(model)
     pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])
     return AsTrained(model, training)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,19 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}", "is the folder complete?") from error
     return model.eval()
+
+
+def attach_adapter(model: Any, folder: Path) -> Any:
+    """The model with a live peft adapter; raises InputError when peft cannot load it."""
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            # transformers 5.23 deprecates a property that peft 0.21 still asks for.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(model, folder).eval()
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: peft cannot load it: {error}", "does it belong to this base?") from error
 
 
 def widen_dense(model: Any) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 import torch
 
 from qlora_export.contracts import Session
-from qlora_export.errors import InputError
-from qlora_export.runtimes.loading import ModelSession, load_causal_lm, pin_weights, widen_dense
+from qlora_export.runtimes.loading import ModelSession, attach_adapter, load_causal_lm, pin_weights, widen_dense
 
 ADAPTER_FOLDER = "adapter"
 
@@ -30,10 +28,7 @@ class TransformersRuntime:
         """Load the folder; raises InputError when it does not load."""
         model = load_causal_lm(folder, dtype=torch.float32)
         if (folder / ADAPTER_FOLDER).is_dir():
-            try:
-                model = peft.PeftModel.from_pretrained(model, folder / ADAPTER_FOLDER).eval()
-            except (ValueError, RuntimeError, OSError, KeyError) as error:
-                raise InputError(f"{folder / ADAPTER_FOLDER}: peft cannot load it: {error}") from error
+            model = attach_adapter(model, folder / ADAPTER_FOLDER)
         widen_dense(model)
         pin_weights(model)
         yield ModelSession(model)

@@ -136,9 +136,10 @@ def test_nf4_adapter_holds_the_codes_of_training(
     for name, tensor in live.items():
         if "quant_state" not in name:
             assert torch.equal(found[name], tensor), name
-    assert load_file(folder / "adapter/adapter_model.safetensors").keys() == load_file(
-        pico_adapter / "adapter_model.safetensors"
-    ).keys()
+    assert (
+        load_file(folder / "adapter/adapter_model.safetensors").keys()
+        == load_file(pico_adapter / "adapter_model.safetensors").keys()
+    )
     assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
         pico_adapter / "adapter_model.safetensors"
     ).read_bytes()
@@ -181,7 +182,9 @@ def test_kept_modules_stay_dense_in_bytes_and_config(pico_recipe: RecipeMaker, t
     assert kinds["model.layers.1.mlp.up_proj"] == "Linear4bit"
 
 
-def test_carried_files_and_config(pico_recipe: RecipeMaker, pico_base: Path, adapter_copy: Path, tmp_path: Path) -> None:
+def test_carried_files_and_config(
+    pico_recipe: RecipeMaker, pico_base: Path, adapter_copy: Path, tmp_path: Path
+) -> None:
     (adapter_copy / "chat_template.jinja").write_text("{{ bos_token }}own template")
     recipe = pico_recipe("bf16", "nf4", adapter=str(adapter_copy))
     plan = make_plan(recipe, tmp_path / "out")
@@ -294,7 +297,9 @@ def test_an_overflow_of_fp16_is_named(pico_recipe: RecipeMaker, base_copy: Path,
         run(pico_recipe("fp16", base=str(base_copy)), tmp_path / "out")
 
 
-def test_sources_are_never_touched(pico_recipe: RecipeMaker, base_copy: Path, adapter_copy: Path, tmp_path: Path) -> None:
+def test_sources_are_never_touched(
+    pico_recipe: RecipeMaker, base_copy: Path, adapter_copy: Path, tmp_path: Path
+) -> None:
     before = folder_bytes(base_copy), folder_bytes(adapter_copy)
     for folder in (base_copy, adapter_copy):
         for path in folder.iterdir():

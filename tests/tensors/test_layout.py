@@ -35,9 +35,7 @@ def test_any_layout_is_a_valid_aligned_file(
     ]
     layout = lay_out(tensors, shard_bytes)
     rng = np.random.default_rng(0)
-    contents = {
-        part.name: rng.integers(0, 256, part_bytes(part), np.uint8) for group in tensors for part in group
-    }
+    contents = {part.name: rng.integers(0, 256, part_bytes(part), np.uint8) for group in tensors for part in group}
     with ShardWriter(folder, layout) as writer:
         for name, data in reversed(contents.items()):
             half = len(data) // 2

@@ -1,0 +1,204 @@
+"""The command as a user runs it: real processes, stdout, stderr and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import edit_json, edit_tensors
+
+
+def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "qlora_export", *map(str, arguments)]
+    return subprocess.run(words, check=False, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def recipe(pico_base: Path, pico_adapter: Path, pico_text: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    artifacts = [{"format": "bf16"}, {"format": "nf4", "expect": "fail"}, {"format": "nf4-adapter"}]
+    data = {
+        "base": str(pico_base),
+        "adapter": str(pico_adapter),
+        "artifacts": artifacts,
+        "drift": {"text": str(pico_text), "limits": {"gain_kept": None}},
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, time\nstart = time.perf_counter()\nsys.argv = ['qlora-export', '--help']\n"
+        "from qlora_export.cli.main import _run\ncode = _run()\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'numba', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "print(code, heavy, file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert found.stderr.strip() == "0 set()"
+    for verb in ("demo", "plan", "build", "check"):
+        assert verb in found.stdout
+
+
+def test_help_takes_less_than_a_long_breath() -> None:
+    """Far above what it takes, so that a busy machine does not fail it, and far below importing torch."""
+    best = min(_seconds("--help") for _ in range(3))
+    assert best < 0.7
+
+
+def _seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    assert command(*arguments).returncode == 0
+    return time.perf_counter() - start
+
+
+def test_the_script_is_the_module() -> None:
+    script = Path(sys.executable).parent / "qlora-export"
+    found = subprocess.run([script, "--version"], check=True, capture_output=True, text=True)
+    assert found.stdout == command("--version").stdout
+
+
+def test_plan_in_words_and_as_json(recipe: Path) -> None:
+    found = command("plan", recipe)
+    assert found.returncode == 0, found.stderr
+    assert "nf4-adapter" in found.stdout
+    assert found.stderr == ""
+    data = json.loads(command("plan", recipe, "--json").stdout)
+    assert [artifact["name"] for artifact in data["artifacts"]] == ["bf16", "nf4", "nf4-adapter"]
+
+
+def test_flags_do_what_a_recipe_does(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
+    flags = [
+        "--base",
+        pico_base,
+        "--adapter",
+        pico_adapter,
+        "--format",
+        "bf16",
+        "--format",
+        "nf4",
+        "--onto",
+        "original",
+    ]
+    found = command("build", *flags, "--out", tmp_path / "out", "--json")
+    assert found.returncode == 0, found.stderr
+    data = json.loads(found.stdout)
+    assert [artifact["verdict"] for artifact in data["artifacts"]] == ["not-measured"] * 2
+    assert data == json.loads((tmp_path / "out/report.json").read_text())
+    assert json.loads((tmp_path / "out/nf4/manifest.json").read_text())["onto"] == "original"
+
+
+def test_check_reports_every_key_of_schema_1(recipe: Path, tmp_path: Path) -> None:
+    found = command("check", recipe, "--out", tmp_path / "out", "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    data = json.loads(found.stdout)
+    assert data == json.loads((tmp_path / "out/report.json").read_text())
+    assert {"schema", "recipe_digest", "tokens", "reference", "artifacts", "published", "exit_code"} <= set(data)
+    assert set(data["tokens"]) == {"sha256", "count", "protocol"}
+    verdicts = {artifact["name"]: artifact["verdict"] for artifact in data["artifacts"]}
+    assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass"}
+    keys = {
+        "perplexity", "perplexity_reference", "ln_ppl_ratio", "ln_ppl_ratio_stderr", "mean_kl", "mean_kl_stderr",
+        "same_top1", "gain_kept", "survival_median", "survival_min",
+    }  # fmt: skip
+    for artifact in data["artifacts"]:
+        assert {"name", "format", "path", "bytes", "runtime", "verdict", "reasons", "drift"} <= set(artifact)
+        assert keys <= set(artifact["drift"])
+    adapter = data["artifacts"][2]["drift"]
+    assert adapter["mean_kl"] == 0
+    assert adapter["same_top1"] == 1
+    again = command("check", recipe, "--out", tmp_path / "out")
+    assert again.returncode == 0
+    assert "fail, as expected" in again.stdout
+
+
+def test_an_artifact_beyond_its_limits_is_exit_3(recipe: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(recipe.read_text())
+    data["artifacts"][1]["expect"] = "pass"
+    recipe.write_text(yaml.safe_dump(data))
+    found = command("check", recipe, "--out", tmp_path / "out", "--json")
+    assert found.returncode == 3
+    assert json.loads(found.stdout)["exit_code"] == 3
+    data["artifacts"] = [{"format": "bf16", "expect": "fail"}]
+    recipe.write_text(yaml.safe_dump(data))
+    assert command("check", recipe, "--out", tmp_path / "out").returncode == 3
+
+
+def broken(place: Path, case: str) -> None:
+    if case == "pickles":
+        (place / "base/model.safetensors").rename(place / "base/pytorch_model.bin")
+    elif case == "truncated":
+        path = place / "base/model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    elif case == "variant":
+        edit_json(place / "adapter/adapter_config.json", use_dora=True)
+    elif case == "nan":
+        edit_tensors(
+            place / "adapter/adapter_model.safetensors",
+            lambda tensors: next(iter(tensors.values())).fill_(float("nan")),
+        )
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "says"),
+    [
+        ("pickles", 4, "its only weights are pickles"),
+        ("truncated", 5, "model.safetensors"),
+        ("variant", 4, "DoRA cannot be merged yet"),
+        ("nan", 5, "NaN or infinite"),
+        ("none", 0, ""),
+    ],
+)
+def test_bad_input(pico_base: Path, pico_adapter: Path, tmp_path: Path, case: str, code: int, says: str) -> None:
+    shutil.copytree(pico_base, tmp_path / "base")
+    shutil.copytree(pico_adapter, tmp_path / "adapter")
+    broken(tmp_path, case)
+    flags = ["--base", "base", "--adapter", "adapter", "--format", "bf16", "--out", "out"]
+    found = command("build", *flags, cwd=tmp_path)
+    assert found.returncode == code, found.stderr
+    if code:
+        assert says in found.stderr
+        assert found.stderr.startswith("error: ")
+        assert "\nhint: " in found.stderr
+        assert "Traceback" not in found.stderr
+        assert found.stdout == ""
+        assert not (tmp_path / "out/bf16").exists()
+        as_json = json.loads(command("build", *flags, "--json", cwd=tmp_path).stdout)
+        assert as_json["exit_code"] == code
+        assert says in as_json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan"], "no recipe"),
+        (["plan", "--base", "x"], "no recipe"),
+        (["plan", "r.yaml", "--base", "x"], "a recipe and --base"),
+        (["plan", "--base", "b", "--adapter", "a", "--format", "nf5"], "did you mean nf4"),
+        (["plan", "--base", "b", "--adapter", "a", "--format", "nf4", "--onto", "base"], "merge.onto"),
+        (["build", "--workers", "0"], "--workers"),
+        (["paln"], "paln"),
+        (["check", "--base", "b", "--adapter", "a", "--format", "nf4"], "no drift.text"),
+    ],
+)
+def test_usage_errors_are_exit_2(tmp_path: Path, arguments: list[str], says: str) -> None:
+    found = command(*arguments, cwd=tmp_path)
+    assert found.returncode == 2, found.stderr
+    assert says in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_exit_6(pico_base: Path, pico_adapter: Path) -> None:
+    flags = ["--base", pico_base, "--adapter", pico_adapter, "--format", "bf16", "--out", "/proc/none"]
+    found = command("build", *flags)
+    assert found.returncode == 6
+    assert "Traceback" not in found.stderr

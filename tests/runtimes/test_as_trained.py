@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from qlora_export import catalog
+from qlora_export.build import BuildOptions, build
+from qlora_export.errors import InputError
+from qlora_export.plan import make_plan
+from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
+from qlora_export.sources.sidecar import read_sidecar
+from tests.conftest import RecipeMaker, edit_tensors, load_qlora, save_adapter, save_base
+
+TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77]
+
+
+@pytest.fixture(scope="module")
+def live(pico_base: Path, pico_adapter: Path) -> AsTrained:
+    return open_as_trained(pico_base, pico_adapter, read_sidecar(pico_adapter))
+
+
+def test_it_is_the_training_step_in_float32(live: AsTrained, pico_base: Path, pico_adapter: Path) -> None:
+    """In bf16, as training runs it, the live model differs from the reference by bf16 noise alone."""
+    model = peft.PeftModel.from_pretrained(load_qlora(pico_base), pico_adapter).train()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([TOKENS])).logits[0].float()
+    noisy = torch.log_softmax(logits, -1).numpy()
+    exact = live.tuned().log_probabilities(TOKENS)
+    divergence = (np.exp(exact) * (exact - noisy)).sum(axis=1)
+    assert 1e-9 < divergence.mean() < 1e-3
+
+
+def test_base_and_merged_are_what_they_are_called(live: AsTrained) -> None:
+    tuned = live.tuned().log_probabilities(TOKENS)
+    with live.base() as session:
+        base = session.log_probabilities(TOKENS)
+    with live.merged() as session:
+        merged = session.log_probabilities(TOKENS)
+    again = live.tuned().log_probabilities(TOKENS)
+    assert np.array_equal(tuned, again)
+    assert np.abs(base - tuned).max() > 0.1
+    assert 0 < np.abs(merged - tuned).max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["bf16", "nf4-adapter"])
+def test_artifacts_compute_the_same_function(
+    live: AsTrained, pico_recipe: RecipeMaker, tmp_path: Path, name: str
+) -> None:
+    """Our merged bytes against the live reference merged by torch; our NF4 folder with its adapter, bit for bit."""
+    build(make_plan(pico_recipe(name), tmp_path), tmp_path, BuildOptions())
+    with catalog.load_runtime("transformers").open(tmp_path / name) as session:
+        found = session.log_probabilities(TOKENS)
+    if name == "bf16":
+        with live.merged() as session:
+            expected = session.log_probabilities(TOKENS)
+        assert np.abs(found - expected).max() < 2e-3
+    else:
+        assert np.array_equal(found, live.tuned().log_probabilities(TOKENS))
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float32])
+def test_a_base_stored_otherwise_than_computed(tmp_path: Path, storage: torch.dtype) -> None:
+    """The weight of the reference is rounded as in training, whatever dtype the base was loaded in."""
+    import json
+
+    base = save_base(tmp_path / "base", seed=6, dtype=storage)
+    adapter = save_adapter(base, tmp_path / "adapter", seed=7)
+    from qlora_export.training import record
+
+    record(load_qlora(base, storage), adapter)
+    training = read_sidecar(adapter)
+    assert training.weight_roundings == ("BF16",)
+    assert training.storage_dtype == {torch.float16: "F16", torch.float32: "F32"}[storage]
+    from qlora_export.recipe import Recipe
+
+    recipe = Recipe.model_validate(
+        {"base": str(base), "adapter": str(adapter), "artifacts": [{"format": "nf4-adapter"}]}
+    )
+    build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
+    live = open_as_trained(base, adapter, training)
+    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+        assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
+    config = json.loads((tmp_path / "out/nf4-adapter/config.json").read_text())
+    assert config["dtype"] == str(storage).removeprefix("torch.")
+
+
+def test_another_base_than_in_training_is_refused(base_copy: Path, pico_adapter: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].neg_())
+    with pytest.raises(InputError, match="layers.0.mlp.up_proj: bitsandbytes on this machine quantises"):
+        open_as_trained(base_copy, pico_adapter, read_sidecar(pico_adapter))
+
+
+def test_a_folder_that_does_not_load_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with (
+        pytest.raises(InputError, match="transformers cannot load it"),
+        catalog.load_runtime("transformers").open(tmp_path),
+    ):
+        pass
