@@ -13,7 +13,7 @@ def tokens(windows: int, length: int) -> TokenSet:
     return TokenSet((window,) * windows, "test")
 
 
-def measurement(nll: np.ndarray, top1: np.ndarray | None = None, kl: np.ndarray | None = None) -> Measurement:  # type: ignore[type-arg]
+def measurement(nll: np.ndarray, top1: np.ndarray | None = None, kl: np.ndarray | None = None) -> Measurement:
     count = len(nll)
     return Measurement(
         "m", "r", nll, np.zeros(count, np.int64) if top1 is None else top1, np.zeros(count) if kl is None else kl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -37,7 +38,7 @@ def encode(form: Format, spec: TensorSpec, values: Any, cuts: list[int]) -> dict
             raw[piece.part][place] = piece.data.reshape(-1).view(np.uint8)
             written[piece.part][place] += 1
 
-    blocks = list(zip(cuts[:-1], cuts[1:], strict=True))
+    blocks = list(itertools.pairwise(cuts))
     for first, last in reversed(blocks):
         put(encoder.encode(values[first * spec.columns : last * spec.columns].copy(), first))
     put(encoder.seal())

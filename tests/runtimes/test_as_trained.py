@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from qlora_export import catalog
 from qlora_export.build import BuildOptions, build
 from qlora_export.errors import InputError
 from qlora_export.plan import make_plan
+from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
 from qlora_export.sources.sidecar import read_sidecar
+from qlora_export.training import record
 from tests.conftest import RecipeMaker, edit_tensors, load_qlora, save_adapter, save_base
 
 TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77]
@@ -65,18 +68,12 @@ def test_artifacts_compute_the_same_function(
 @pytest.mark.parametrize("storage", [torch.float16, torch.float32])
 def test_a_base_stored_otherwise_than_computed(tmp_path: Path, storage: torch.dtype) -> None:
     """The weight of the reference is rounded as in training, whatever dtype the base was loaded in."""
-    import json
-
     base = save_base(tmp_path / "base", seed=6, dtype=storage)
     adapter = save_adapter(base, tmp_path / "adapter", seed=7)
-    from qlora_export.training import record
-
     record(load_qlora(base, storage), adapter)
     training = read_sidecar(adapter)
     assert training.weight_roundings == ("BF16",)
     assert training.storage_dtype == {torch.float16: "F16", torch.float32: "F32"}[storage]
-    from qlora_export.recipe import Recipe
-
     recipe = Recipe.model_validate(
         {"base": str(base), "adapter": str(adapter), "artifacts": [{"format": "nf4-adapter"}]}
     )

@@ -1,0 +1,125 @@
+"""The embedded release, as a user runs it and as others open what it made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.conftest import DEMO, folder_bytes
+
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished demo run."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    words = [sys.executable, "-m", "qlora_export", "demo", "--out", str(folder)]
+    found = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "fail, as expected" in found.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return data
+
+
+def test_the_demo_shows_the_point(report: dict[str, Any]) -> None:
+    drift = {artifact["name"]: artifact["drift"] for artifact in report["artifacts"]}
+    verdicts = {artifact["name"]: artifact["verdict"] for artifact in report["artifacts"]}
+    assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass"}
+    assert report["reference"]["training_quantization"] == "recorded"
+    assert drift["nf4"]["survival_min"] < 0.6
+    assert drift["nf4"]["gain_kept"] < 0.9
+    assert drift["nf4-adapter"]["mean_kl"] == 0
+    assert drift["nf4-adapter"]["ln_ppl_ratio"] == 0
+    assert drift["bf16"]["mean_kl"] < 1e-4
+    assert drift["bf16"]["survival_min"] > 0.99
+
+
+def test_our_bf16_is_the_merge_of_torch_and_bitsandbytes(report: dict[str, Any]) -> None:
+    """The merged row is computed by peft on bitsandbytes' weights, the artifact by our engine."""
+    (bf16,) = [artifact["drift"] for artifact in report["artifacts"] if artifact["name"] == "bf16"]
+    merged = report["reference"]["merged"]
+    assert bf16["mean_kl"] == pytest.approx(merged["mean_kl"], rel=0.02)
+    assert bf16["ln_ppl_ratio"] == pytest.approx(merged["ln_ppl_ratio"], abs=2e-6)
+
+
+def test_a_second_run_keeps_everything(out: Path) -> None:
+    before = folder_bytes(out)
+    words = [sys.executable, "-m", "qlora_export", "demo", "--out", str(out), "--json"]
+    found = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert all(artifact["reused"] for artifact in json.loads(found.stdout)["artifacts"])
+    after = folder_bytes(out)
+    before.pop("report.json")
+    after.pop("report.json")
+    assert after == before
+
+
+def answer(model: Any, tokenizer: Any) -> str:
+    line = (DEMO / "holdout.jsonl").read_text().splitlines()[3]
+    prompt = json.loads(line)["messages"][:1]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        found = model.generate(ids, max_new_tokens=20, do_sample=False)
+    decoded: str = tokenizer.decode(found[0, ids.shape[1] :])
+    return decoded
+
+
+def test_every_folder_loads_plainly_and_answers(out: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "nf4")
+    answers = {}
+    for name in ("bf16", "nf4", "nf4-adapter"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(out / name)
+        if name == "nf4-adapter":
+            model = peft.PeftModel.from_pretrained(model, out / name / "adapter")
+        answers[name] = answer(model, tokenizer)
+    assert answers["bf16"].startswith("Case ")
+    assert answers["nf4-adapter"] == answers["bf16"]
+
+
+def test_transformers_loads_the_kept_adapter_by_itself(out: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "nf4-adapter")
+    model.load_adapter(str(out / "nf4-adapter" / "adapter"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "nf4-adapter")
+    assert answer(model, tokenizer).startswith("Case ")
+
+
+def test_the_embedded_model_is_small_and_recorded() -> None:
+    assert sum(len(raw) for raw in folder_bytes(DEMO).values()) < 9 * MEGABYTE
+    record = json.loads((DEMO / "training_record.json").read_text())
+    assert 0.04 < record["adapter"]["relative_delta_median"] < 0.12
+    assert len(record["adapter"]["relative_delta"]) == 28
+    assert record["adapter"]["held_out_nll_tuned"] < record["adapter"]["held_out_nll_base"] / 4
+    sizes = [tensor.numel() for tensor in load_file(DEMO / "base/model.safetensors").values()]
+    assert 3e6 < sum(sizes) < 4e6
+
+
+def test_the_held_out_text_comes_from_the_generator() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("demo_dialogues", Path("tools/demo_dialogues.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo_dialogues"] = module
+    spec.loader.exec_module(module)
+    lines = (DEMO / "holdout.jsonl").read_text().splitlines()
+    record = json.loads((DEMO / "training_record.json").read_text())
+    expected = module.dialogues(record["seeds"]["held_out_dialogues"], len(lines))
+    assert [json.loads(line)["messages"] for line in lines] == expected
+    trained = {json.dumps(talk) for talk in module.dialogues(record["seeds"]["train_dialogues"], 6000)}
+    assert not trained & {json.dumps(talk) for talk in expected}
