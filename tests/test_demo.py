@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.conftest import DEMO, folder_bytes
+from qlora_export.runtimes.loading import decoded_weight
+from tests.conftest import DEMO, folder_bytes, half_step, load_qlora
 
 MEGABYTE = 1_000_000
 
@@ -55,6 +56,20 @@ def test_our_bf16_is_the_merge_of_torch_and_bitsandbytes(report: dict[str, Any])
     merged = report["reference"]["merged"]
     assert bf16["mean_kl"] == pytest.approx(merged["mean_kl"], rel=0.02)
     assert bf16["ln_ppl_ratio"] == pytest.approx(merged["ln_ppl_ratio"], abs=2e-6)
+
+
+def test_our_bf16_is_pefts_merge_onto_the_dequantised_base(out: Path) -> None:
+    """Within one bf16 rounding, on every tensor."""
+    live = load_qlora(DEMO / "base")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
+    for name, module in live.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            dense.get_submodule(name).weight.data = decoded_weight(module, [torch.bfloat16])
+    merged = peft.PeftModel.from_pretrained(dense, DEMO / "adapter").merge_and_unload().state_dict()
+    found = load_file(out / "bf16/model.safetensors")
+    assert set(merged) - set(found) == {"lm_head.weight"}, "the head is tied"
+    for name, tensor in found.items():
+        assert ((tensor.float() - merged[name]).abs() <= half_step(merged[name])).all(), name
 
 
 def test_a_second_run_keeps_everything(out: Path) -> None:

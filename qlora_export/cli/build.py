@@ -38,7 +38,8 @@ def build(
     facts = recipe_from(recipe, base, adapter, formats, onto, text)
     options = run_options(recipe, out, workers)
     run = run_build(facts, options)
-    write_report(run, options.out)
+    if not all(artifact.reused for artifact in run.artifacts):
+        write_report(run, options.out)
     if as_json:
         print(json.dumps(report(run), indent=2))
     else:

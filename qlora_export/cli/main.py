@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import traceback
@@ -44,6 +45,8 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def run() -> NoReturn:
     """Run the command and end the process with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # bitsandbytes warns at import that an optional package of kernels is not there; none of it is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(_run())
 
 

@@ -118,9 +118,10 @@ def _verdict(entry: Entry) -> str:
 
 
 def _numbers(drift: Drift) -> tuple[str, ...]:
+    ratio = math.exp(drift.ln_ppl_ratio)
     return (
         f"{drift.perplexity:.4f}",
-        f"{math.exp(drift.ln_ppl_ratio):.4f} ± {drift.ln_ppl_ratio_stderr:.1g}",
+        f"{ratio:.4f} ± {ratio * drift.ln_ppl_ratio_stderr:.1g}",
         f"{drift.mean_kl:.2g}",
         f"{drift.same_top1:.1%}",
         "" if drift.gain_kept is None else f"{drift.gain_kept:.1%}",

@@ -8,22 +8,19 @@ float32 with the very values that a model sees: decoded in float32, then rounded
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
+import peft
 import torch
+import transformers
 
 from qlora_export.contracts import Float32
 from qlora_export.errors import InputError
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-import bitsandbytes  # noqa: E402
-import transformers  # noqa: E402
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,7 +30,9 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
+        )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}", "is the folder complete?") from error
     return model.eval()
@@ -41,13 +40,11 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
 
 def attach_adapter(model: Any, folder: Path) -> Any:
     """The model with a live peft adapter; raises InputError when peft cannot load it."""
-    import peft
-
     try:
         with warnings.catch_warnings():
             # transformers 5.23 deprecates a property that peft 0.21 still asks for.
             warnings.simplefilter("ignore", FutureWarning)
-            return peft.PeftModel.from_pretrained(model, folder).eval()
+            return peft.PeftModel.from_pretrained(model, folder, local_files_only=True).eval()
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(f"{folder}: peft cannot load it: {error}", "does it belong to this base?") from error
 
@@ -107,7 +104,9 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         transformers.utils.logging.set_verbosity_error()
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (ValueError, OSError, KeyError) as error:
             raise InputError(f"{folder}: no tokenizer can be loaded: {error}", "add the tokenizer's files") from error
         self._folder = folder

@@ -25,6 +25,7 @@ from tests.conftest import (
     edit_json,
     edit_tensors,
     folder_bytes,
+    half_step,
     load_qlora,
     save_adapter,
     save_base,
@@ -95,8 +96,7 @@ def test_as_trained_equals_the_merge_of_peft_within_one_rounding(tmp_path: Path,
             expected = weight + module.get_delta_weight("default").float()
             key = f"{name.removeprefix('base_model.model.')}.weight"
             assert torch.allclose(exact[key], expected, rtol=1e-6, atol=1e-7)
-            step = expected.abs().clamp(min=1e-30).log2().floor().exp2() * 2**-8
-            assert ((rounded[key].float() - expected).abs() <= step).all()
+            assert ((rounded[key].float() - expected).abs() <= half_step(expected)).all()
             assert torch.equal(rounded[key], exact[key].bfloat16())
             seen += 1
     assert seen == 14

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def recipe(pico_base: Path, pico_adapter: Path, pico_text: Path, tmp_path: Path)
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     script = (
-        "import sys, time\nstart = time.perf_counter()\nsys.argv = ['qlora-export', '--help']\n"
+        "import sys\nsys.argv = ['qlora-export', '--help']\n"
         "from qlora_export.cli.main import _run\ncode = _run()\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'numba', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "print(code, heavy, file=sys.stderr)"
@@ -46,18 +45,6 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert found.stderr.strip() == "0 set()"
     for verb in ("demo", "plan", "build", "check"):
         assert verb in found.stdout
-
-
-def test_help_takes_less_than_a_long_breath() -> None:
-    """Far above what it takes, so that a busy machine does not fail it, and far below importing torch."""
-    best = min(_seconds("--help") for _ in range(3))
-    assert best < 0.7
-
-
-def _seconds(*arguments: str) -> float:
-    start = time.perf_counter()
-    assert command(*arguments).returncode == 0
-    return time.perf_counter() - start
 
 
 def test_the_script_is_the_module() -> None:
@@ -116,6 +103,8 @@ def test_check_reports_every_key_of_schema_1(recipe: Path, tmp_path: Path) -> No
     adapter = data["artifacts"][2]["drift"]
     assert adapter["mean_kl"] == 0
     assert adapter["same_top1"] == 1
+    assert command("build", recipe, "--out", tmp_path / "out").returncode == 0
+    assert data == json.loads((tmp_path / "out/report.json").read_text()), "a build that built nothing keeps the report"
     again = command("check", recipe, "--out", tmp_path / "out")
     assert again.returncode == 0
     assert "fail, as expected" in again.stdout
