@@ -24,7 +24,7 @@ from qlora_export.drift.measure import (
 )
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
-from qlora_export.errors import UsageError
+from qlora_export.errors import InputError, UsageError
 from qlora_export.plan import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.run import Run
@@ -70,17 +70,30 @@ def run_check(recipe: Recipe, options: RunOptions) -> Run:
 
     tokenizer = FolderTokenizer(run.artifacts[0].path)
     tokens = token_set(text, tokenizer, recipe.drift.window_tokens, recipe.drift.tokens)
+    _require_in_vocabulary(tokens, run.plan)
     with reference_probabilities(options.out, tokens) as store:
         references = _measure_references(run.plan, store, options)
         ledger = _measure_artifacts(run, references, tokens, store, options)
     return Run(run.plan, run.artifacts, ledger)
 
 
+def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
+    """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
+    config = plan.checkpoint.config
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    highest = max(max(window.tokens) for window in tokens.windows)
+    if isinstance(rows, int) and highest >= rows:
+        raise InputError(
+            f"{plan.checkpoint.folder}: token {highest} of the text has no row in an embedding of {rows}",
+            "the adapter's tokenizer has more tokens than the base: was the vocabulary resized in training?",
+        )
+
+
 def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunOptions) -> References:
     """Measure the live model of training with the adapter, without it, and merged."""
     from qlora_export.runtimes.as_trained import open_as_trained
 
-    live = open_as_trained(plan.checkpoint.folder, plan.adapter.folder, plan.training)
+    live = open_as_trained(plan.checkpoint, plan.adapter.folder, plan.training)
     with options.track("measure as trained") as progress:
         keep_reference(live.tuned(), store, progress)
     with live.base() as session, options.track("measure the base") as progress:

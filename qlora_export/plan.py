@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.tensors.dtypes import FLOATS, TORCH_NAMES
-from qlora_export.tensors.layout import Layout, lay_out
+from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 
 # Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
 BLOCK_WEIGHTS = 1 << 17
 INTERPRETER_BYTES = 220_000_000
+SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ class ArtifactPlan:
         return self.recipe.name
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files but the manifest, sorted."""
+        return tuple(sorted([shard.file for shard in self.layout.shards] + [file.name for file in self.carried]))
+
+    @property
     def bytes(self) -> int:
         """Size of the folder without its manifest."""
-        return self.layout.total_bytes + len(self.layout.index() or b"") + sum(file.bytes for file in self.carried)
+        return self.layout.total_bytes + sum(file.bytes for file in self.carried)
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,16 @@ class Plan:
 def make_plan(recipe: Recipe, out: Path) -> Plan:
     """Plan a recipe; raises PlanRefused with every problem that the headers show."""
     opened = [_opened(open_checkpoint, recipe.path(recipe.base)), _opened(open_adapter, recipe.path(recipe.adapter))]
-    if problems := [found for found in opened if isinstance(found, Problem)]:
+    problems = [found for found in opened if isinstance(found, Problem)]
+    problems += _place_problems(out, [recipe.path(recipe.base), recipe.path(recipe.adapter)])
+    if problems:
         raise PlanRefused(problems)
     checkpoint, adapter = opened
     adaptations, misfits = match_adapter(adapter, checkpoint)
     problems = [*_base_problems(checkpoint), *variant_problems(adapter), *_training_problems(adapter, checkpoint)]
     problems += misfits
     quantised = quantised_modules(checkpoint, adapter.training)
-    problems += _keep_problems(recipe, quantised)
+    problems += _artifact_problems(recipe, adapter.training, quantised)
     if problems:
         raise PlanRefused(problems)
     artifacts = tuple(_plan_artifact(recipe, item, checkpoint, adapter, quantised) for item in recipe.artifacts)
@@ -152,15 +160,22 @@ def _opened(opener: Any, folder: Path) -> Any:
 
 
 def _base_problems(checkpoint: Checkpoint) -> list[Problem]:
-    problems = []
-    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-        problems.append(
-            Problem(
-                ExitCode.REFUSED,
-                f"{checkpoint.folder}: the base is stored in {method}, which cannot be merged onto yet",
-                "give the 16-bit base",
-            )
+    sections = {"config.json": checkpoint.config, **checkpoint.config}
+    stored = {
+        name: section["quantization_config"]
+        for name, section in sections.items()
+        if isinstance(section, dict) and section.get("quantization_config")
+    }
+    problems = [
+        Problem(
+            ExitCode.REFUSED,
+            f"{checkpoint.folder}: the base is stored in "
+            f"{how.get('quant_method', 'an unnamed method') if isinstance(how, dict) else how} ({name}), "
+            "which cannot be merged onto yet",
+            "give the 16-bit base",
         )
+        for name, how in stored.items()
+    ]
     odd = [tensor for tensor in checkpoint.tensors.values() if tensor.spec.dtype[0] == "F"]
     return problems + [
         Problem(
@@ -206,12 +221,30 @@ def _training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem
     return problems
 
 
-def _keep_problems(recipe: Recipe, quantised: AbstractSet[str]) -> list[Problem]:
+def _place_problems(out: Path, sources: list[Path]) -> list[Problem]:
+    """Sources are never written to, so the run folder may not be or lie in one."""
+    place = out.absolute().resolve()
     return [
-        Problem(ExitCode.USAGE, f"artifact {artifact.name}: keep {pattern!r} matches no module", "see the base's names")
-        for artifact in recipe.artifacts
-        for pattern in artifact.keep
-        if not fnmatch.filter(quantised, pattern)
+        Problem(ExitCode.USAGE, f"{out}: lies in the source {source}", "choose another --out")
+        for source in sources
+        if source.resolve() in (place, *place.parents)
+    ]
+
+
+def _artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised: AbstractSet[str]) -> list[Problem]:
+    """What an artifact is told that its format cannot do."""
+    problems = []
+    for artifact in recipe.artifacts:
+        form = catalog.load_format(artifact.format, training)
+        unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(quantised, pattern)]
+        problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
+        if artifact.keep and not form.quantises:
+            problems.append((artifact, f"{artifact.format} quantises nothing, so there is nothing to keep"))
+        if form.keeps_adapter and (artifact.keep or artifact.onto == "original"):
+            problems.append((artifact, f"{artifact.format} ships the base of training as it was"))
+    return [
+        Problem(ExitCode.USAGE, f"artifact {artifact.name}: {message}", "see `keep` and `onto` of this artifact")
+        for artifact, message in problems
     ]
 
 
@@ -250,8 +283,11 @@ def _plan_artifact(
     matrices = {spec.module for spec in (route.spec for route in routes.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | (matrices - encoded)))
     carried = carried_files(checkpoint, adapter, form, edited_config(checkpoint.config, form, kept))
-    plan = ArtifactPlan(item, form, recipe.onto(item), routes, layout, carried, "")
-    return ArtifactPlan(item, form, plan.onto, routes, layout, carried, _digest(plan, checkpoint, adapter))
+    if (index := layout.index()) is not None:
+        carried += (CarriedFile(INDEX_NAME, content=index),)
+    onto: Onto = "as-trained" if form.keeps_adapter else recipe.onto(item)
+    plan = ArtifactPlan(item, form, onto, routes, layout, carried, "")
+    return replace(plan, digest=_digest(plan, checkpoint, adapter))
 
 
 def route_parts(route: Route) -> tuple[Part, ...]:
@@ -279,7 +315,11 @@ def _digest(plan: ArtifactPlan, checkpoint: Checkpoint, adapter: Adapter) -> str
 
 def _disk_problem(plan: Plan, out: Path) -> Problem | None:
     """A problem when the artifacts that are not finished yet do not fit the disk."""
-    needed = sum(artifact.bytes for artifact in plan.artifacts if not (out / artifact.name).exists())
+    needed = 0
+    for artifact in plan.artifacts:
+        if not (out / artifact.name).exists():
+            partial = (out / f"{artifact.name}.partial").glob("*")
+            needed += max(0, artifact.bytes - sum(path.lstat().st_blocks * SECTOR_BYTES for path in partial))
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if needed <= free:

@@ -60,6 +60,8 @@ class ArtifactRecipe(_Facts):
     @model_validator(mode="before")
     @classmethod
     def _named_after_its_format(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"format": data}
         if isinstance(data, dict) and not data.get("name"):
             return {**data, "name": data.get("format", "")}
         return data
@@ -118,20 +120,37 @@ class Recipe(_Facts):
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file; raises UsageError naming every key that is wrong."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe", "give the path of a YAML recipe") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder", "give the path of a YAML recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}", "a recipe is a YAML mapping") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys, this is a {type(data).__name__}")
-    return make_recipe({**data, "folder": path.parent}, str(path))
+    return make_recipe(data, path.parent, str(path))
 
 
-def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
-    """Validate recipe data that came from `origin`, a file or the flags."""
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is stated twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; raises ConstructorError at the second of two equal keys."""
+        keys = [key.value for key, _ in node.value]
+        if again := next((key for key, _ in node.value if keys.count(key.value) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {again.value!r} is there twice", again.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def make_recipe(data: dict[str, Any], folder: Path, origin: str) -> Recipe:
+    """Validate recipe data that came from `origin`, a file or the flags; relative paths start at `folder`."""
     try:
-        recipe = Recipe.model_validate(data)
+        if "folder" in data:
+            raise UsageError(f"{origin}: unknown key folder", "paths are relative to the recipe's own folder")
+        recipe = Recipe.model_validate({**data, "folder": folder})
     except ValidationError as error:
         messages, hints = zip(*(_explain(item) for item in error.errors()), strict=True)
         raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None

@@ -111,7 +111,7 @@ def pico_adapter(pico_base: Path) -> Path:
 def pico_text(pico_base: Path) -> Path:
     """A few chats to measure on."""
     path = pico_base.parent / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": DIALOGUE}) for _ in range(6)))
+    path.write_text("\n".join(json.dumps({"messages": DIALOGUE}) for _ in range(10)))
     return path
 
 
@@ -125,7 +125,7 @@ def pico_recipe(pico_base: Path, pico_adapter: Path) -> RecipeMaker:
     def make(*formats: str | dict[str, Any], **changes: Any) -> Recipe:
         artifacts = [{"format": item} if isinstance(item, str) else item for item in formats]
         data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts, **changes}
-        return make_recipe({**data, "folder": Path()}, "test")
+        return make_recipe(data, Path(), "test")
 
     return make
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from qlora_export.build import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
 from qlora_export.plan import make_plan
-from tests.conftest import RecipeMaker, edit_json, edit_tensors, save_base
+from qlora_export.recipe import Recipe
+from tests.conftest import RecipeMaker, edit_json, edit_tensors, save_adapter, save_base
 
 
 def refused(recipe: Any, out: Path) -> PlanRefused:
@@ -29,9 +31,8 @@ def test_every_planned_byte_is_what_the_build_writes(pico_recipe: RecipeMaker, t
             if path.is_file()
         }
         del on_disk["manifest.json"]
-        index = on_disk.pop("model.safetensors.index.json")
         assert on_disk == item["files"]
-        assert item["bytes"] == sum(on_disk.values()) + index
+        assert item["bytes"] == sum(on_disk.values())
 
 
 def test_a_plan_reads_no_weight(pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path) -> None:
@@ -124,3 +125,63 @@ def test_the_summary_is_json(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     assert json.loads(json.dumps(summary)) == summary
     assert summary["adapted_tensors"] == 14
     assert summary["peak_memory_bytes"] < 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("artifact", "says"),
+    [
+        ({"format": "nf4-adapter", "onto": "original"}, "ships the base of training as it was"),
+        ({"format": "nf4-adapter", "keep": ["*.mlp.*"]}, "ships the base of training as it was"),
+        ({"format": "bf16", "keep": ["*.mlp.*"]}, "quantises nothing"),
+    ],
+)
+def test_what_a_format_cannot_do_is_said(
+    pico_recipe: RecipeMaker, tmp_path: Path, artifact: dict[str, Any], says: str
+) -> None:
+    error = refused(pico_recipe(artifact), tmp_path)
+    assert error.exit_code == ExitCode.USAGE
+    assert says in error.message
+
+
+def test_the_kept_base_is_that_of_training_whatever_the_others_are_merged_onto(
+    pico_recipe: RecipeMaker, tmp_path: Path
+) -> None:
+    plan = make_plan(pico_recipe("bf16", "nf4-adapter", merge={"onto": "original"}), tmp_path)
+    assert [item.onto for item in plan.artifacts] == ["original", "as-trained"]
+
+
+@pytest.mark.parametrize("place", ["base", "base/deeper", "adapter"])
+def test_a_run_folder_in_a_source_is_refused(
+    pico_recipe: RecipeMaker, base_copy: Path, adapter_copy: Path, place: str
+) -> None:
+    recipe = pico_recipe("bf16", base=str(base_copy), adapter=str(adapter_copy))
+    error = refused(recipe, base_copy.parent / place)
+    assert error.exit_code == ExitCode.USAGE
+    assert "lies in the source" in error.message
+
+
+@pytest.mark.parametrize("section", [{"quant_method": "gptq"}, "nf4"])
+def test_a_nested_quantisation_is_seen(pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path, section: Any) -> None:
+    edit_json(base_copy / "config.json", text_config={"quantization_config": section})
+    error = refused(pico_recipe("bf16", base=str(base_copy)), tmp_path)
+    assert error.exit_code == ExitCode.REFUSED
+    assert "(text_config)" in error.message
+
+
+def test_a_tied_pair_is_not_torn(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", seed=1)
+    edit_json(base / "config.json", tie_word_embeddings=True)
+    adapter = save_adapter(base, tmp_path / "adapter", seed=2, target_modules=["q_proj"])
+
+    def add_head(tensors: Any) -> None:
+        tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 64)
+        tensors["base_model.model.lm_head.lora_B.weight"] = torch.ones(2048, 4)
+
+    edit_tensors(adapter / "adapter_model.safetensors", add_head)
+    recipe = Recipe.model_validate({"base": str(base), "adapter": str(adapter), "artifacts": [{"format": "bf16"}]})
+    assert "changes one side of a tied pair, lm_head" in refused(recipe, tmp_path / "out").message
+
+
+def test_a_scale_of_zero_is_refused(pico_recipe: RecipeMaker, adapter_copy: Path, tmp_path: Path) -> None:
+    edit_json(adapter_copy / "adapter_config.json", lora_alpha=0)
+    assert "the scale of model.layers.0" in refused(pico_recipe("bf16", adapter=str(adapter_copy)), tmp_path).message

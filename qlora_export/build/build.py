@@ -4,7 +4,8 @@
 
 Nothing final is on the disk before everything is right: data and manifest are synced, then the folder is renamed. A
 killed run leaves NAME.partial, which the next run of the same plan completes to the same bytes. A finished folder of
-the same plan is verified and kept. Cost: the base is read once from the disk and a second time from the page cache.
+the same plan is verified and kept. Cost: the base is read once from the disk and again from the page cache, for the
+digest of the file and for the absmax of the tensor.
 """
 
 from __future__ import annotations
@@ -12,32 +13,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from qlora_export.build.journal import JOURNAL_NAME, Journal
-from qlora_export.build.manifest import (
-    MANIFEST_NAME,
-    FileFacts,
-    file_facts,
-    make_manifest,
-    read_artifact,
-    require_same_sources,
-    verify_artifact,
-)
-from qlora_export.build.tensor_job import RowBlock, TensorJob
+from qlora_export.build.journal import JOURNAL_NAME
+from qlora_export.build.manifest import read_artifact, require_same_sources, verify_artifact
+from qlora_export.build.partial import PartialFolder
+from qlora_export.build.source_digests import HashJob, SourceDigests
+from qlora_export.build.tensor_job import TensorJob
 from qlora_export.build.workers import StagedJob, WorkerPool
 from qlora_export.contracts import Artifact, Progress
 from qlora_export.errors import UsageError
-from qlora_export.merge.carried import CarriedFile
 from qlora_export.plan import ArtifactPlan, Plan
+from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.tensors.writing import ShardWriter, disk_full
+from qlora_export.tensors.writing import disk_full
 
 
 @dataclass(frozen=True)
@@ -51,166 +44,116 @@ class BuildOptions:
 
 def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
     """Build what is missing and verify what is there; the artifacts in the recipe's order."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file", "--out names a folder")
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         finished = {item.name: _finished(item, out) for item in plan.artifacts}
+        kept = [artifact for artifact in finished.values() if artifact is not None]
         missing = [item for item in plan.artifacts if finished[item.name] is None]
-        sources = _Sources(plan)
+        digests = SourceDigests(plan.checkpoint.files)
         if missing:
             with _disk_errors(out, sum(item.bytes for item in missing)):
-                _build_missing(plan, missing, out, options, sources)
+                _build_missing(plan, missing, kept, out, options, digests)
         else:
-            sources.hash_all(options.workers)
-        for artifact in finished.values():
-            if artifact is not None:
-                require_same_sources(artifact, sources.facts)
+            digests.hash_all([path.name for path in digests.paths], options.workers)
+            require_same_sources(kept, digests.facts)
         return [finished[item.name] or read_artifact(out / item.name) for item in plan.artifacts]
 
 
-class _Sources:
-    """Digests of the base's weight files, taken while they are in the page cache."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.paths = plan.checkpoint.files
-        self.facts: FileFacts = {}
-
-    def hash_file(self, path: Path) -> None:
-        self.facts[path.name] = file_facts(path)
-
-    def hash_all(self, workers: int) -> None:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self.hash_file, self.paths))
-
-    def sorted(self) -> FileFacts:
-        return dict(sorted(self.facts.items()))
-
-
-class _HashJob:
-    """Hashing a source file, as a job of the pool."""
-
-    blocks = (RowBlock(0, 1),)
-    observes = False
-
-    def __init__(self, sources: _Sources, path: Path) -> None:
-        self._sources = sources
-        self._path = path
-
-    def observe(self, block: RowBlock) -> None:
-        """There is no first pass."""
-
-    def settle(self) -> None:
-        """There is no first pass."""
-
-    def encode(self, block: RowBlock) -> None:
-        self._sources.hash_file(self._path)
-
-    def seal(self) -> None:
-        """The digest is already noted."""
-
-
 def _build_missing(
-    plan: Plan, missing: Sequence[ArtifactPlan], out: Path, options: BuildOptions, sources: _Sources
+    plan: Plan,
+    missing: Sequence[ArtifactPlan],
+    kept: Sequence[Artifact],
+    out: Path,
+    options: BuildOptions,
+    digests: SourceDigests,
 ) -> None:
-    folders = [out / f"{item.name}.partial" for item in missing]
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-    journals = [Journal(folder, item.digest) for folder, item in zip(folders, missing, strict=True)]
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles())
-        writers = [
-            (item, stack.enter_context(ShardWriter(folder, item.layout)))
-            for folder, item in zip(folders, missing, strict=True)
-        ]
-        _run_jobs(plan, writers, journals, options, sources, files)
-    for item, folder in zip(missing, folders, strict=True):
-        _finish(plan, item, folder, out / item.name, sources)
+        folders = []
+        for item in missing:
+            folders.append(PartialFolder(item, out))
+            stack.callback(folders[-1].writer.close)
+        _restart_unless_same_sources(folders, digests, options.workers)
+        Pass(plan, folders, options, digests, files).run()
+        require_same_sources(kept, digests.facts)
+        for folder in folders:
+            folder.finish(plan, digests.sorted())
 
 
-def _run_jobs(
-    plan: Plan,
-    writers: Sequence[tuple[ArtifactPlan, ShardWriter]],
-    journals: Sequence[Journal],
-    options: BuildOptions,
-    sources: _Sources,
-    files: SourceFiles,
-) -> None:
-    written = set.intersection(*(journal.finished for journal in journals))
-    left = [tensor for name, tensor in plan.checkpoint.tensors.items() if name not in written]
-    makers: list[Callable[[], StagedJob]] = [partial(_HashJob, sources, path) for path in sources.paths]
-    makers += [partial(TensorJob, plan, tensor, files, writers) for tensor in left]
-    total = sum(tensor.bytes for tensor in plan.checkpoint.tensors.values())
-    done = total - sum(tensor.bytes for tensor in left)
-    unsynced: list[str] = []
-    unsynced_bytes = 0
+def _restart_unless_same_sources(folders: Sequence[PartialFolder], digests: SourceDigests, workers: int) -> None:
+    """Trust what a killed run left only while the base still holds the bytes it was made from."""
+    digests.hash_all([name for folder in folders for name in folder.journal.sources], workers)
+    for folder in folders:
+        if any(digests.facts[name]["sha256"] != sha256 for name, sha256 in folder.journal.sources.items()):
+            folder.journal.restart()
 
-    def checkpoint() -> None:
-        nonlocal unsynced_bytes
-        for _, writer in writers:
-            writer.sync()
-        for journal in journals:
-            journal.add(unsynced)
-        unsynced.clear()
-        unsynced_bytes = 0
 
-    def finished(number: int) -> None:
-        nonlocal done, unsynced_bytes
-        if number < len(sources.paths):
+class Pass:
+    """One pass over the base; tensors enter the journals after their bytes and their source's digest are there."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folders: Sequence[PartialFolder],
+        options: BuildOptions,
+        digests: SourceDigests,
+        files: SourceFiles,
+    ) -> None:
+        self._folders = folders
+        self._options = options
+        self._digests = digests
+        written = set.intersection(*(folder.journal.finished for folder in folders))
+        writers = [(folder.item, folder.writer) for folder in folders]
+        self._total = sum(tensor.bytes for tensor in plan.checkpoint.tensors.values())
+        self._done = 0
+        self._makers: list[Callable[[], StagedJob]] = []
+        self._subjects: list[Path | StoredTensor] = []
+        for path in plan.checkpoint.files:
+            self._makers.append(partial(HashJob, digests, path))
+            self._subjects.append(path)
+            for tensor in plan.checkpoint.tensors.values():
+                if tensor.path == path and tensor.spec.name in written:
+                    self._done += tensor.bytes
+                elif tensor.path == path:
+                    self._makers.append(partial(TensorJob, plan, tensor, files, writers))
+                    self._subjects.append(tensor)
+        self._unsynced: list[StoredTensor] = []
+
+    def run(self) -> None:
+        """Run all jobs; raises the first error, after which only journalled tensors count."""
+        WorkerPool(self._options.workers, self._finished).run(self._makers)
+        self._checkpoint()
+
+    def _finished(self, number: int) -> None:
+        subject = self._subjects[number]
+        if isinstance(subject, Path):
+            for folder in self._folders:
+                folder.journal.add_source(subject.name, self._digests.facts[subject.name]["sha256"])
             return
-        tensor = left[number - len(sources.paths)]
-        done += tensor.bytes
-        unsynced_bytes += tensor.bytes
-        unsynced.append(tensor.spec.name)
-        if unsynced_bytes >= options.checkpoint_bytes:
-            checkpoint()
-        options.progress(done, total)
+        self._done += subject.bytes
+        self._unsynced.append(subject)
+        if sum(tensor.bytes for tensor in self._unsynced) >= self._options.checkpoint_bytes:
+            self._checkpoint()
+        self._options.progress(self._done, self._total)
 
-    WorkerPool(options.workers, finished).run(makers)
-    checkpoint()
-
-
-def _finish(plan: Plan, item: ArtifactPlan, folder: Path, final: Path, sources: _Sources) -> None:
-    """Complete a partial folder whose weights are written, and give it its name."""
-    extra = list(item.carried)
-    if (index := item.layout.index()) is not None:
-        extra.append(CarriedFile("model.safetensors.index.json", content=index))
-    for file in extra:
-        _write_carried(folder, file)
-    names = sorted([shard.file for shard in item.layout.shards] + [file.name for file in extra])
-    facts = {name: file_facts(folder / name) for name in names}
-    manifest = make_manifest(plan, item, sources.sorted(), facts)
-    _write_carried(folder, CarriedFile(MANIFEST_NAME, content=manifest))
-    for place in {folder, *(folder.joinpath(name).parent for name in names)}:
-        _sync_folder(place)
-    folder.rename(final)
-    _sync_folder(final.parent)
-    (final / JOURNAL_NAME).unlink()
-
-
-def _write_carried(folder: Path, file: CarriedFile) -> None:
-    path = folder / file.name
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as target:
-        if file.source is None:
-            target.write(file.content)
-        else:
-            with file.source.open("rb") as source:
-                shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-        os.fsync(target.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _checkpoint(self) -> None:
+        """Sync, then journal the tensors whose source has been hashed; the others wait for the next time."""
+        ready = [tensor for tensor in self._unsynced if tensor.path.name in self._digests.facts]
+        if not ready:
+            return
+        for folder in self._folders:
+            folder.writer.sync()
+        for folder in self._folders:
+            folder.journal.add([tensor.spec.name for tensor in ready])
+        self._unsynced = [tensor for tensor in self._unsynced if tensor not in ready]
 
 
 def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:
     """The verified artifact of this plan when its folder is there; raises when the folder is anything else."""
     folder = out / item.name
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return None
     artifact = read_artifact(folder)
     if artifact.manifest["plan_digest"] != item.digest:
@@ -219,8 +162,8 @@ def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:
             f"({str(artifact.manifest['plan_digest'])[:12]}, this one is {item.digest[:12]})",
             "choose another --out, or remove the folder to build it again",
         )
-    verify_artifact(artifact)
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    verify_artifact(artifact, item.files)
     return replace(artifact, reused=True)
 
 

@@ -1,8 +1,9 @@
 """What a build has finished, so that a killed run goes on where it stopped.
 
-`NAME.partial/.journal` holds one JSON object a line: first the digest of the plan, then lists of tensors whose bytes
-had reached the disk before the line was written. A torn last line is ignored: its tensors are written again, with the
-same bytes.
+`NAME.partial/.journal` holds one JSON object a line: first the digest of the plan, then the sha256 of each source file
+and lists of tensors whose bytes had reached the disk before the line was written; a tensor is listed only once its
+source is. A torn last line is ignored. What is listed counts only while the sources still have these digests and every
+weight file is there with its size and header; else everything is written again, with the same bytes.
 """
 
 from __future__ import annotations
@@ -23,32 +24,53 @@ class Journal:
 
     def __init__(self, folder: Path, plan_digest: str) -> None:
         self._path = folder / JOURNAL_NAME
-        records = _records(self._path)
-        if records and records[0].get("plan") != plan_digest:
+        self._plan_digest = plan_digest
+        self.sources: dict[str, str] = {}
+        self.finished: set[str] = set()
+        records = self._records()
+        if not records:
+            self.restart()
+            return
+        if records[0].get("plan") != plan_digest:
             raise UsageError(
                 f"{folder}: left behind by a run of another plan", f"remove {folder} or choose another --out"
             )
-        self.finished: set[str] = {name for record in records[1:] for name in record.get("tensors", ())}
-        if not records:
-            self._path.write_text("")
-            self._append({"plan": plan_digest})
+        for record in records[1:]:
+            self.sources |= record.get("source", {})
+            self.finished |= set(record.get("tensors", ()))
+
+    def restart(self) -> None:
+        """Forget everything but the plan."""
+        self.sources, self.finished = {}, set()
+        self._path.write_text(json.dumps({"plan": self._plan_digest}) + "\n", encoding="utf-8")
+
+    def add_source(self, name: str, sha256: str) -> None:
+        """Record the digest of a source file."""
+        if self.sources.get(name) != sha256:
+            self.sources[name] = sha256
+            self._append({"source": {name: sha256}})
 
     def add(self, tensors: Sequence[str]) -> None:
         """Record tensors whose bytes are on the disk."""
         self.finished.update(tensors)
         self._append({"tensors": list(tensors)})
 
-    def _append(self, record: dict[str, object]) -> None:
-        with self._path.open("a") as file:
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a torn tail is cut off so that the next line starts clean."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    path.write_bytes(whole + b"\n" if whole else b"")
-    return [json.loads(line) for line in whole.splitlines()]
+    def _records(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn tail is cut off so that the next line starts clean."""
+        if not self._path.exists():
+            return []
+        whole = self._path.read_bytes().rpartition(b"\n")[0]
+        try:
+            records = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            records = [None]
+        if not all(isinstance(record, dict) for record in records):
+            raise UsageError(f"{self._path}: no journal of ours", f"remove {self._path.parent} or choose another --out")
+        self._path.write_bytes(whole + b"\n" if whole else b"")
+        return records

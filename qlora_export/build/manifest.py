@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,17 @@ def read_artifact(folder: Path) -> Artifact:
     return Artifact(name, form, folder, manifest, hashlib.sha256(raw).hexdigest())
 
 
-def verify_artifact(artifact: Artifact) -> None:
-    """Compare every file of a finished folder with its manifest; raises VerifyMismatch naming the first mismatch."""
+def verify_artifact(artifact: Artifact, planned: Iterable[str]) -> None:
+    """Compare a finished folder with its manifest and the planned names; raises VerifyMismatch naming a file."""
     hint = f"the folder was changed after it was built; remove {artifact.path} and build again"
+    on_disk = {str(path.relative_to(artifact.path)) for path in artifact.path.rglob("*") if not path.is_dir()}
+    for name in sorted(set(planned) ^ set(artifact.manifest["files"])):
+        raise VerifyMismatch(f"{artifact.path / MANIFEST_NAME}: {name} is listed or planned, but not both", hint)
+    for name in sorted(on_disk - set(artifact.manifest["files"]) - {MANIFEST_NAME}):
+        raise VerifyMismatch(f"{artifact.path / name}: not in the manifest", hint)
     for name, expected in artifact.manifest["files"].items():
         path = artifact.path / name
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():
             raise VerifyMismatch(f"{path}: missing, the manifest lists it", hint)
         if (found := file_facts(path)) != expected:
             raise VerifyMismatch(
@@ -103,12 +108,13 @@ def verify_artifact(artifact: Artifact) -> None:
             )
 
 
-def require_same_sources(artifact: Artifact, sources: Mapping[str, Any]) -> None:
-    """Raise InputError unless the artifact was made from these base files."""
-    recorded = artifact.manifest["sources"]["base"]["files"]
-    for name, facts in sources.items():
-        if recorded.get(name) != facts:
-            raise InputError(
-                f"{artifact.path}: made from another {name} than the base now holds",
-                "choose another --out, or remove the folder to build it again",
-            )
+def require_same_sources(artifacts: Iterable[Artifact], sources: Mapping[str, Any]) -> None:
+    """Raise InputError unless the artifacts were made from these base files."""
+    for artifact in artifacts:
+        recorded = artifact.manifest["sources"]["base"]["files"]
+        for name, facts in sources.items():
+            if recorded.get(name) != facts:
+                raise InputError(
+                    f"{artifact.path}: made from another {name} than the base now holds",
+                    "choose another --out, or remove the folder to build it again",
+                )

@@ -20,6 +20,7 @@ from qlora_export.merge.delta import load_delta
 from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.plan import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
 from qlora_export.quant.floats import Float32, UInt8, all_finite
+from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import FLOATS, ITEM_BYTES, round_to, widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
@@ -56,9 +57,10 @@ class TensorJob:
         self._destinations = [_destination(artifact, writer, tensor) for artifact, writer in writers]
         merged = [d.plan.onto for d in self._destinations if d.plan.form.consumes == "merged"]
         adaptation = plan.adaptations.get(tensor.spec.name)
-        self._delta = load_delta(adaptation, files) if adaptation and merged else None
+        self._delta = load_delta(adaptation, files) if adaptation else None
         quantised = tensor.spec.name.endswith(".weight") and tensor.spec.module in plan.quantised
-        self._base = TrainedBase(tensor.spec, plan.training) if quantised and "as-trained" in merged else None
+        needed = "as-trained" in merged or plan.training.recorded
+        self._base = TrainedBase(tensor.spec, plan.training) if quantised and needed else None
         self.blocks = _blocks(tensor, self._row_multiple())
 
     @property
@@ -70,7 +72,7 @@ class TensorJob:
         """First pass over a block."""
         if self._base is not None:
             values = self._require_finite(self._read(block), block)
-            self._base.observe(round_to(values, self._plan.training.storage_dtype), block.first)
+            self._base.observe(self._stored(values, block), block.first)
 
     def settle(self) -> None:
         """End of the first pass."""
@@ -83,16 +85,15 @@ class TensorJob:
             self._copy(self._files.read(self._tensor, block.first, block.count), block)
             return
         original = self._require_finite(self._read(block), block)
-        storage = self._plan.training.storage_dtype
-        stored = original if self._tensor.spec.dtype == storage else round_to(original.copy(), storage)
+        stored = self._stored(original, block)
+        trained = stored if self._base is None else self._base.rows(stored, block.first)
         merged: dict[str, Float32] = {}
         for destination in self._destinations:
             onto = destination.plan.onto
-            if destination.plan.form.consumes == "base":
-                values = stored
-            else:
+            values = stored
+            if destination.plan.form.consumes == "merged":
                 if onto not in merged:
-                    merged[onto] = self._merge(original if onto == "original" else stored, onto, block)
+                    merged[onto] = self._merge(original if onto == "original" else trained, block)
                 values = merged[onto]
             if destination.encoder is not None:
                 for piece in destination.encoder.encode(values, block.first):
@@ -107,9 +108,14 @@ class TensorJob:
                 for piece in destination.encoder.seal():
                     destination.writer.write(piece)
 
-    def _merge(self, values: Float32, onto: str, block: RowBlock) -> Float32:
-        if onto == "as-trained" and self._base is not None:
-            values = self._base.rows(values, block.first)
+    def _stored(self, values: Float32, block: RowBlock) -> Float32:
+        """The values in the dtype that training loaded them in."""
+        storage = self._plan.training.storage_dtype
+        if self._tensor.spec.dtype == storage:
+            return values
+        return self._require_finite(round_to(values.copy(), storage), block)
+
+    def _merge(self, values: Float32, block: RowBlock) -> Float32:
         if self._delta is None:
             return values
         merged = values.copy()
@@ -119,7 +125,7 @@ class TensorJob:
     def _row_multiple(self) -> int:
         multiples = [d.route.form.row_multiple(self._tensor.spec) for d in self._destinations if d.route.form]
         block = self._plan.training.block_size
-        multiples.append(block // math.gcd(block, self._tensor.spec.columns))
+        multiples.append(rows_of_whole_blocks(self._tensor.spec.columns, block))
         return math.lcm(*multiples)
 
     def _read(self, block: RowBlock) -> Float32:

@@ -30,6 +30,9 @@ app.command("build")(build.build)
 app.command("check")(check.check)
 
 
+RESUME = "nothing is final; run the same command again to go on where it stopped"
+
+
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
@@ -57,8 +60,10 @@ def _run() -> int:
         _print_error(error.message, error.hint, error.exit_code, isinstance(error, PlanRefused))
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        print(f"interrupted: {RESUME}", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except Terminated:
+        print(f"terminated: {RESUME}", file=sys.stderr)
         return int(ExitCode.TERMINATED)
     except OSError as error:
         _print_error(str(error), "check the path, its permissions and the disk", ExitCode.ENVIRONMENT)
@@ -67,6 +72,10 @@ def _run() -> int:
         if (usage := _usage_message(error)) is not None:
             _print_error(usage, "see --help", ExitCode.USAGE)
             return int(ExitCode.USAGE)
+        if "no locator available" in str(error):
+            hint = "set NUMBA_CACHE_DIR to a folder that can be written"
+            _print_error("numba has no place to keep its compiled kernels", hint, ExitCode.ENVIRONMENT)
+            return int(ExitCode.ENVIRONMENT)
         traceback.print_exc()
         _print_error(f"{type(error).__name__}: {error}", "this is a bug: please report it", ExitCode.BUG)
         return int(ExitCode.BUG)

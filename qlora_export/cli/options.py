@@ -48,7 +48,7 @@ def recipe_from(
         data["merge"] = {"onto": onto}
     if text:
         data["drift"] = {"text": text}
-    return make_recipe({**data, "folder": Path()}, "flags")
+    return make_recipe(data, Path(), "flags")
 
 
 def run_options(recipe: Path | None, out: Path | None, workers: int | None) -> RunOptions:

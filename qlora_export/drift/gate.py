@@ -16,6 +16,7 @@ from qlora_export.errors import VerifyMismatch
 from qlora_export.recipe import Limits
 
 Z_95 = 1.959964
+FEWEST_TOKENS = 100
 DEFAULT_LIMITS = Limits(perplexity_ratio=1.03, mean_kl=0.05, same_top1=0.95, gain_kept=0.95, survival_min=0.9)
 
 
@@ -74,10 +75,14 @@ def judge(drift: Drift, limits: Limits, tokens: int, nonfinite: int) -> Verdict:
     if nonfinite:
         return Verdict("fail", (f"{nonfinite} tokens have a distribution with NaN or infinity",))
     results = checks(drift, limits)
-    for outcome in ("fail", "inconclusive"):
-        if reasons := tuple(check.reason(tokens) for check in results if check.outcome == outcome):
-            return Verdict(outcome, reasons)
-    return Verdict("pass")
+    if reasons := tuple(check.reason(tokens) for check in results if check.outcome == "fail"):
+        return Verdict("fail", reasons)
+    reasons = tuple(check.reason(tokens) for check in results if check.outcome == "inconclusive")
+    if drift.gain_kept is None and limits.gain_kept is not None:
+        reasons += ("gain kept has no number, since the adapter is no better than its base on this text",)
+    if tokens < FEWEST_TOKENS:
+        reasons += (f"{tokens} tokens are too few to judge anything, {FEWEST_TOKENS} are the least",)
+    return Verdict("inconclusive", reasons) if reasons else Verdict("pass")
 
 
 def verify(artifact: Artifact, verdict: Verdict, drift: Drift) -> Verified:

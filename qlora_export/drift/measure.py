@@ -8,16 +8,18 @@ are opened one after the other.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from qlora_export.contracts import Float32, Measurement, Progress, Session
 from qlora_export.drift.tokens import TokenSet, Window
-from qlora_export.errors import InputError
+from qlora_export.errors import EnvironmentProblem, InputError
 
 ROWS_AT_ONCE = 64
 
@@ -25,18 +27,23 @@ ROWS_AT_ONCE = 64
 class ReferenceProbabilities:
     """The reference's log-probabilities, written once and read by window."""
 
-    def __init__(self, path: Path, tokens: TokenSet) -> None:
+    def __init__(self, file: IO[bytes], tokens: TokenSet) -> None:
         self.tokens = tokens
-        self._path = path
+        self._file = file
         counts = [len(window.scored) for window in tokens.windows]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._rows: np.memmap[tuple[int, int], np.dtype[np.float32]] | None = None
 
     def put(self, number: int, rows: Float32) -> None:
-        """Store the rows of a window."""
+        """Store the rows of a window; raises EnvironmentProblem when the disk has no room for all of them."""
         if self._rows is None:
             shape = (int(self._starts[-1]), rows.shape[1])
-            self._rows = np.memmap(self._path, np.float32, "w+", shape=shape)
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, 4 * shape[0] * shape[1])
+            except OSError as error:
+                message = f"no room for {4 * shape[0] * shape[1]} bytes of reference probabilities ({error.strerror})"
+                raise EnvironmentProblem(message, "free some disk space, or set drift.tokens lower") from None
+            self._rows = np.memmap(self._file, np.float32, "r+", shape=shape)
         self._rows[self._starts[number] : self._starts[number + 1]] = rows
 
     def get(self, number: int) -> Float32:
@@ -48,9 +55,9 @@ class ReferenceProbabilities:
 
 @contextmanager
 def reference_probabilities(folder: Path, tokens: TokenSet) -> Iterator[ReferenceProbabilities]:
-    """Scratch space for the reference beside the artifacts, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder) as scratch:
-        yield ReferenceProbabilities(Path(scratch) / "log_probabilities.f32", tokens)
+    """Scratch space for the reference, a file without a name beside the artifacts: gone however the process ends."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield ReferenceProbabilities(file, tokens)
 
 
 def keep_reference(session: Session, store: ReferenceProbabilities, progress: Progress) -> None:

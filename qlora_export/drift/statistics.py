@@ -69,10 +69,16 @@ def compare(candidate: Measurement, reference: Measurement, base: Measurement, t
         median_kl=float(np.median(candidate.kl)),
         kl_99=float(np.percentile(candidate.kl, 99)),
         same_top1=float(same.mean()),
-        same_top1_stderr=bootstrap.stderr(_itself, same),
+        same_top1_stderr=max(bootstrap.stderr(_itself, same), _binomial_stderr(same)),
         gain_kept=gain,
         gain_kept_stderr=gain_stderr,
     )
+
+
+def _binomial_stderr(same: Values) -> float:
+    """Agresti and Coull's standard error of a share, which is not zero when every token agrees."""
+    share = (same.sum() + 2) / (same.size + 4)
+    return float(np.sqrt(share * (1 - share) / (same.size + 4)))
 
 
 def _itself(values: Values) -> Values:

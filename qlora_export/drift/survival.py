@@ -10,6 +10,7 @@ ships the adapter beside its base, the adapter's own product is added. Memory: t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from qlora_export.contracts import Artifact, Float32
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.delta import LowRankDelta, load_delta
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.homes import Adaptation, match_adapter
 from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.plan import BLOCK_WEIGHTS, ArtifactPlan, Plan
+from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.dtypes import round_to, widen
 from qlora_export.tensors.header import StoredTensor, read_header
@@ -35,9 +37,11 @@ def survival(plan: Plan, item: ArtifactPlan, artifact: Artifact) -> dict[str, fl
         for name, stored in read_header(path).items():
             shipped[name] = np.memmap(path, np.uint8, "r", stored.offset, (stored.bytes,)) if stored.bytes else _EMPTY
     with SourceFiles() as files:
-        beside = _deltas_beside(plan, artifact, files) if item.form.keeps_adapter else {}
+        beside = _adaptations_beside(plan, artifact) if item.form.keeps_adapter else {}
         return {
-            name: _survival(plan, item, shipped, load_delta(adaptation, files), beside.get(name), files, name)
+            name: _survival(
+                plan, item, shipped, load_delta(adaptation, files), _delta_beside(beside, name, files), files, name
+            )
             for name, adaptation in plan.adaptations.items()
         }
 
@@ -45,10 +49,14 @@ def survival(plan: Plan, item: ArtifactPlan, artifact: Artifact) -> dict[str, fl
 _EMPTY: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 
-def _deltas_beside(plan: Plan, artifact: Artifact, files: SourceFiles) -> dict[str, LowRankDelta]:
-    """The deltas of the adapter that the artifact itself holds."""
+def _adaptations_beside(plan: Plan, artifact: Artifact) -> dict[str, Adaptation]:
+    """The adapter that the artifact itself holds."""
     adaptations, _ = match_adapter(open_adapter(artifact.path / ADAPTER_FOLDER), plan.checkpoint)
-    return {name: load_delta(adaptation, files) for name, adaptation in adaptations.items()}
+    return adaptations
+
+
+def _delta_beside(beside: Mapping[str, Adaptation], name: str, files: SourceFiles) -> LowRankDelta | None:
+    return load_delta(beside[name], files) if name in beside else None
 
 
 def _survival(
@@ -86,8 +94,10 @@ class _MergeBase:
         self._original = item.onto == "original" and item.form.consumes == "merged"
         trained = tensor.spec.module in plan.quantised and not self._original
         self._trained = TrainedBase(tensor.spec, plan.training) if trained else None
-        # 64 rows hold whole blocks of any power-of-two block size up to 64 and keep whole bytes of 4-bit codes.
-        height = max(plan.training.block_size, BLOCK_WEIGHTS // tensor.spec.columns // 64 * 64)
+        form = item.routes[tensor.spec.name].form
+        multiple = rows_of_whole_blocks(tensor.spec.columns, plan.training.block_size)
+        multiple = math.lcm(multiple, form.row_multiple(tensor.spec) if form else 1)
+        height = max(multiple, BLOCK_WEIGHTS // tensor.spec.columns // multiple * multiple)
         starts = range(0, tensor.spec.rows, height)
         self.blocks = [range(start, min(start + height, tensor.spec.rows)) for start in starts]
         if self._trained is not None:

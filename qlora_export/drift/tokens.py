@@ -71,6 +71,8 @@ def _chat_window(chat: Chat, tokenizer: Tokenizer, window_tokens: int) -> Window
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
+        if number == 0:
+            raise InputError("a chat begins with the assistant", "give each chat the turn that the assistant answers")
         before = tokenizer.encode(tokenizer.render(chat[:number], answering=True))
         after = tokenizer.encode(tokenizer.render(chat[: number + 1], answering=False))
         if after[: len(before)] != before:

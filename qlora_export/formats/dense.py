@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
-from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.quant.floats import all_finite_16
+from qlora_export.tensors.dtypes import ITEM_BYTES, TORCH_NAMES, narrow, widen
+
+# Exponent bits of infinity, and the largest finite value.
+LARGEST = {"F16": (0x7C00, 65504.0), "BF16": (0x7F80, 3.3895314e38)}
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class DenseEncoder:
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """The rows' bytes at their place; raises InputError when a value overflows the dtype."""
         raw = narrow(values, self.dtype)
-        if self.dtype == "F16" and not np.isfinite(raw.view(np.float16)).all():
+        exponent, largest = LARGEST.get(self.dtype, (0, 0.0))
+        if exponent and not all_finite_16(raw.view(np.uint16), np.uint16(exponent)):
             raise InputError(
-                f"tensor {self.spec.name} holds {np.abs(values).max():.6g}, fp16 ends at 65504",
-                "choose bf16 or fp32 for this artifact",
+                f"tensor {self.spec.name} holds {np.abs(values).max():.6g}, "
+                f"{TORCH_NAMES[self.dtype]} ends at {largest:g}",
+                "choose a wider dtype for this artifact",
             )
         yield Piece(self.spec.name, first_row * self.spec.columns * ITEM_BYTES[self.dtype], raw)
 

@@ -14,7 +14,6 @@ step changes no code. `nf4-adapter` keeps the codes that training saw and ships 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +46,7 @@ class NF4:
 
     def row_multiple(self, spec: TensorSpec) -> int:
         """Blocks run over row ends unless the rows hold whole blocks."""
-        return self.training.block_size // math.gcd(self.training.block_size, spec.columns)
+        return nf4.rows_of_whole_blocks(spec.columns, self.training.block_size)
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, absmax state and the JSON state."""

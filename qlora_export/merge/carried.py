@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_export.contracts import Format
 from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.checkpoint import Checkpoint, require_contained
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.tensors.dtypes import TORCH_NAMES
 
@@ -58,10 +58,10 @@ def carried_files(checkpoint: Checkpoint, adapter: Adapter, form: Format, config
     files = {"config.json": CarriedFile("config.json", content=config)}
     for path in checkpoint.folder.iterdir():
         if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
-            files[path.name] = CarriedFile(path.name, path)
+            files[path.name] = CarriedFile(path.name, require_contained(path))
     for path in adapter.folder.iterdir():
         if path.is_file() and TOKENIZER_NAME.fullmatch(path.name):
-            files[path.name] = CarriedFile(path.name, path)
+            files[path.name] = CarriedFile(path.name, require_contained(path))
     if form.keeps_adapter:
         for file in _kept_adapter(adapter):
             files[file.name] = file

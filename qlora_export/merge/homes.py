@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from qlora_export.tensors.header import StoredTensor
 
 PREFIX = "base_model.model."
 LORA_NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+TIED_NAME = re.compile(r"(^|\.)(lm_head|embed_tokens|wte|embed_in|embed_out|word_embeddings)$")
 OTHER_BASE = "was the adapter trained on another base?"
 
 
@@ -33,7 +35,11 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, A
     problems = []
     for name, tensor in adapter.tensors.items():
         found = LORA_NAME.fullmatch(name)
-        if found is None:
+        if found is None and name.endswith(".base_layer.weight"):
+            hint = "save the adapter with save_embedding_layers=False, if this layer was not trained itself"
+            message = f"{adapter.weights}: tensor {name} is a saved copy of a base weight, which cannot be merged yet"
+            problems.append(Problem(ExitCode.REFUSED, message, hint))
+        elif found is None:
             problems.append(_problem(adapter, f"tensor {name} has no home", "it is no LoRA A or B of a known module"))
         else:
             sides.setdefault(found["module"], {})[found["side"]] = tensor
@@ -76,4 +82,9 @@ def _misfit(
         return f"tensor {a.name} is {list(a.shape)}, the base and r need {[rank, columns]}", OTHER_BASE
     if b.shape != (rows, rank):
         return f"tensor {b.name} is {list(b.shape)}, the base and r need {[rows, rank]}", OTHER_BASE
+    if checkpoint.tied and TIED_NAME.search(module):
+        return f"tensor {a.name} changes one side of a tied pair, {module}", "untie lm_head and embedding in the base"
+    scale = adapter.scale(module)
+    if scale == 0 or not math.isfinite(scale):
+        return f"the scale of {module} is {scale:g}, so the delta is lost", "see lora_alpha in adapter_config.json"
     return None

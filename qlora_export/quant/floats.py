@@ -41,6 +41,15 @@ def round_bfloat16(bits: UInt32) -> None:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def all_finite_16(bits: UInt16, exponent: np.uint16) -> bool:
+    """Whether no 16-bit float has all bits of `exponent` set: 0x7f80 for bf16, 0x7c00 for fp16."""
+    found = False
+    for index in range(bits.size):
+        found |= (bits[index] & exponent) == exponent
+    return not found
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def all_finite(bits: UInt32) -> bool:
     """Whether no float32 of these flat bits is NaN or infinite."""
     worst = np.uint32(0)

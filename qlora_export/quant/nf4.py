@@ -10,6 +10,8 @@ Cost: one pass over memory for `block_absmax`, one for `encode`; 15 comparisons 
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 
@@ -38,6 +40,11 @@ CODEBOOK: Float32 = np.array(
 )
 MIDPOINTS: Float32 = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
 SMALLEST = np.float32(1e-38)
+
+
+def rows_of_whole_blocks(columns: int, block: int) -> int:
+    """Fewest rows of so many columns that hold whole blocks."""
+    return block // math.gcd(block, columns)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -45,7 +45,7 @@ def write_report(run: Run, folder: Path) -> Path:
     """Write report.json into the run folder, whole or not at all."""
     path = folder / REPORT_NAME
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(report(run), indent=2) + "\n")
+    partial.write_text(json.dumps(report(run), indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
     return path
 

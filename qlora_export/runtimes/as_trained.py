@@ -2,7 +2,8 @@
 
 The base is quantised to 4 bits by bitsandbytes while it loads, with one torch thread (its mean of the absmax depends on
 their number), and the adapter stays live. The same model without the adapter, and with every delta merged into a weight
-of the storage dtype, give the other rows of the ledger. Nothing of our own engine takes part, so it is an oracle.
+of the storage dtype, give the other rows of the ledger. Where bitsandbytes on this machine makes the state of training
+by itself, nothing of our own engine takes part, so it is an oracle.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import peft
 import torch
 import transformers
 
-from qlora_export.contracts import Session, TrainingQuantization
+from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
+from qlora_export.quant import nested, nf4
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
     ModelSession,
@@ -30,7 +33,10 @@ from qlora_export.runtimes.loading import (
     pin_weights,
     widen_dense,
 )
+from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
+from qlora_export.tensors.dtypes import round_to
+from qlora_export.tensors.reading import SourceFiles
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class AsTrained:
                 del layer.forward
 
 
-def open_as_trained(base: Path, adapter: Path, training: TrainingQuantization) -> AsTrained:
+def open_as_trained(base: Checkpoint, adapter: Path, training: TrainingQuantization) -> AsTrained:
     """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -74,10 +80,12 @@ def open_as_trained(base: Path, adapter: Path, training: TrainingQuantization) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = load_causal_lm(base, quantization_config=quantization, dtype=TORCH_DTYPES[training.storage_dtype])
+        model = load_causal_lm(
+            base.folder, quantization_config=quantization, dtype=TORCH_DTYPES[training.storage_dtype]
+        )
     finally:
         torch.set_num_threads(threads)
-    _require_recorded(model, training)
+    _give_recorded_state(model, base, training)
     model = attach_adapter(model, adapter)
     widen_dense(model)
     pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])
@@ -93,16 +101,39 @@ def _merged_forward(layer: Any, training: TrainingQuantization, inputs: torch.Te
     return torch.nn.functional.linear(inputs.float(), weight.to(TORCH_DTYPES[training.storage_dtype]).float(), bias)
 
 
-def _require_recorded(model: Any, training: TrainingQuantization) -> None:
-    """Raise InputError unless bitsandbytes made the codes and absmax of the sidecar."""
-    for name, module in model.named_modules():
-        recorded = training.modules.get(name)
-        if isinstance(module, bitsandbytes.nn.Linear4bit) and recorded is not None:
-            found = trained_module(name, module)
+def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantization) -> None:
+    """Make every layer hold the codes and absmax of the sidecar; raises InputError when that cannot be.
+
+    bitsandbytes rounds the 8-bit absmax otherwise on a CPU than on the GPU that trained, and sums its mean in another
+    order. Then the state is computed from the base by the recorded rules, and taken if it has the recorded hash.
+    """
+    with SourceFiles() as files:
+        for name, layer in model.named_modules():
+            recorded = training.modules.get(name)
+            if not isinstance(layer, bitsandbytes.nn.Linear4bit) or recorded is None:
+                continue
+            found = trained_module(name, layer)
+            if found.codes_sha256 == recorded.codes_sha256 and found != recorded:
+                _replace_absmax(layer, files.values(base.tensors[f"{name}.weight"]), training, recorded)
+                found = trained_module(name, layer)
             if found != recorded:
                 what = "codes" if found.codes_sha256 != recorded.codes_sha256 else "absmax state"
                 raise InputError(
-                    f"{name}: bitsandbytes on this machine quantises the base to another {what} than in training",
-                    "give the base that the adapter was trained on, and bitsandbytes on the kind of device that "
-                    "trained it",
+                    f"{name}: bitsandbytes quantises this base to another {what} than in training",
+                    "give the base that the adapter was trained on",
                 )
+
+
+def _replace_absmax(layer: Any, values: Float32, training: TrainingQuantization, recorded: TrainedModule) -> None:
+    """Give a layer the double-quantised absmax that its base has by the recorded rules."""
+    if recorded.nested_offset is None:
+        return
+    stored = round_to(values.reshape(-1), training.storage_dtype)
+    absmax = np.empty(-(-stored.size // training.block_size), np.float32)
+    nf4.block_absmax(stored, training.block_size, absmax)
+    offset = np.float32(recorded.nested_offset)
+    codes, nested_absmax = nested.encode(absmax, offset, training.exact_nested)
+    state = layer.weight.quant_state
+    state.absmax = torch.from_numpy(codes)
+    state.state2.absmax = torch.from_numpy(nested_absmax)
+    state.offset = torch.tensor(float(offset))

@@ -126,5 +126,10 @@ class FolderTokenizer:
         """A conversation by the chat template; raises InputError when there is no template."""
         if self._tokenizer.chat_template is None:
             raise InputError(f"{self._folder}: no chat template", "give plain text for drift, or add the template")
-        text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answering
+            )
+        except TemplateError as error:
+            raise InputError(f"{self._folder}: the chat template refuses a chat: {error}", "see the text") from error
         return text

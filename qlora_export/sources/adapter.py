@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
@@ -38,6 +40,14 @@ VARIANTS = {
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
 }
+# Settings that leave the trained function plain; any other that is set is one this version does not know.
+PLAIN_SETTINGS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying", "bias", "init_lora_weights",
+}  # fmt: skip
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -85,6 +95,7 @@ def open_adapter(folder: Path) -> Adapter:
     """Open an adapter folder; raises InputError or Refused."""
     require_folder(folder, "adapter")
     config = read_json(folder / CONFIG_NAME)
+    _check_config(folder / CONFIG_NAME, config)
     if not (folder / WEIGHTS_NAME).exists():
         if found := pickles(folder, "adapter_model"):
             raise Refused(
@@ -94,6 +105,29 @@ def open_adapter(folder: Path) -> Adapter:
         raise InputError(f"{folder / WEIGHTS_NAME}: missing", "is this an adapter folder that PEFT saved?")
     tensors = read_header(contained_file(folder, WEIGHTS_NAME))
     return Adapter(folder, config, tensors, read_sidecar(folder))
+
+
+class _Numbers(BaseModel):
+    """The settings that the maths reads."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = 8
+    use_rslora: bool | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    try:
+        numbers = _Numbers.model_validate(config)
+        for pattern in (*(numbers.rank_pattern or ()), *(numbers.alpha_pattern or ())):
+            re.compile(pattern)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}", "save the adapter again with peft") from None
+    except re.error as error:
+        raise InputError(f"{path}: {error.pattern!r} is no regular expression ({error})") from None
 
 
 def variant_problems(adapter: Adapter) -> list[Problem]:
@@ -107,6 +141,12 @@ def variant_problems(adapter: Adapter) -> list[Problem]:
     for key, name in VARIANTS.items():
         if adapter.config.get(key):
             found.append(f"{path}: {name} cannot be merged yet ({key} = {adapter.config[key]!r})")
+    unknown = sorted(set(adapter.config) - PLAIN_SETTINGS - set(VARIANTS))
+    found += [
+        f"{path}: the setting {key} = {adapter.config[key]!r} is unknown, so it cannot be merged"
+        for key in unknown
+        if adapter.config[key]
+    ]
     if (bias := adapter.config.get("bias", "none")) != "none":
         found.append(f"{path}: trained biases cannot be merged yet (bias = {bias!r})")
     init = adapter.config.get("init_lora_weights", True)

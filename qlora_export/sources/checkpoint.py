@@ -74,10 +74,10 @@ def require_folder(folder: Path, role: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises InputError when it is missing or something else."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: missing", "is this the right folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})", "restore the file from where it came") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: a {type(data).__name__}, expected a JSON object")
@@ -91,9 +91,13 @@ def contained_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
         raise InputError(f"{path}: the index names this shard, it is missing", "fetch the whole model again")
-    target = path.resolve()
-    blobs = folder.resolve().parent.parent / "blobs"
-    if target.parent not in (folder.resolve(), blobs) or not target.is_file():
+    return require_contained(path)
+
+
+def require_contained(path: Path) -> Path:
+    """The path itself; raises Refused when it is a link out of its folder (but for a Hub cache's own `blobs`)."""
+    target, folder = path.resolve(), path.parent.resolve()
+    if target.parent not in (folder, folder.parent.parent / "blobs") or not target.is_file():
         raise Refused(f"{path}: leads out of the folder, to {target}", "copy the real file into the folder")
     return path
 
@@ -104,6 +108,10 @@ def pickles(folder: Path, stem: str) -> list[str]:
 
 
 def _weight_files(folder: Path) -> tuple[str, ...]:
+    if (folder / INDEX_NAME).exists() and (folder / SINGLE_NAME).exists():
+        raise InputError(
+            f"{folder}: holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is stale: loaders do not agree"
+        )
     if (folder / INDEX_NAME).exists():
         return tuple(sorted(set(_weight_map(folder).values())))
     if (folder / SINGLE_NAME).exists():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qlora_export.sources.checkpoint import read_json
 from qlora_export.tensors.dtypes import FROM_TORCH_NAMES, TORCH_NAMES
 
 SIDECAR_NAME = "qlora_export.json"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def read_sidecar(folder: Path) -> TrainingQuantization:
@@ -39,9 +41,24 @@ def read_sidecar(folder: Path) -> TrainingQuantization:
     if data.get("schema") != 1:
         raise InputError(f"{path}: schema {data.get('schema')!r}, this version reads 1", "update qlora-export")
     try:
-        return _parse(data)
+        training = _parse(data)
+        _check(training)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {type(error).__name__} at {error}", "write it again with training.record") from None
+    return training
+
+
+def _check(training: TrainingQuantization) -> None:
+    """Raise ValueError for facts that no training can have had."""
+    if not training.modules:
+        raise ValueError("no module was quantised")
+    if training.block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size {training.block_size}, bitsandbytes knows {BLOCK_SIZES}")
+    for name, module in training.modules.items():
+        if (module.nested_offset is None) == training.double_quant:
+            raise ValueError(f"nested_offset of {name} does not agree with double_quant")
+        if module.nested_offset is not None and not math.isfinite(module.nested_offset):
+            raise ValueError(f"nested_offset of {name} is {module.nested_offset}")
 
 
 def write_sidecar(folder: Path, training: TrainingQuantization) -> Path:
@@ -71,7 +88,7 @@ def write_sidecar(folder: Path, training: TrainingQuantization) -> Path:
         "versions": dict(training.versions),
     }
     path = folder / SIDECAR_NAME
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -83,16 +100,22 @@ def absmax_sha256(codes: UInt8, nested_absmax: Float32, offset: np.float32) -> s
     return digest.hexdigest()
 
 
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r}, expected true or false")
+    return value
+
+
 def _parse(data: dict[str, Any]) -> TrainingQuantization:
     quantization = data["quantization"]
     return TrainingQuantization(
         quant_type=str(quantization["quant_type"]),
         block_size=int(quantization["block_size"]),
-        double_quant=bool(quantization["double_quant"]),
+        double_quant=_boolean(quantization["double_quant"]),
         storage_dtype=FROM_TORCH_NAMES[quantization["storage_dtype"]],
         compute_dtype=FROM_TORCH_NAMES[quantization["compute_dtype"]],
         weight_roundings=tuple(FROM_TORCH_NAMES[name] for name in quantization["weight_roundings"]),
-        exact_nested=bool(quantization["exact_nested"]),
+        exact_nested=_boolean(quantization["exact_nested"]),
         base_sha256=data["base"]["headers_sha256"],
         modules={
             name: TrainedModule(module["codes_sha256"], module["absmax_sha256"], module["nested_offset"])

@@ -25,12 +25,12 @@ def read_text(path: Path) -> DriftText:
     if not path.is_file():
         raise InputError(f"{path}: no such text", "drift.text names a .jsonl or .txt file")
     try:
-        raw = path.read_text()
+        raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix != ".jsonl":
         return DriftText(text=raw)
-    entries = [_entry(path, number, line) for number, line in enumerate(raw.splitlines(), 1) if line.strip()]
+    entries = [_entry(path, number, line) for number, line in enumerate(raw.split("\n"), 1) if line.strip()]
     chats = tuple(entry for entry in entries if not isinstance(entry, str))
     texts = [entry for entry in entries if isinstance(entry, str)]
     if chats and texts:

@@ -50,7 +50,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the header is no valid JSON ({error})", TRUNCATED_HINT) from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is no JSON object", TRUNCATED_HINT)
@@ -74,7 +74,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> tuple[StoredTensor
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name} has no dtype, shape and data_offsets", TRUNCATED_HINT) from None
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"{path}: tensor {name} has the unknown dtype {dtype}", "save it in a standard dtype")
     numbers = (*shape, first, last)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):

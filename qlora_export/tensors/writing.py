@@ -64,7 +64,7 @@ def disk_full(path: Path, needed_bytes: int) -> EnvironmentProblem:
 
 
 def _create(path: Path, shard: ShardLayout) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         _reserve(descriptor, path, shard.bytes)
         _write_all(descriptor, memoryview(shard.header), 0)

@@ -17,9 +17,10 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.build import BuildOptions, build
-from qlora_export.errors import EnvironmentProblem, InputError, UsageError, VerifyMismatch
+from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
 from qlora_export.plan import make_plan
 from qlora_export.recipe import Recipe
+from qlora_export.training import record
 from tests.conftest import (
     RecipeMaker,
     edit_json,
@@ -293,7 +294,7 @@ def test_a_base_with_other_weights_than_in_training_is_refused(
 
 def test_an_overflow_of_fp16_is_named(pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path) -> None:
     edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(70000))
-    with pytest.raises(InputError, match="tensor model.norm.weight holds 70144, fp16 ends at 65504"):
+    with pytest.raises(InputError, match="tensor model.norm.weight holds 70144, float16 ends at 65504"):
         run(pico_recipe("fp16", base=str(base_copy)), tmp_path / "out")
 
 
@@ -349,3 +350,55 @@ def test_a_stale_quantization_config_goes(pico_recipe: RecipeMaker, base_copy: P
     config = json.loads((tmp_path / "out/bf16/config.json").read_text())
     assert "_name_or_path" not in config
     assert "quantization_config" not in config
+
+
+@pytest.mark.parametrize("artifact", ["nf4-adapter", {"format": "bf16", "onto": "original"}])
+def test_the_sidecar_is_checked_whatever_is_built(
+    pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path, artifact: Any
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].mul_(3))
+    with pytest.raises(InputError, match=f"{name}: the NF4 absmax state of this base"):
+        run(pico_recipe(artifact, base=str(base_copy)), tmp_path / "out")
+
+
+def test_a_nan_in_a_kept_adapter_is_named(pico_recipe: RecipeMaker, adapter_copy: Path, tmp_path: Path) -> None:
+    edit_tensors(adapter_copy / "adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(float("nan")))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        run(pico_recipe("nf4-adapter", adapter=str(adapter_copy)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("form", "storage"), [("bf16", torch.float32), ("fp32", torch.float16)])
+def test_what_rounding_makes_infinite_is_named(tmp_path: Path, form: str, storage: torch.dtype) -> None:
+    """A float32 base holds what neither bf16 nor the fp16 that training loaded it in can hold."""
+    base = save_base(tmp_path / "base", seed=8, dtype=torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", seed=9)
+    record(load_qlora(base, storage), adapter)
+    value = 3.4e38 if storage == torch.float32 else 70000.0
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(value))
+    recipe = Recipe.model_validate({"base": str(base), "adapter": str(adapter), "artifacts": [{"format": form}]})
+    with pytest.raises(InputError, match=r"tensor model.norm.weight (holds 3.4e\+38|is inf)"):
+        run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("harm", ["unlisted", "stray", "link"])
+def test_a_finished_folder_is_verified_against_the_plan(pico_recipe: RecipeMaker, tmp_path: Path, harm: str) -> None:
+    run(pico_recipe("bf16"), tmp_path)
+    folder = tmp_path / "bf16"
+    if harm == "unlisted":
+        (folder / "config.json").unlink()
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        edit_json(folder / "manifest.json", files={k: v for k, v in files.items() if k != "config.json"})
+    elif harm == "stray":
+        (folder / "adapter_config.json").write_text("{}")
+    else:
+        (folder / "config.json").rename(tmp_path / "elsewhere")
+        (folder / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(VerifyMismatch, match="config.json"):
+        run(pico_recipe("bf16"), tmp_path)
+
+
+def test_a_carried_file_may_not_lead_out(pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path) -> None:
+    (base_copy / "LICENSE").symlink_to("/etc/hostname")
+    with pytest.raises(Refused, match="LICENSE: leads out of the folder"):
+        run(pico_recipe("bf16", base=str(base_copy)), tmp_path / "out")

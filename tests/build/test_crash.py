@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from qlora_export.build import BuildOptions, build
 from qlora_export.build.journal import Journal
 from qlora_export.errors import UsageError
 from qlora_export.plan import make_plan
-from tests.conftest import RecipeMaker, folder_bytes
+from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
 
 FORMATS = ("bf16", "nf4", "nf4-adapter")
 
@@ -23,7 +26,6 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export.build import BuildOptions, build
-from qlora_export.build import build as module
 from qlora_export.plan import make_plan
 from qlora_export.recipe import make_recipe
 
@@ -36,15 +38,14 @@ def progress(done, total):
     if point.startswith("0.") and done >= float(point) * total:
         die()
 
-engine = sys.modules["qlora_export.build.build"]
 if point == "manifest":
-    engine.make_manifest = die
+    sys.modules["qlora_export.build.partial"].make_manifest = die
 if point == "rename":
     Path.rename = die
 if point == "journal":
     Path.unlink = die
 artifacts = [{"format": name} for name in FORMATS]
-recipe = make_recipe({"base": base, "adapter": adapter, "artifacts": artifacts, "folder": Path()}, "child")
+recipe = make_recipe({"base": base, "adapter": adapter, "artifacts": artifacts}, Path(), "child")
 build(make_plan(recipe, Path(out)), Path(out), BuildOptions(2, int(checkpoint), progress))
 """.replace("FORMATS", repr(FORMATS))
 
@@ -102,3 +103,82 @@ def test_a_terminated_command_says_so(pico_base: Path, pico_adapter: Path, tmp_p
     child = subprocess.run([sys.executable, "-c", script, "build", *map(str, arguments)], check=False)
     assert child.returncode == 143
     assert not os.path.exists(tmp_path / "out" / "bf16")  # noqa: PTH110
+
+
+@pytest.fixture
+def stopped(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> Path:
+    """A run folder that a killed build left, with most tensors journalled."""
+    out = tmp_path / "out"
+    arguments = [str(pico_base), str(pico_adapter), str(out), "0.7", "1"]
+    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize("harm", ["remove", "shorten", "header"])
+def test_a_weight_file_harmed_in_between_is_written_anew(
+    pico_recipe: RecipeMaker, stopped: Path, tmp_path: Path, harm: str
+) -> None:
+    path = stopped / "bf16.partial/model.safetensors"
+    if harm == "remove":
+        path.unlink()
+    elif harm == "shorten":
+        os.truncate(path, 1000)
+    else:
+        with path.open("r+b") as file:
+            file.write(b"\0" * 8)
+    build(make_plan(pico_recipe(*FORMATS), stopped), stopped, BuildOptions())
+    whole = tmp_path / "whole"
+    build(make_plan(pico_recipe(*FORMATS), whole), whole, BuildOptions())
+    assert folder_bytes(stopped) == folder_bytes(whole)
+
+
+def test_a_base_changed_in_between_is_read_anew(
+    pico_recipe: RecipeMaker, base_copy: Path, adapter_copy: Path, tmp_path: Path
+) -> None:
+    (adapter_copy / "qlora_export.json").unlink()
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = [str(base_copy), str(adapter_copy), str(out), "0.7", "1"]
+    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
+
+    def double(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.mul_(2)
+
+    edit_tensors(base_copy / "model.safetensors", double)
+    recipe = pico_recipe(*FORMATS, base=str(base_copy), adapter=str(adapter_copy))
+    build(make_plan(recipe, out), out, BuildOptions())
+    build(make_plan(recipe, whole), whole, BuildOptions())
+    assert folder_bytes(out) == folder_bytes(whole)
+
+
+@pytest.mark.parametrize("what", ["journal", "stranger", "link", "folder-link", "garbage"])
+def test_what_we_did_not_write_is_not_adopted(pico_recipe: RecipeMaker, stopped: Path, what: str) -> None:
+    victim = stopped.parent / "victim"
+    victim.write_bytes(b"precious")
+    partial = stopped / "bf16.partial"
+    if what == "journal":
+        (partial / ".journal").unlink()
+    elif what == "stranger":
+        (partial / "thesis.txt").write_text("precious")
+    elif what == "link":
+        (partial / "model.safetensors").unlink()
+        (partial / "model.safetensors").symlink_to(victim)
+    elif what == "folder-link":
+        partial.rename(stopped.parent / "elsewhere")
+        partial.symlink_to(stopped.parent / "elsewhere")
+    else:
+        (partial / ".journal").write_text("[]\n")
+    with pytest.raises(UsageError):
+        build(make_plan(pico_recipe(*FORMATS), stopped), stopped, BuildOptions())
+    assert victim.read_bytes() == b"precious"
+    assert not (stopped / "bf16").exists()
+
+
+def test_the_space_of_a_killed_run_counts_as_there(
+    pico_recipe: RecipeMaker, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200_000))
+    make_plan(pico_recipe(*FORMATS), stopped)

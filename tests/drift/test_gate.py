@@ -43,7 +43,7 @@ PERFECT: dict[str, Any] = {
         ({"mean_kl": 0.05}, "inconclusive", "no number of tokens decides"),
         ({"same_top1": 0.9}, "fail", "same top-1 is 0.9"),
         ({"gain_kept": 0.5}, "fail", "gain kept is 0.5"),
-        ({"gain_kept": None, "gain_kept_stderr": None}, "pass", ""),
+        ({"gain_kept": None, "gain_kept_stderr": None}, "inconclusive", "the adapter is no better than its base"),
         ({"survival_min": 0.89}, "fail", "lowest survival is 0.89, the limit is at least 0.9"),
         ({"survival_min": 0.9}, "pass", ""),
         ({"survival_min": 0.1, "mean_kl": 0.051}, "fail", "lowest survival"),
@@ -64,6 +64,13 @@ def test_the_number_of_tokens_that_would_decide() -> None:
 
 def test_a_limit_that_is_off_judges_nothing() -> None:
     assert judge(Drift(**{**PERFECT, "mean_kl": 9.0}), Limits(), 1000, 0) == Verdict("pass")
+
+
+def test_a_handful_of_tokens_decides_nothing() -> None:
+    verdict = judge(Drift(**PERFECT), DEFAULT_LIMITS, 99, 0)
+    assert verdict.outcome == "inconclusive"
+    assert "99 tokens are too few" in verdict.reasons[0]
+    assert judge(Drift(**{**PERFECT, "mean_kl": 1.0}), DEFAULT_LIMITS, 99, 0).outcome == "fail"
 
 
 def test_nonfinite_logits_fail_whatever_the_average_says() -> None:

@@ -60,6 +60,13 @@ def test_without_a_gain_none_can_be_kept() -> None:
     assert drift.gain_kept_stderr is None
 
 
+def test_full_agreement_of_few_tokens_is_not_certain() -> None:
+    values = np.ones(20)
+    few = compare(measurement(values), measurement(values), measurement(values + 1), tokens(10, 2))
+    assert few.same_top1 == 1
+    assert 0.03 < few.same_top1_stderr < 0.1
+
+
 def test_one_window_falls_back_to_tokens() -> None:
     values = np.random.default_rng(2).normal(size=500)
     error = Bootstrap(tokens(1, 500)).stderr(lambda mean: mean, values)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from qlora_export.drift.tokens import token_set
 from qlora_export.errors import InputError
 from qlora_export.runtimes.loading import FolderTokenizer
 from qlora_export.sources.text import DriftText
-from tests.conftest import DEMO, DIALOGUE
+from tests.conftest import DEMO, DIALOGUE, TOKENIZER_FILES
 
 
 class Letters:
@@ -78,6 +80,19 @@ def test_a_template_that_rewrites_the_past_is_refused() -> None:
 
     with pytest.raises(InputError, match="renders a turn differently"):
         token_set(DriftText(chats=(chat("hi", "yo"),)), Forgetful(), 100, None)
+
+
+def test_a_chat_that_the_template_refuses(tmp_path: Path) -> None:
+    for name in TOKENIZER_FILES:
+        shutil.copy(DEMO / "base" / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match="the chat template refuses a chat: roles must alternate"):
+        FolderTokenizer(tmp_path).render(DIALOGUE, answering=False)
+
+
+def test_a_chat_that_begins_with_the_assistant() -> None:
+    with pytest.raises(InputError, match="begins with the assistant"):
+        token_set(DriftText(chats=(({"role": "assistant", "content": "x"},),)), Letters(), 100, None)
 
 
 def test_the_demos_tokenizer() -> None:

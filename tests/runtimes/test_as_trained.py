@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import torch
 
 from qlora_export import catalog
 from qlora_export.build import BuildOptions, build
+from qlora_export.contracts import TrainedModule
 from qlora_export.errors import InputError
 from qlora_export.plan import make_plan
+from qlora_export.quant import nested, nf4
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
-from qlora_export.sources.sidecar import read_sidecar
+from qlora_export.sources.checkpoint import open_checkpoint
+from qlora_export.sources.sidecar import absmax_sha256, read_sidecar, write_sidecar
+from qlora_export.tensors.reading import SourceFiles
 from qlora_export.training import record
 from tests.conftest import RecipeMaker, edit_tensors, load_qlora, save_adapter, save_base
 
@@ -23,7 +28,7 @@ TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77]
 
 @pytest.fixture(scope="module")
 def live(pico_base: Path, pico_adapter: Path) -> AsTrained:
-    return open_as_trained(pico_base, pico_adapter, read_sidecar(pico_adapter))
+    return open_as_trained(open_checkpoint(pico_base), pico_adapter, read_sidecar(pico_adapter))
 
 
 def test_it_is_the_training_step_in_float32(live: AsTrained, pico_base: Path, pico_adapter: Path) -> None:
@@ -78,18 +83,41 @@ def test_a_base_stored_otherwise_than_computed(tmp_path: Path, storage: torch.dt
         {"base": str(base), "adapter": str(adapter), "artifacts": [{"format": "nf4-adapter"}]}
     )
     build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
-    live = open_as_trained(base, adapter, training)
+    live = open_as_trained(open_checkpoint(base), adapter, training)
     with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
     config = json.loads((tmp_path / "out/nf4-adapter/config.json").read_text())
     assert config["dtype"] == str(storage).removeprefix("torch.")
 
 
+def test_an_adapter_that_a_gpu_trained(pico_base: Path, adapter_copy: Path, tmp_path: Path) -> None:
+    """CUDA searches the absmax codes exactly and sums their mean otherwise; the sidecar's state is reproduced."""
+    checkpoint, training = open_checkpoint(pico_base), read_sidecar(adapter_copy)
+    modules = {}
+    with SourceFiles() as files:
+        for name, module in training.modules.items():
+            values = files.values(checkpoint.tensors[f"{name}.weight"]).reshape(-1)
+            absmax = np.empty(-(-values.size // 64), np.float32)
+            nf4.block_absmax(values, 64, absmax)
+            offset = np.float32(nested.mean(absmax) * np.float32(1.000001))
+            codes, nested_absmax = nested.encode(absmax, offset, exact=True)
+            modules[name] = TrainedModule(
+                module.codes_sha256, absmax_sha256(codes, nested_absmax, offset), float(offset)
+            )
+    write_sidecar(adapter_copy, replace(training, exact_nested=True, modules=modules))
+    artifacts = [{"format": "nf4-adapter"}, {"format": "bf16"}]
+    recipe = Recipe.model_validate({"base": str(pico_base), "adapter": str(adapter_copy), "artifacts": artifacts})
+    build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
+    live = open_as_trained(checkpoint, adapter_copy, read_sidecar(adapter_copy))
+    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+        assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
+
+
 def test_another_base_than_in_training_is_refused(base_copy: Path, pico_adapter: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].neg_())
-    with pytest.raises(InputError, match="layers.0.mlp.up_proj: bitsandbytes on this machine quantises"):
-        open_as_trained(base_copy, pico_adapter, read_sidecar(pico_adapter))
+    with pytest.raises(InputError, match="layers.0.mlp.up_proj: bitsandbytes quantises this base"):
+        open_as_trained(open_checkpoint(base_copy), pico_adapter, read_sidecar(pico_adapter))
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Refused
-from qlora_export.sources.adapter import Adapter, open_adapter, variant_problems
+from qlora_export.sources.adapter import PLAIN_SETTINGS, VARIANTS, Adapter, open_adapter, variant_problems
 from tests.conftest import edit_json
 
 
@@ -59,6 +60,7 @@ def test_what_peft_saves_by_default_is_plain(pico_adapter: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed the base"),
         ({"init_lora_weights": "olora"}, "olora changed the base"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"use_a_later_variant": True}, "use_a_later_variant = True is unknown"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(config: dict[str, Any], says: str) -> None:
@@ -69,17 +71,24 @@ def test_what_cannot_be_merged_is_refused_by_name(config: dict[str, Any], says: 
 
 def test_every_switch_of_this_peft_is_known_or_harmless() -> None:
     """A new variant in peft must be looked at before it is merged as if it were plain."""
-    from qlora_export.sources.adapter import VARIANTS
+    assert set(peft.LoraConfig().to_dict()) <= PLAIN_SETTINGS | set(VARIANTS)
 
-    harmless = {
-        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora",
-        "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
-        "qalora_group_size", "runtime_config", "ensure_weight_tying",
-    }  # fmt: skip
-    judged = {"bias", "init_lora_weights", *VARIANTS}
-    assert set(peft.LoraConfig().to_dict()) - harmless - judged == set()
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"r": None}, "r: Input should be a valid integer"),
+        ({"r": 0}, "r: Input should be greater than or equal to 1"),
+        ({"lora_alpha": None}, "lora_alpha: Input should be a valid number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: Input should be a valid dictionary"),
+        ({"alpha_pattern": {"(": 3}}, "'(' is no regular expression"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(adapter_copy: Path, config: dict[str, Any], says: str) -> None:
+    edit_json(adapter_copy / "adapter_config.json", **config)
+    with pytest.raises(InputError) as caught:
+        open_adapter(adapter_copy)
+    assert says in caught.value.message
 
 
 def test_pickled_weights_are_refused(adapter_copy: Path) -> None:
@@ -101,11 +110,26 @@ def test_a_folder_that_is_no_adapter(pico_base: Path, tmp_path: Path) -> None:
         open_adapter(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("changes", [{"schema": 2}, {"quantization": {}}, {"modules": 3}, {"base": None}])
+@pytest.mark.parametrize(
+    "changes", [{"schema": 2}, {"quantization": {}}, {"modules": 3}, {"modules": {}}, {"base": None}]
+)
 def test_a_broken_sidecar_is_named(adapter_copy: Path, changes: dict[str, Any]) -> None:
     edit_json(adapter_copy / "qlora_export.json", **changes)
     with pytest.raises(InputError, match="qlora_export.json"):
         open_adapter(adapter_copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("block_size", 100, "block_size 100"), ("block_size", 0, "block_size 0"), ("double_quant", "false", "'false'")],
+)
+def test_impossible_facts_of_a_sidecar_are_named(adapter_copy: Path, key: str, value: Any, says: str) -> None:
+    path = adapter_copy / "qlora_export.json"
+    quantization = json.loads(path.read_text())["quantization"]
+    edit_json(path, quantization={**quantization, key: value})
+    with pytest.raises(InputError, match="qlora_export.json") as caught:
+        open_adapter(adapter_copy)
+    assert says in caught.value.message
 
 
 def test_without_a_sidecar_the_documented_default_is_assumed(adapter_copy: Path) -> None:
