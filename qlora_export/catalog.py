@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
-from qlora_export.contracts import Format, Runtime, TrainingQuantization
+from qlora_export.contracts import Exporter, Format, Options, Publisher, Runtime, TrainingQuantization
 from qlora_export.errors import UsageError
 
 FORMATS = {
@@ -17,7 +18,17 @@ FORMATS = {
     "nf4-adapter": "qlora_export.formats.nf4:trained",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-RUNTIMES = {"transformers": "qlora_export.runtimes.transformers:TransformersRuntime"}
+EXPORTERS = {
+    "onnx-int4": "qlora_export.exporters.onnx:int4",
+    "onnx-fp32": "qlora_export.exporters.onnx:fp32",
+}
+RUNTIMES = {
+    "transformers": "qlora_export.runtimes.transformers:TransformersRuntime",
+    "onnxruntime": "qlora_export.runtimes.onnxruntime:OnnxRuntime",
+}
+
+
+PUBLISHERS = {"folder": "qlora_export.publish.folder:FolderPublisher"}
 
 
 def load_format(name: str, training: TrainingQuantization) -> Format:
@@ -25,9 +36,20 @@ def load_format(name: str, training: TrainingQuantization) -> Format:
     return cast(Format, _load(FORMATS, "format", name)(training))
 
 
+def load_exporter(name: str, options: Options) -> Exporter:
+    """The exporter of that name with its options."""
+    return cast(Exporter, _load(EXPORTERS, "format", name)(options))
+
+
 def load_runtime(name: str) -> Runtime:
     """The runtime of that name."""
     return cast(Runtime, _load(RUNTIMES, "runtime", name)())
+
+
+def load_publisher(to: str, version: str | None, folder: Path) -> Publisher:
+    """The publisher of a destination `KIND:PLACE`; a relative place starts at `folder`."""
+    kind, _, place = to.partition(":")
+    return cast(Publisher, _load(PUBLISHERS, "publisher", kind)(place, version, folder))
 
 
 def require_known(table: dict[str, str], kind: str, name: str) -> None:

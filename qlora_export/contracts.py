@@ -23,6 +23,7 @@ Onto = Literal["as-trained", "original"]
 # Told how much is done and how much there is in all, and what opens one for a named stage.
 Progress = Callable[[int, int], None]
 Track = Callable[[str], AbstractContextManager[Progress]]
+Options = Mapping[str, str | int | bool]
 Outcome = Literal["pass", "fail", "inconclusive", "not-measured"]
 
 
@@ -276,10 +277,16 @@ class Publisher(Protocol):
 
 
 class Exporter(Protocol):
-    """Makes an artifact of another kind from a finished folder."""
+    """Makes an artifact of another kind from a finished dense folder."""
 
     name: str
+    runtime: str
+    bytes_per_weight: float
 
-    def export(self, source: Artifact, destination: Path) -> Artifact:
-        """Write the destination folder whole or not at all."""
+    def facts(self) -> Mapping[str, Any]:
+        """Versions and options that decide the bytes."""
+        ...
+
+    def export(self, source: Path, destination: Path) -> None:
+        """Fill the destination folder; the caller adds tokenizer and manifest and gives it its name."""
         ...

@@ -73,6 +73,12 @@ class EnvironmentProblem(ExportError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+class RemoteConflict(ExportError):
+    """The destination holds something else than we may replace."""
+
+    exit_code = ExitCode.REMOTE_CONFLICT
+
+
 class VerifyMismatch(ExportError):
     """A finished artifact no longer has the bytes its manifest records."""
 

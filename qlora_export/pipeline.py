@@ -1,4 +1,4 @@
-"""The order of things: plan, build, check. Only this file knows it.
+"""The order of things: plan, build, export, check, gate, publish. Only this file knows it.
 
 Every function takes values and returns values; printing is the caller's business.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_export import catalog
-from qlora_export.build import BuildOptions, build
+from qlora_export.build import BuildOptions, build, export
 from qlora_export.contracts import Progress, Track
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
@@ -55,8 +55,12 @@ def run_build(recipe: Recipe, options: RunOptions) -> Run:
     """Plan and build."""
     plan = make_plan(recipe, options.out)
     with options.track("build") as progress:
-        artifacts = build(plan, options.out, BuildOptions(options.workers, progress=progress))
-    return Run(plan, tuple(artifacts))
+        built = build(plan, options.out, BuildOptions(options.workers, progress=progress))
+    made = {artifact.name: artifact for artifact in built}
+    for item in plan.exports:
+        with options.track(f"export {item.name}"):
+            made[item.name] = export(plan, item, made[item.source.name], options.out)
+    return Run(plan, tuple(made[item.name] for item in recipe.artifacts))
 
 
 def run_check(recipe: Recipe, options: RunOptions) -> Run:
@@ -75,6 +79,23 @@ def run_check(recipe: Recipe, options: RunOptions) -> Run:
         references = _measure_references(run.plan, store, options)
         ledger = _measure_artifacts(run, references, tokens, store, options)
     return Run(run.plan, run.artifacts, ledger)
+
+
+def run_release(recipe: Recipe, options: RunOptions) -> Run:
+    """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
+    if recipe.publish is None:
+        raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
+    run = run_check(recipe, options)
+    entries = run.ledger.entries if run.ledger else ()
+    if any(not entry.as_expected and entry.recipe.on_failure == "stop" for entry in entries):
+        return run
+    publisher = catalog.load_publisher(recipe.publish.to, recipe.publish.version, recipe.folder)
+    receipts = []
+    for entry in entries:
+        if entry.verified is not None and entry.as_expected:
+            with options.track(f"publish {entry.artifact.name}"):
+                receipts.append(publisher.publish(entry.verified))
+    return replace(run, receipts=tuple(receipts))
 
 
 def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
@@ -108,11 +129,12 @@ def _measure_artifacts(
 ) -> Ledger:
     entries = []
     defaults = run.plan.recipe.drift.limits.over(DEFAULT_LIMITS) if run.plan.recipe.drift else DEFAULT_LIMITS
-    for item, artifact in zip(run.plan.artifacts, run.artifacts, strict=True):
+    planned = {item.name: item for item in run.plan.artifacts}
+    for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
         runtime = catalog.load_runtime(str(artifact.manifest["runtime"]))
         with runtime.open(artifact.path) as session, options.track(f"measure {artifact.name}") as progress:
             measured = measure(artifact.name, runtime.name, session, store, progress)
-        kept = survival(run.plan, item, artifact)
-        limits = item.recipe.limits.over(defaults)
-        entries.append(enter(artifact, item.recipe, measured, kept, references, limits, tokens))
+        kept = survival(run.plan, planned[artifact.name], artifact) if artifact.name in planned else {}
+        limits = recipe.limits.over(defaults)
+        entries.append(enter(artifact, recipe, measured, kept, references, limits, tokens))
     return make_ledger(tokens, references, tuple(entries))

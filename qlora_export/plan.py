@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -16,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import __version__, catalog
-from qlora_export.contracts import Format, Onto, Part, TensorSpec, TrainingQuantization
-from qlora_export.errors import ExitCode, ExportError, PlanRefused, Problem
+from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
+from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.merge.carried import CarriedFile, carried_files, differing_tokenizer_files, edited_config
 from qlora_export.merge.homes import Adaptation, match_adapter
 from qlora_export.merge.trained_base import quantised_modules
+from qlora_export.preflight import (
+    artifact_problems,
+    base_problems,
+    disk_problems,
+    opened,
+    place_problems,
+    training_problems,
+)
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +37,6 @@ from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 # Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
 BLOCK_WEIGHTS = 1 << 17
 INTERPRETER_BYTES = 220_000_000
-SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,22 @@ class ArtifactPlan:
 
 
 @dataclass(frozen=True)
+class ExportPlan:
+    """One artifact that an exporter makes from a dense one; its bytes are an estimate."""
+
+    recipe: ArtifactRecipe
+    exporter: Exporter
+    source: ArtifactPlan
+    bytes: int
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Name of the artifact and of its folder."""
+        return self.recipe.name
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a build will do; `assumptions` are choices that nobody stated."""
 
@@ -79,6 +101,7 @@ class Plan:
     adaptations: Mapping[str, Adaptation]
     quantised: AbstractSet[str]
     artifacts: tuple[ArtifactPlan, ...]
+    exports: tuple[ExportPlan, ...]
     assumptions: tuple[str, ...]
 
     @property
@@ -89,7 +112,12 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of all artifacts together."""
-        return sum(artifact.bytes for artifact in self.artifacts)
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every artifact by name, those of exports estimated."""
+        return {item.name: item.bytes for item in self.artifacts} | {item.name: item.bytes for item in self.exports}
 
     def peak_memory_bytes(self, workers: int) -> int:
         """Estimate of resident memory: the interpreter, row blocks in work, and the state of the largest tensors."""
@@ -127,125 +155,46 @@ class Plan:
                 }
                 for artifact in self.artifacts
             ],
+            "exports": [
+                {
+                    "name": export.name,
+                    "format": export.exporter.name,
+                    "source": export.source.name,
+                    "digest": export.digest,
+                    "bytes_estimated": export.bytes,
+                }
+                for export in self.exports
+            ],
         }
 
 
 def make_plan(recipe: Recipe, out: Path) -> Plan:
     """Plan a recipe; raises PlanRefused with every problem that the headers show."""
-    opened = [_opened(open_checkpoint, recipe.path(recipe.base)), _opened(open_adapter, recipe.path(recipe.adapter))]
-    problems = [found for found in opened if isinstance(found, Problem)]
-    problems += _place_problems(out, [recipe.path(recipe.base), recipe.path(recipe.adapter)])
-    if problems:
+    checkpoint = opened(open_checkpoint, recipe.path(recipe.base))
+    adapter = opened(open_adapter, recipe.path(recipe.adapter))
+    problems = [found for found in (checkpoint, adapter) if isinstance(found, Problem)]
+    problems += place_problems(out, [recipe.path(recipe.base), recipe.path(recipe.adapter)])
+    if problems or isinstance(checkpoint, Problem) or isinstance(adapter, Problem):
         raise PlanRefused(problems)
-    checkpoint, adapter = opened
     adaptations, misfits = match_adapter(adapter, checkpoint)
-    problems = [*_base_problems(checkpoint), *variant_problems(adapter), *_training_problems(adapter, checkpoint)]
+    problems = [*base_problems(checkpoint), *variant_problems(adapter), *training_problems(adapter, checkpoint)]
     problems += misfits
     quantised = quantised_modules(checkpoint, adapter.training)
-    problems += _artifact_problems(recipe, adapter.training, quantised)
+    problems += artifact_problems(recipe, adapter.training, quantised)
     if problems:
         raise PlanRefused(problems)
-    artifacts = tuple(_plan_artifact(recipe, item, checkpoint, adapter, quantised) for item in recipe.artifacts)
-    plan = Plan(recipe, checkpoint, adapter, adaptations, quantised, artifacts, _assumptions(checkpoint, adapter))
-    if problem := _disk_problem(plan, out):
-        raise PlanRefused([problem])
+    formats = [item for item in recipe.artifacts if item.format in catalog.FORMATS]
+    artifacts = tuple(_plan_artifact(recipe, item, checkpoint, adapter, quantised) for item in formats)
+    exports = tuple(
+        _plan_export(recipe, item, artifacts, checkpoint)
+        for item in recipe.artifacts
+        if item.format in catalog.EXPORTERS
+    )
+    assumptions = _assumptions(checkpoint, adapter)
+    plan = Plan(recipe, checkpoint, adapter, adaptations, quantised, artifacts, exports, assumptions)
+    if problems := disk_problems(out, plan.sizes):
+        raise PlanRefused(problems)
     return plan
-
-
-def _opened(opener: Any, folder: Path) -> Any:
-    try:
-        return opener(folder)
-    except ExportError as error:
-        return Problem.of(error)
-
-
-def _base_problems(checkpoint: Checkpoint) -> list[Problem]:
-    sections = {"config.json": checkpoint.config, **checkpoint.config}
-    stored = {
-        name: section["quantization_config"]
-        for name, section in sections.items()
-        if isinstance(section, dict) and section.get("quantization_config")
-    }
-    problems = [
-        Problem(
-            ExitCode.REFUSED,
-            f"{checkpoint.folder}: the base is stored in "
-            f"{how.get('quant_method', 'an unnamed method') if isinstance(how, dict) else how} ({name}), "
-            "which cannot be merged onto yet",
-            "give the 16-bit base",
-        )
-        for name, how in stored.items()
-    ]
-    odd = [tensor for tensor in checkpoint.tensors.values() if tensor.spec.dtype[0] == "F"]
-    return problems + [
-        Problem(
-            ExitCode.REFUSED,
-            f"{tensor.path}: tensor {tensor.spec.name} has dtype {tensor.spec.dtype}",
-            "only 16 and 32-bit floats can be merged yet",
-        )
-        for tensor in odd
-        if tensor.spec.dtype not in FLOATS
-    ]
-
-
-def _training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]:
-    training = adapter.training
-    problems = []
-    if training.quant_type != "nf4":
-        problems.append(
-            Problem(
-                ExitCode.REFUSED,
-                f"{adapter.folder}: the base was trained on as {training.quant_type}, which cannot be reproduced yet",
-                "this version reproduces nf4",
-            )
-        )
-    if training.base_sha256 not in (None, checkpoint.headers_sha256):
-        problems.append(
-            Problem(
-                ExitCode.BAD_INPUT,
-                f"{checkpoint.folder}: names, shapes and dtypes have sha256 {checkpoint.headers_sha256[:12]}, "
-                f"the adapter was trained on {str(training.base_sha256)[:12]}",
-                "give the base that the adapter was trained on",
-            )
-        )
-    missing = [name for name in training.modules if f"{name}.weight" not in checkpoint.tensors]
-    if missing:
-        problems.append(
-            Problem(
-                ExitCode.BAD_INPUT,
-                f"{checkpoint.folder}: {len(missing)} modules quantised in training are not in the base, "
-                f"the first is {missing[0]}",
-                "give the base that the adapter was trained on",
-            )
-        )
-    return problems
-
-
-def _place_problems(out: Path, sources: list[Path]) -> list[Problem]:
-    """Sources are never written to, so the run folder may not be or lie in one."""
-    place = out.absolute().resolve()
-    return [
-        Problem(ExitCode.USAGE, f"{out}: lies in the source {source}", "choose another --out")
-        for source in sources
-        if source.resolve() in (place, *place.parents)
-    ]
-
-
-def _artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised: AbstractSet[str]) -> list[Problem]:
-    """What an artifact is told that its format cannot do."""
-    problems = []
-    for artifact in recipe.artifacts:
-        form = catalog.load_format(artifact.format, training)
-        unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(quantised, pattern)]
-        problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
-        if artifact.keep and not form.quantises:
-            problems.append((artifact, f"{artifact.format} quantises nothing, so there is nothing to keep"))
-        if form.keeps_adapter and (artifact.keep or artifact.onto == "original"):
-            problems.append((artifact, f"{artifact.format} ships the base of training as it was"))
-    return [
-        Problem(ExitCode.USAGE, f"artifact {artifact.name}: {message}", "see `keep` and `onto` of this artifact")
-        for artifact, message in problems
-    ]
 
 
 def _assumptions(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
@@ -290,6 +239,29 @@ def _plan_artifact(
     return replace(plan, digest=_digest(plan, checkpoint, adapter))
 
 
+def _plan_export(
+    recipe: Recipe, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...], checkpoint: Checkpoint
+) -> ExportPlan:
+    """An export from the first dense artifact with the same merge base; raises UsageError when there is none."""
+    exporter = catalog.load_exporter(item.format, item.options)
+    onto = recipe.onto(item)
+    source = next((found for found in artifacts if not found.form.quantises and found.onto == onto), None)
+    if source is None:
+        raise UsageError(
+            f"artifact {item.name}: {item.format} is exported from a dense artifact merged onto {onto}, there is none",
+            "add `- format: bf16` to the artifacts",
+        )
+    weights = sum(tensor.spec.size for tensor in checkpoint.tensors.values())
+    facts = {
+        "version": __version__,
+        "source": source.digest,
+        "exporter": exporter.name,
+        "facts": dict(exporter.facts()),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return ExportPlan(item, exporter, source, int(weights * exporter.bytes_per_weight), digest)
+
+
 def route_parts(route: Route) -> tuple[Part, ...]:
     """The parts that a routed tensor becomes."""
     if route.form is None:
@@ -311,18 +283,3 @@ def _digest(plan: ArtifactPlan, checkpoint: Checkpoint, adapter: Adapter) -> str
         "carried": {file.name: file.sha256() for file in plan.carried},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _disk_problem(plan: Plan, out: Path) -> Problem | None:
-    """A problem when the artifacts that are not finished yet do not fit the disk."""
-    needed = 0
-    for artifact in plan.artifacts:
-        if not (out / artifact.name).exists():
-            partial = (out / f"{artifact.name}.partial").glob("*")
-            needed += max(0, artifact.bytes - sum(path.lstat().st_blocks * SECTOR_BYTES for path in partial))
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if needed <= free:
-        return None
-    message = f"{out}: the artifacts need {needed} bytes, the disk has {free} free"
-    return Problem(ExitCode.ENVIRONMENT, message, "free some disk space or choose another --out")

@@ -9,17 +9,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_export.catalog import FORMATS, require_known
+from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
 from qlora_export.contracts import Onto
 from qlora_export.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class _Facts(BaseModel):
@@ -54,8 +56,10 @@ class ArtifactRecipe(_Facts):
     name: str = ""
     onto: Onto | None = None
     keep: tuple[str, ...] = ()
+    options: dict[str, str | int | bool] = {}
     limits: Limits = Limits()
     expect: Literal["pass", "fail"] = "pass"
+    on_failure: Literal["stop", "withhold"] = "stop"
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +73,7 @@ class ArtifactRecipe(_Facts):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.endswith(".partial"):
+        if not FOLDER_NAME.fullmatch(name) or name.endswith(".partial"):
             raise ValueError(f"{name!r} cannot be the name of a folder")
         return name
 
@@ -83,6 +87,28 @@ class DriftRecipe(_Facts):
     limits: Limits = Limits()
 
 
+class PublishRecipe(_Facts):
+    """Where verified artifacts go, as `KIND:PLACE`, and under which version; by default a prefix of their digest."""
+
+    to: str
+    version: str | None = None
+
+    @field_validator("to")
+    @classmethod
+    def _names_a_publisher(cls, to: str) -> str:
+        kind, _, place = to.partition(":")
+        if kind not in PUBLISHERS or not place:
+            raise ValueError(f"{to!r} is no destination; known: {', '.join(f'{name}:...' for name in PUBLISHERS)}")
+        return to
+
+    @field_validator("version")
+    @classmethod
+    def _is_a_version(cls, version: str | None) -> str | None:
+        if version is not None and (not FOLDER_NAME.fullmatch(version) or version == "latest"):
+            raise ValueError(f"{version!r} cannot be a version")
+        return version
+
+
 class Recipe(_Facts):
     """Everything a run is told; `folder` is where relative paths start."""
 
@@ -92,6 +118,7 @@ class Recipe(_Facts):
     merge: Merge = Merge()
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
     drift: DriftRecipe | None = None
+    publish: PublishRecipe | None = None
     shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1)
     folder: Path = Field(Path(), exclude=True)
 
@@ -105,8 +132,8 @@ class Recipe(_Facts):
 
     @property
     def digest(self) -> str:
-        """sha256 of the recipe's facts."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """sha256 of the recipe's facts, wherever it is published to."""
+        return hashlib.sha256(self.model_dump_json(exclude={"publish"}).encode()).hexdigest()
 
     def path(self, text: str) -> Path:
         """A path of this recipe, seen from its folder."""
@@ -117,8 +144,8 @@ class Recipe(_Facts):
         return artifact.onto or self.merge.onto
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file; raises UsageError naming every key that is wrong."""
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and change keys by `KEY=VALUE`; raises UsageError naming every key that is wrong."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
@@ -129,7 +156,7 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: not valid YAML: {error}", "a recipe is a YAML mapping") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys, this is a {type(data).__name__}")
-    return make_recipe(data, path.parent, str(path))
+    return make_recipe(data, path.parent, str(path), settings)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -145,8 +172,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def make_recipe(data: dict[str, Any], folder: Path, origin: str) -> Recipe:
+def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Sequence[str] = ()) -> Recipe:
     """Validate recipe data that came from `origin`, a file or the flags; relative paths start at `folder`."""
+    for setting in settings:
+        _set(data, setting)
     try:
         if "folder" in data:
             raise UsageError(f"{origin}: unknown key folder", "paths are relative to the recipe's own folder")
@@ -155,8 +184,24 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str) -> Recipe:
         messages, hints = zip(*(_explain(item) for item in error.errors()), strict=True)
         raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None
     for artifact in recipe.artifacts:
-        require_known(FORMATS, "format", artifact.format)
+        require_known({**FORMATS, **EXPORTERS}, "format", artifact.format)
     return recipe
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    """Put one `a.b.0.c=VALUE` into recipe data; VALUE is YAML."""
+    key, equals, text = setting.partition("=")
+    hint = "as in --set drift.limits.mean_kl=0.1 or --set artifacts.0.format=bf16"
+    if not equals or not key:
+        raise UsageError(f"--set {setting}: no KEY=VALUE", hint)
+    *path, last = key.split(".")
+    place: Any = data
+    try:
+        for step in path:
+            place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
+        raise UsageError(f"--set {setting}: there is no such place in the recipe", hint) from None
 
 
 def _explain(item: Any) -> tuple[str, str]:
@@ -178,6 +223,7 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         "artifacts": ArtifactRecipe,
         "drift": DriftRecipe,
         "limits": Limits,
+        "publish": PublishRecipe,
     }
     for step in location:
         model = sections.get(step, model) if isinstance(step, str) else model

@@ -47,13 +47,13 @@ def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file", "--out names a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out):
         finished = {item.name: _finished(item, out) for item in plan.artifacts}
         kept = [artifact for artifact in finished.values() if artifact is not None]
         missing = [item for item in plan.artifacts if finished[item.name] is None]
         digests = SourceDigests(plan.checkpoint.files)
         if missing:
-            with _disk_errors(out, sum(item.bytes for item in missing)):
+            with disk_errors(out, sum(item.bytes for item in missing)):
                 _build_missing(plan, missing, kept, out, options, digests)
         else:
             digests.hash_all([path.name for path in digests.paths], options.workers)
@@ -168,7 +168,8 @@ def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:
 
 
 @contextmanager
-def _disk_errors(out: Path, needed_bytes: int) -> Iterator[None]:
+def disk_errors(out: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a full disk into its own error."""
     try:
         yield
     except OSError as error:
@@ -178,7 +179,7 @@ def _disk_errors(out: Path, needed_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep a second run out of the same folder."""
     descriptor = os.open(out, os.O_RDONLY)
     try:

@@ -67,6 +67,11 @@ def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files:
         },
         "files": files,
     }
+    return manifest_bytes(manifest)
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written."""
     return json.dumps(manifest, indent=2).encode() + b"\n"
 
 

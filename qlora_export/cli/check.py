@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING
 
-import typer
+from qlora_export.cli.options import Outcome
 
-from qlora_export.cli.options import (
-    AdapterFolder,
-    Base,
-    Formats,
-    Json,
-    OntoName,
-    Out,
-    RecipePath,
-    Text,
-    Workers,
-    recipe_from,
-    run_options,
-)
+if TYPE_CHECKING:
+    from qlora_export.pipeline import RunOptions
+    from qlora_export.recipe import Recipe
 
 
-def check(
-    recipe: RecipePath = None,
-    base: Base = None,
-    adapter: AdapterFolder = None,
-    formats: Formats = None,
-    onto: OntoName = None,
-    text: Text = None,
-    out: Out = None,
-    workers: Workers = None,
-    as_json: Json = False,
-) -> None:
+def check(recipe: Recipe, options: RunOptions) -> Outcome:
     """Measure the drift of every artifact from the model that was trained; exit 3 when one drifted too far."""
     from qlora_export.pipeline import run_check
     from qlora_export.report.data import exit_code, report, write_report
     from qlora_export.report.terminal import print_ledger
 
-    facts = recipe_from(recipe, base, adapter, formats, onto, text)
-    options = run_options(recipe, out, workers)
-    run = run_check(facts, options)
+    run = run_check(recipe, options)
     write_report(run, options.out)
-    if as_json:
-        print(json.dumps(report(run), indent=2))
-    elif run.ledger is not None:
-        print_ledger(run, run.ledger)
-    raise typer.Exit(int(exit_code(run)))
+    return report(run), lambda: print_ledger(run), int(exit_code(run))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlora_export.cli.options import Json, Workers, run_options
+from qlora_export.cli.options import Json, Workers, finish, run_options
 
 STORY = """
 What you see: the adapter of the embedded model is a real QLoRA run. Adding it to the de-quantised base and rounding
@@ -22,20 +21,18 @@ def demo(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Plan, build and check the embedded model: what plain NF4 rounding loses, and what does not lose it."""
+    """Release the embedded model to a folder: what plain NF4 rounding loses, and what does not lose it."""
+    from qlora_export.cli.release import release
     from qlora_export.demo import recipe_path
-    from qlora_export.pipeline import run_check
     from qlora_export.recipe import load_recipe
-    from qlora_export.report.data import exit_code, report, write_report
-    from qlora_export.report.terminal import print_ledger
 
+    recipe = load_recipe(recipe_path(), [f"publish.to=folder:{out.absolute() / 'registry'}"])
     options = run_options(None, out, workers)
-    run = run_check(load_recipe(recipe_path()), options)
-    path = write_report(run, options.out)
-    if as_json:
-        print(json.dumps(report(run), indent=2))
-    elif run.ledger is not None:
-        print_ledger(run, run.ledger)
+    data, show, code = release(recipe, options)
+
+    def tell() -> None:
+        show()
         print(STORY)
-        print(f"report: {path}")
-    raise typer.Exit(int(exit_code(run)))
+        print(f"report: {options.out / 'report.json'} and report.md")
+
+    finish((data, tell, code), as_json)

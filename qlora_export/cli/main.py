@@ -13,7 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from qlora_export import __version__
-from qlora_export.cli import build, check, demo, plan
+from qlora_export.cli import build, check, clean, demo, plan, release
+from qlora_export.cli.options import command_of
 from qlora_export.errors import ExitCode, ExportError, PlanRefused
 
 app = typer.Typer(
@@ -25,9 +26,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
-app.command("plan")(plan.plan)
-app.command("build")(build.build)
-app.command("check")(check.check)
+app.command("release")(command_of(release.release))
+app.command("plan")(command_of(plan.plan))
+app.command("build")(command_of(build.build))
+app.command("check")(command_of(check.check))
+app.command("clean")(clean.clean)
 
 
 RESUME = "nothing is final; run the same command again to go on where it stopped"

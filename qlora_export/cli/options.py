@@ -1,7 +1,9 @@
-"""The flags that verbs share, and the recipe that they or a file make."""
+"""The flags that all verbs on a recipe share, and the recipe that they or a file make."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,36 +21,75 @@ AdapterFolder = Annotated[str | None, typer.Option("--adapter", help="Folder of 
 Formats = Annotated[list[str] | None, typer.Option("--format", help="A format to make; repeat for several.")]
 OntoName = Annotated[str | None, typer.Option("--onto", help="Merge base: as-trained (default) or original.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text to measure drift on: .jsonl or .txt.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE, a recipe key by its path, as in drift.limits.mean_kl=0.1; repeat."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE or out].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object to this file.")]
+
+# What a verb makes of a recipe: the JSON object, how it prints for people, and its exit code.
+Outcome = tuple[dict[str, Any], Callable[[], None], int]
+Verb = Callable[["Recipe", "RunOptions"], Outcome]
 
 
-def recipe_from(
-    path: Path | None,
-    base: str | None,
-    adapter: str | None,
-    formats: list[str] | None,
-    onto: str | None,
-    text: str | None,
-) -> Recipe:
+def command_of(verb: Verb) -> Callable[..., None]:
+    """A typer command with the shared flags, which runs `verb` and prints what it came to."""
+
+    def command(
+        recipe: RecipePath = None,
+        base: Base = None,
+        adapter: AdapterFolder = None,
+        formats: Formats = None,
+        onto: OntoName = None,
+        text: Text = None,
+        settings: Settings = None,
+        out: Out = None,
+        workers: Workers = None,
+        as_json: Json = False,
+        output: Output = None,
+    ) -> None:
+        flags = {"--base": base, "--adapter": adapter, "--format": formats, "--onto": onto, "--text": text}
+        facts = recipe_from(recipe, flags, settings or [])
+        finish(verb(facts, run_options(recipe, out, workers)), as_json, output)
+
+    command.__doc__ = verb.__doc__
+    return command
+
+
+def finish(outcome: Outcome, as_json: bool, output: Path | None = None) -> None:
+    """Print an outcome, keep its JSON, and end with its exit code."""
+    data, show, code = outcome
+    text = json.dumps(data, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        show()
+    raise typer.Exit(code)
+
+
+def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -> Recipe:
     """The recipe of a file, or of the flags; raises UsageError when both or neither are given."""
     from qlora_export.recipe import load_recipe, make_recipe
 
-    flags = {"--base": base, "--adapter": adapter, "--format": formats, "--onto": onto, "--text": text}
     given = [name for name, value in flags.items() if value]
     if path is not None:
         if given:
-            raise UsageError(f"a recipe and {', '.join(given)}", "put it into the recipe, or use the flags alone")
-        return load_recipe(path)
-    if not (base and adapter and formats):
+            raise UsageError(f"a recipe and {', '.join(given)}", "use --set to change a recipe, or the flags alone")
+        return load_recipe(path, settings)
+    if not (flags["--base"] and flags["--adapter"] and flags["--format"]):
         raise UsageError("no recipe", "give a recipe file, or --base, --adapter and at least one --format")
-    data: dict[str, Any] = {"base": base, "adapter": adapter, "artifacts": [{"format": name} for name in formats]}
-    if onto:
-        data["merge"] = {"onto": onto}
-    if text:
-        data["drift"] = {"text": text}
-    return make_recipe(data, Path(), "flags")
+    data: dict[str, Any] = {"base": flags["--base"], "adapter": flags["--adapter"]}
+    data["artifacts"] = [{"format": name} for name in flags["--format"]]
+    if flags["--onto"]:
+        data["merge"] = {"onto": flags["--onto"]}
+    if flags["--text"]:
+        data["drift"] = {"text": flags["--text"]}
+    return make_recipe(data, Path(), "flags", settings)
 
 
 def run_options(recipe: Path | None, out: Path | None, workers: int | None) -> RunOptions:

@@ -64,9 +64,10 @@ def enter(
     limits: Limits,
     tokens: TokenSet,
 ) -> Entry:
-    """Judge one measured artifact."""
+    """Judge one measured artifact; `survival` is empty when its weights cannot be read back."""
     drift = compare(measured, references.tuned, references.base, tokens)
-    drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
+    if survival:
+        drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
     verdict = judge(drift, limits, tokens.count, measured.nonfinite)
     verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
     return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified)

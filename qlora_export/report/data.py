@@ -11,17 +11,24 @@ from typing import Any
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.errors import ExitCode
+from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
 
 REPORT_NAME = "report.json"
 
 
 def exit_code(run: Run) -> ExitCode:
-    """OK when every verdict is the expected one; else failed before inconclusive."""
-    surprises = [entry for entry in (run.ledger.entries if run.ledger else ()) if not entry.as_expected]
+    """OK when every verdict is the expected one or withheld; else failed before inconclusive."""
+    entries = run.ledger.entries if run.ledger else ()
+    surprises = [entry for entry in entries if not entry.as_expected and not withheld(entry)]
     if any(entry.verdict.outcome != "inconclusive" for entry in surprises):
         return ExitCode.GATE_FAILED
     return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
+
+
+def withheld(entry: Entry) -> bool:
+    """Whether an artifact failed and the recipe says that the others go on without it."""
+    return not entry.as_expected and entry.recipe.on_failure == "withhold"
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def report(run: Run) -> dict[str, Any]:
         "reference": _reference(run),
         "assumptions": list(run.plan.assumptions),
         "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
-        "published": [],
+        "published": [asdict(receipt) for receipt in run.receipts],
         "exit_code": int(exit_code(run)),
     }
     cleaned: dict[str, Any] = _finite(data)
@@ -42,11 +49,12 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def write_report(run: Run, folder: Path) -> Path:
-    """Write report.json into the run folder, whole or not at all."""
+    """Write report.json, and report.md beside it, into the run folder; each whole or not at all."""
     path = folder / REPORT_NAME
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(report(run), indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
+    write_markdown(run, folder)
     return path
 
 

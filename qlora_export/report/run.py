@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_export.contracts import Artifact
+from qlora_export.contracts import Artifact, Receipt
 from qlora_export.drift.ledger import Ledger
 from qlora_export.plan import Plan
 
 
 @dataclass(frozen=True)
 class Run:
-    """The plan, the artifacts that exist, and the ledger when they were measured."""
+    """The plan, the artifacts that exist, the ledger when they were measured, the receipts when published."""
 
     plan: Plan
     artifacts: tuple[Artifact, ...] = ()
     ledger: Ledger | None = None
+    receipts: tuple[Receipt, ...] = ()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qlora_export import contracts
 from qlora_export.contracts import Drift
-from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.ledger import Entry
 from qlora_export.report.run import Run
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -44,6 +44,8 @@ def print_plan(run: Run, workers: int) -> None:
     table = _table(f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted")
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for export in plan.exports:
+        table.add_row(export.name, export.exporter.name, f"from {export.source.name}", f"~{size(export.bytes)}")
     for item in plan.artifacts:
         onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
         table.add_row(item.name, item.form.name, onto, size(item.bytes))
@@ -65,9 +67,21 @@ def print_artifacts(run: Run) -> None:
     _print_assumptions(console, run)
 
 
-def print_ledger(run: Run, ledger: Ledger) -> None:
-    """The drift of every model from the one that was trained."""
+def print_release(run: Run) -> None:
+    """The ledger, and where the artifacts went."""
+    print_ledger(run)
     console = _console()
+    for receipt in run.receipts:
+        console.print(f"published {receipt.artifact} to {receipt.destination}", highlight=False, soft_wrap=True)
+    if not run.receipts:
+        console.print("nothing was published", highlight=False)
+
+
+def print_ledger(run: Run) -> None:
+    """The drift of every model from the one that was trained."""
+    console, ledger = _console(), run.ledger
+    if ledger is None:
+        return
     table = _table("Drift from the model that was trained")
     table.add_column("model", no_wrap=True)
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
@@ -112,6 +126,8 @@ def _verdict(entry: Entry) -> str:
     outcome = entry.verdict.outcome
     if not entry.as_expected and entry.recipe.expect == "fail":
         return f"[red]{outcome}, expected to fail[/]"
+    if not entry.as_expected and entry.recipe.on_failure == "withhold":
+        return f"[yellow]{outcome}, withheld[/]"
     if outcome == "fail" and entry.as_expected:
         return "[green]fail, as expected[/]"
     return f"[{COLOURS[outcome]}]{outcome}[/]"

@@ -18,6 +18,7 @@ import bitsandbytes
 import peft
 import torch
 import transformers
+from jinja2 import TemplateError
 
 from qlora_export.contracts import Float32
 from qlora_export.errors import InputError

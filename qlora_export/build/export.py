@@ -1,0 +1,91 @@
+"""Run an exporter on a finished dense artifact: into NAME.partial, then manifest, then one rename.
+
+An export is made anew as a whole after a kill: its bytes are the builder's own, and it takes seconds to minutes. The
+tokenizer and the licence come from the source artifact byte for byte, whatever the exporter made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from qlora_export.build.build import disk_errors, locked
+from qlora_export.build.journal import JOURNAL_NAME, Journal
+from qlora_export.build.manifest import MANIFEST_NAME, file_facts, manifest_bytes, read_artifact, verify_artifact
+from qlora_export.build.partial import sync_folder, write_file
+from qlora_export.contracts import Artifact
+from qlora_export.errors import UsageError
+from qlora_export.merge.carried import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
+from qlora_export.plan import ExportPlan, Plan
+
+
+def export(plan: Plan, item: ExportPlan, source: Artifact, out: Path) -> Artifact:
+    """The exported artifact: verified and kept when it is there, else made."""
+    final = out / item.name
+    with locked(out):
+        if os.path.lexists(final):
+            return _kept(item, source, final)
+        partial = out / f"{item.name}.partial"
+        if os.path.lexists(partial):
+            _remove_ours(partial, item)
+        partial.mkdir()
+        Journal(partial, item.digest)
+        with disk_errors(out, item.bytes):
+            item.exporter.export(source.path, partial)
+            _finish(plan, item, source, partial)
+        partial.rename(final)
+        sync_folder(out)
+        (final / JOURNAL_NAME).unlink()
+        return read_artifact(final)
+
+
+def _kept(item: ExportPlan, source: Artifact, final: Path) -> Artifact:
+    artifact = read_artifact(final)
+    made_from = artifact.manifest["sources"].get("artifact", {}).get("manifest_sha256")
+    if artifact.manifest["plan_digest"] != item.digest or made_from != source.manifest_sha256:
+        raise UsageError(
+            f"{final}: an artifact of another plan or of another {source.name}",
+            "choose another --out, or remove the folder to export it again",
+        )
+    (final / JOURNAL_NAME).unlink(missing_ok=True)
+    verify_artifact(artifact, artifact.manifest["files"])
+    return replace(artifact, reused=True)
+
+
+def _remove_ours(partial: Path, item: ExportPlan) -> None:
+    """Remove what a killed export of this plan left; raises UsageError for anything else."""
+    if partial.is_symlink() or not (partial / JOURNAL_NAME).is_file():
+        raise UsageError(f"{partial}: exists and is not left behind by a run of ours", f"move {partial} away")
+    Journal(partial, item.digest)
+    shutil.rmtree(partial)
+
+
+def _finish(plan: Plan, item: ExportPlan, source: Artifact, partial: Path) -> None:
+    """Restore what travels byte for byte, sync everything, and write the manifest last."""
+    for path in sorted(source.path.iterdir()):
+        if TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name):
+            write_file(partial, CarriedFile(path.name, path))
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    facts = {name: file_facts(partial / name) for name in names if name != JOURNAL_NAME}
+    for name in facts:
+        with (partial / name).open("rb") as file:
+            os.fsync(file.fileno())
+    sources = {"artifact": {"name": source.name, "manifest_sha256": source.manifest_sha256}}
+    inherited = {key: source.manifest[key] for key in ("onto", "training_quantization", "assumptions")}
+    manifest = {
+        "schema": 1,
+        "name": item.name,
+        "format": item.exporter.name,
+        "runtime": item.exporter.runtime,
+        "plan_digest": item.digest,
+        "recipe_digest": plan.recipe.digest,
+        "exporter": json.loads(json.dumps(dict(item.exporter.facts()))),
+        **inherited,
+        "sources": {**source.manifest["sources"], **sources},
+        "files": facts,
+    }
+    write_file(partial, CarriedFile(MANIFEST_NAME, content=manifest_bytes(manifest)))
+    sync_folder(partial)

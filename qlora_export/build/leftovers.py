@@ -1,0 +1,41 @@
+"""Partial folders that dead runs left: found by our journal in them, removed only while no run holds the run folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_export.build.build import locked
+from qlora_export.build.journal import JOURNAL_NAME
+from qlora_export.errors import UsageError
+
+SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A partial folder and the disk space it holds."""
+
+    path: Path
+    bytes: int
+
+
+def find_leftovers(out: Path) -> list[Leftover]:
+    """The partial folders of a run folder, by name; raises UsageError while a run is at work there."""
+    if not out.is_dir():
+        raise UsageError(f"{out}: no such folder", "give the folder that --out named")
+    with locked(out):
+        return [
+            Leftover(path, sum(file.lstat().st_blocks * SECTOR_BYTES for file in path.rglob("*")))
+            for path in sorted(out.glob("*.partial"))
+            if not path.is_symlink() and (path / JOURNAL_NAME).is_file()
+        ]
+
+
+def remove_leftovers(out: Path, leftovers: Sequence[Leftover]) -> None:
+    """Remove partial folders that `find_leftovers` named."""
+    with locked(out):
+        for leftover in leftovers:
+            shutil.rmtree(leftover.path)

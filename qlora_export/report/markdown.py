@@ -1,0 +1,77 @@
+"""The report as Markdown: `report.md` beside `report.json`, for pull requests and step summaries."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from qlora_export.contracts import Drift
+from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.report.run import Run
+
+MARKDOWN_NAME = "report.md"
+HEAD = (
+    "| model | bytes | perplexity | ratio | mean KL | same top-1 | gain kept | survival | verdict |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---|"
+)
+
+
+def markdown(run: Run) -> str:
+    """The whole report as one Markdown text."""
+    lines = ["# Release report", "", f"Recipe `{run.plan.recipe.digest[:12]}`", ""]
+    if run.ledger is None:
+        lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
+    else:
+        lines += _ledger(run.ledger)
+    if run.receipts:
+        lines += ["", "## Published", ""]
+        lines += [f"- `{r.artifact}` to `{r.destination}`, {len(r.files)} files read back" for r in run.receipts]
+    if run.plan.assumptions:
+        lines += ["", "## Assumed", "", *(f"- {assumption}" for assumption in run.plan.assumptions)]
+    return "\n".join(lines) + "\n"
+
+
+def write_markdown(run: Run, folder: Path) -> Path:
+    """Write report.md into the run folder, whole or not at all."""
+    path = folder / MARKDOWN_NAME
+    partial = path.with_suffix(".md.partial")
+    partial.write_text(markdown(run), encoding="utf-8")
+    partial.rename(path)
+    return path
+
+
+def _ledger(ledger: Ledger) -> list[str]:
+    reference = (
+        f"| **as trained** | | {ledger.base.perplexity_reference:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"
+    )
+    lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", "", HEAD, reference]
+    lines.append(_row("base alone", "", ledger.base, ""))
+    lines.append(_row("merged, 16 bit", "", ledger.merged, ""))
+    lines += [
+        _row(f"`{entry.artifact.name}`", str(entry.artifact.bytes), entry.drift, _verdict(entry))
+        for entry in ledger.entries
+    ]
+    lines += ["", f"{ledger.tokens.protocol}; tokens `{ledger.tokens.sha256}`."]
+    reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
+    return [*lines, "", *reasons] if reasons else lines
+
+
+def _row(name: str, size: str, drift: Drift, verdict: str) -> str:
+    ratio = math.exp(drift.ln_ppl_ratio)
+    cells = [
+        name,
+        size,
+        f"{drift.perplexity:.4f}",
+        f"{ratio:.4f} ± {ratio * drift.ln_ppl_ratio_stderr:.1g}",
+        f"{drift.mean_kl:.2g} ± {drift.mean_kl_stderr:.1g}",
+        f"{drift.same_top1:.1%}",
+        "" if drift.gain_kept is None else f"{drift.gain_kept:.1%}",
+        "" if drift.survival_min is None else f"{drift.survival_min:.1%}",
+        verdict,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _verdict(entry: Entry) -> str:
+    expected = ", as expected" if entry.as_expected and entry.verdict.outcome == "fail" else ""
+    return f"{entry.verdict.outcome}{expected}"

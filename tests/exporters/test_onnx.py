@@ -1,0 +1,186 @@
+"""The GenAI model builder and ONNX Runtime, for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qlora_export import catalog
+from qlora_export.build import BuildOptions, build, export
+from qlora_export.contracts import Artifact
+from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
+from qlora_export.plan import Plan, make_plan
+from qlora_export.recipe import Recipe
+from tests.conftest import RecipeMaker, edit_json, folder_bytes, save_adapter, save_base
+
+TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77, 5, 6, 7, 8]
+
+
+def make(recipe: Recipe, out: Path) -> tuple[Plan, dict[str, Artifact]]:
+    plan = make_plan(recipe, out)
+    made = {artifact.name: artifact for artifact in build(plan, out, BuildOptions())}
+    for item in plan.exports:
+        made[item.name] = export(plan, item, made[item.source.name], out)
+    return plan, made
+
+
+@pytest.fixture(scope="module")
+def exported(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx")
+    artifacts: list[Any] = ["bf16", "onnx-fp32", "onnx-int4"]
+    recipe = Recipe.model_validate({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts})
+    make(recipe, out)
+    return out
+
+
+def test_fp32_computes_what_transformers_computes(exported: Path) -> None:
+    """Prefill and decoding with the cache, at two lengths."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported / "bf16", dtype=torch.float32)
+    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+        for tokens in (TOKENS, TOKENS[:3]):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([tokens])).logits[0]
+            expected = torch.log_softmax(logits, -1).numpy()
+            assert np.abs(session.log_probabilities(tokens) - expected).max() < 1e-4
+
+
+def test_int4_is_close_and_smaller(exported: Path) -> None:
+    runtime = catalog.load_runtime("onnxruntime")
+    with runtime.open(exported / "onnx-fp32") as session:
+        exact = session.log_probabilities(TOKENS)
+    with runtime.open(exported / "onnx-int4") as session:
+        rounded = session.log_probabilities(TOKENS)
+    divergence = (np.exp(exact) * (exact - rounded)).sum(axis=1).mean()
+    assert 0 < divergence < 0.5
+    sizes = [(exported / name / "model.onnx.data").stat().st_size for name in ("onnx-fp32", "onnx-int4")]
+    assert sizes[1] < sizes[0]
+
+
+def test_the_folder_is_complete_and_the_tokenizer_untouched(exported: Path) -> None:
+    for name in ("onnx-fp32", "onnx-int4"):
+        folder = exported / name
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert {"manifest.json", *manifest["files"]} == set(folder_bytes(folder))
+        assert manifest["runtime"] == "onnxruntime"
+        assert manifest["sources"]["artifact"]["name"] == "bf16"
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (folder / file).read_bytes() == (exported / "bf16" / file).read_bytes()
+
+
+def test_a_finished_export_is_kept_or_its_change_named(
+    exported: Path, pico_base: Path, pico_adapter: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    artifacts: list[Any] = ["bf16", "onnx-fp32", "onnx-int4"]
+    recipe = Recipe.model_validate({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts})
+    _, made = make(recipe, out)
+    assert all(artifact.reused for artifact in made.values())
+    other = Recipe.model_validate(
+        {**recipe.model_dump(), "artifacts": ["bf16", {"format": "onnx-int4", "options": {"block_size": 64}}]}
+    )
+    with pytest.raises(UsageError, match="another plan"):
+        make(other, out)
+    with (out / "onnx-fp32/model.onnx.data").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(VerifyMismatch, match=r"onnx-fp32/model.onnx.data"):
+        make(recipe, out)
+
+
+def test_an_architecture_that_the_builder_lacks_is_refused(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", seed=1)
+    adapter = save_adapter(base, tmp_path / "adapter", seed=2)
+    edit_json(base / "config.json", architectures=["OPTForCausalLM"], model_type="opt")
+    recipe = Recipe.model_validate({"base": str(base), "adapter": str(adapter), "artifacts": ["bf16", "onnx-fp32"]})
+    with pytest.raises(Refused, match="onnx-fp32: .*is not currently supported"):
+        make(recipe, tmp_path / "out")
+    assert not (tmp_path / "out/onnx-fp32").exists()
+    assert (tmp_path / "out/bf16/manifest.json").exists()
+
+
+def test_a_source_that_the_builder_cannot_read(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EnvironmentProblem, match="the model builder failed"):
+        catalog.load_exporter("onnx-fp32", {}).export(tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_killed_builder_is_named_and_the_next_run_starts_anew(
+    pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_export.exporters.onnx.BUILDER", "tests.exporters.killed_builder")
+    recipe = pico_recipe("bf16", "onnx-fp32")
+    with pytest.raises(EnvironmentProblem, match="killed by SIGKILL"):
+        make(recipe, tmp_path)
+    assert (tmp_path / "onnx-fp32.partial").is_dir()
+    assert not (tmp_path / "onnx-fp32").exists()
+    monkeypatch.undo()
+    make(recipe, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"bf16", "onnx-fp32"}
+
+
+def test_a_partial_folder_that_is_not_ours_is_left_alone(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    (tmp_path / "onnx-fp32.partial").mkdir()
+    (tmp_path / "onnx-fp32.partial/thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not left behind by a run of ours"):
+        make(pico_recipe("bf16", "onnx-fp32"), tmp_path)
+    assert (tmp_path / "onnx-fp32.partial/thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("artifact", "says"),
+    [
+        ({"format": "onnx-int4", "options": {"blocksize": 32}}, "onnx-int4 has no option 'blocksize'"),
+        ({"format": "onnx-int4", "options": {"block_size": 33}}, "block_size is 33"),
+        ({"format": "onnx-int4", "options": {"last_matrix": "fp8"}}, "last_matrix is 'fp8'"),
+        ({"format": "onnx-fp32", "options": {"block_size": 32}}, "onnx-fp32 has no option 'block_size'"),
+        ({"format": "onnx-fp32", "onto": "original"}, "from a dense artifact merged onto original"),
+    ],
+)
+def test_options_that_are_wrong(pico_recipe: RecipeMaker, tmp_path: Path, artifact: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make_plan(pico_recipe("bf16", artifact), tmp_path)
+
+
+def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_bytes((exported / "onnx-fp32/genai_config.json").read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    runtime = catalog.load_runtime("onnxruntime")
+    with runtime.open(tmp_path) as session, pytest.raises(InputError, match="ONNX Runtime ended with status 1"):
+        session.log_probabilities(TOKENS)
+
+
+def test_a_worker_that_dies_is_an_input_error(exported: Path) -> None:
+    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+        session.log_probabilities(TOKENS)
+        worker: Any = session
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(InputError, match="ended with status -9"):
+            session.log_probabilities(TOKENS)
+
+
+def test_genai_generates_from_the_folder(exported: Path) -> None:
+    """In a process of its own, as a consumer would; the native library prints and must not disturb the tests."""
+    script = (
+        "import sys, onnxruntime_genai as genai\n"
+        f"model = genai.Model({str(exported / 'onnx-int4')!r})\n"
+        "tokenizer = genai.Tokenizer(model)\n"
+        "parameters = genai.GeneratorParams(model)\n"
+        "parameters.set_search_options(max_length=12)\n"
+        "generator = genai.Generator(model, parameters)\n"
+        "generator.append_tokens(tokenizer.encode('Order 512'))\n"
+        "while not generator.is_done():\n    generator.generate_next_token()\n"
+        "print(len(generator.get_sequence(0)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert 4 < int(found.stdout.split()[-1]) <= 12
