@@ -40,7 +40,8 @@ def report(out: Path) -> dict[str, Any]:
 def test_the_demo_shows_the_point(report: dict[str, Any]) -> None:
     drift = {artifact["name"]: artifact["drift"] for artifact in report["artifacts"]}
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in report["artifacts"]}
-    assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass"}
+    assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass", "onnx-int4": "pass"}
+    assert [item["artifact"] for item in report["published"]] == ["bf16", "nf4-adapter", "onnx-int4"]
     assert report["reference"]["training_quantization"] == "recorded"
     assert drift["nf4"]["survival_min"] < 0.6
     assert drift["nf4"]["gain_kept"] < 0.9
@@ -78,9 +79,24 @@ def test_a_second_run_keeps_everything(out: Path) -> None:
     found = subprocess.run(words, check=True, capture_output=True, text=True)
     assert all(artifact["reused"] for artifact in json.loads(found.stdout)["artifacts"])
     after = folder_bytes(out)
-    before.pop("report.json")
-    after.pop("report.json")
+    for name in ("report.json", "report.md"):
+        before.pop(name)
+        after.pop(name)
     assert after == before
+
+
+def test_the_registry_is_opened_from_another_process(out: Path) -> None:
+    registry = out / "registry"
+    scripts = [
+        f"import transformers\ntransformers.AutoModelForCausalLM.from_pretrained({str(registry / 'bf16/latest')!r})",
+        "import transformers, peft\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(registry / 'nf4-adapter/latest')!r})\n"
+        f"peft.PeftModel.from_pretrained(model, {str(registry / 'nf4-adapter/latest/adapter')!r})",
+        f"import onnxruntime\nonnxruntime.InferenceSession({str(registry / 'onnx-int4/latest/model.onnx')!r})",
+    ]
+    for script in scripts:
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert not (registry / "nf4").exists()
 
 
 def answer(model: Any, tokenizer: Any) -> str:

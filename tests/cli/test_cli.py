@@ -191,3 +191,53 @@ def test_a_folder_that_cannot_be_written_is_exit_6(pico_base: Path, pico_adapter
     found = command("build", *flags)
     assert found.returncode == 6
     assert "Traceback" not in found.stderr
+
+
+def test_set_changes_a_key_and_output_keeps_the_json(recipe: Path, tmp_path: Path) -> None:
+    words = ["--set", "artifacts.0.name=dense", "--set", "merge.onto=original", "-o", tmp_path / "plan.json"]
+    found = command("plan", recipe, *words, "--json")
+    assert found.returncode == 0, found.stderr
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data == json.loads(found.stdout)
+    assert data["artifacts"][0]["name"] == "dense"
+    assert data["artifacts"][0]["onto"] == "original"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("merge", "no KEY=VALUE"),
+        ("artifacts.9.name=x", "no such place"),
+        ("artifacts.first.name=x", "no such place"),
+        ("base.deep=x", "no such place"),
+        ("artefact.0=x", "unknown key artefact"),
+        ("drift.limits.mean_kl=[", "no such place"),
+    ],
+)
+def test_a_setting_that_fits_nowhere_is_named(recipe: Path, setting: str, says: str) -> None:
+    found = command("plan", recipe, "--set", setting)
+    assert found.returncode == 2, found.stderr
+    assert says in found.stderr
+
+
+def test_clean_names_and_removes_what_killed_runs_left(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "bf16.partial").mkdir(parents=True)
+    (out / "bf16.partial/.journal").write_text('{"plan": "x"}\n')
+    (out / "thesis.partial").mkdir()
+    found = command("clean", out)
+    assert "left behind: " in found.stdout
+    assert (out / "bf16.partial").exists()
+    found = command("clean", out, "--yes", "--json")
+    assert [Path(item["path"]).name for item in json.loads(found.stdout)["leftovers"]] == ["bf16.partial"]
+    assert {path.name for path in out.iterdir()} == {"thesis.partial"}
+    assert "nothing was left behind" in command("clean", out).stdout
+    assert command("clean", tmp_path / "nowhere").returncode == 2
+
+
+def test_release_publishes_and_says_where(recipe: Path, tmp_path: Path) -> None:
+    found = command("release", recipe, "--out", tmp_path / "out", "--set", "publish.to=folder:registry")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"published bf16 to {tmp_path / 'registry/bf16'}" in found.stdout
+    assert "| `bf16` |" in (tmp_path / "out/report.md").read_text()
+    assert command("release", recipe, "--out", tmp_path / "out").returncode == 2
