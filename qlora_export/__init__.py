@@ -1,3 +1,52 @@
-"""Release tool for QLoRA fine-tunes: merge, re-quantise, measure, publish."""
+"""Release tool for QLoRA fine-tunes: merge, re-quantise, measure, publish.
+
+    from qlora_export import RunOptions, load_recipe, release
+
+    run = release(load_recipe(Path("recipe.yaml")), RunOptions(out=Path("out/run")))
+
+`plan`, `build`, `check` and `release` are what the command calls. Each takes a `Recipe` and `RunOptions` and returns a
+`Run`: the plan, the artifacts, the ledger of their drift, the receipts. Errors are `qlora_export.errors.ExportError`.
+Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_export.pipeline import RunOptions, build, check, plan, release
+    from qlora_export.recipe import Recipe, load_recipe, make_recipe
+    from qlora_export.report.run import Run
 
 __version__ = "0.1.0"
+__all__ = [
+    "Recipe",
+    "Run",
+    "RunOptions",
+    "build",
+    "check",
+    "load_recipe",
+    "make_recipe",
+    "plan",
+    "release",
+]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "make_recipe": "recipe",
+    "Run": "report.run",
+    "RunOptions": "pipeline",
+    "build": "pipeline",
+    "check": "pipeline",
+    "plan": "pipeline",
+    "release": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qlora_export import catalog
-from qlora_export.build import BuildOptions, build, export
+from qlora_export import catalog, engine
 from qlora_export.contracts import Progress, Track
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
@@ -25,7 +24,7 @@ from qlora_export.drift.measure import (
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
 from qlora_export.errors import InputError, UsageError
-from qlora_export.plan import Plan, make_plan
+from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.run import Run
 from qlora_export.sources.text import read_text
@@ -42,33 +41,33 @@ class RunOptions:
     """Where a run writes and how it shows its progress."""
 
     out: Path
-    workers: int = field(default_factory=lambda: BuildOptions().workers)
+    workers: int = field(default_factory=lambda: engine.BuildOptions().workers)
     track: Track = untracked
 
 
-def run_plan(recipe: Recipe, options: RunOptions) -> Run:
+def plan(recipe: Recipe, options: RunOptions) -> Run:
     """Plan only."""
     return Run(make_plan(recipe, options.out))
 
 
-def run_build(recipe: Recipe, options: RunOptions) -> Run:
+def build(recipe: Recipe, options: RunOptions) -> Run:
     """Plan and build."""
     plan = make_plan(recipe, options.out)
     with options.track("build") as progress:
-        built = build(plan, options.out, BuildOptions(options.workers, progress=progress))
+        built = engine.build(plan, options.out, engine.BuildOptions(options.workers, progress=progress))
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):
-            made[item.name] = export(plan, item, made[item.source.name], options.out)
+            made[item.name] = engine.export(plan, item, made[item.source.name], options.out)
     return Run(plan, tuple(made[item.name] for item in recipe.artifacts))
 
 
-def run_check(recipe: Recipe, options: RunOptions) -> Run:
+def check(recipe: Recipe, options: RunOptions) -> Run:
     """Plan, build what is missing, and measure every artifact against the model that was trained."""
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
     text = read_text(recipe.path(recipe.drift.text))
-    run = run_build(recipe, options)
+    run = build(recipe, options)
 
     from qlora_export.runtimes.loading import FolderTokenizer
 
@@ -81,11 +80,11 @@ def run_check(recipe: Recipe, options: RunOptions) -> Run:
     return Run(run.plan, run.artifacts, ledger)
 
 
-def run_release(recipe: Recipe, options: RunOptions) -> Run:
+def release(recipe: Recipe, options: RunOptions) -> Run:
     """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
     if recipe.publish is None:
         raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
-    run = run_check(recipe, options)
+    run = check(recipe, options)
     entries = run.ledger.entries if run.ledger else ()
     if any(not entry.as_expected and entry.recipe.on_failure == "stop" for entry in entries):
         return run

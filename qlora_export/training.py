@@ -1,8 +1,11 @@
 """For training scripts: write down how the base was quantised, while the model that knows is still alive.
 
+    from qlora_export.training import QloraExportCallback
+    trainer = Trainer(model, ..., callbacks=[QloraExportCallback()])     # with every checkpoint
+
     from qlora_export.training import record
     model.save_pretrained(folder)
-    record(model, folder)
+    record(model, folder)                                                # or by hand
 
 The sidecar `qlora_export.json` lets a release reproduce the trained function to the byte instead of assuming it.
 """
@@ -13,6 +16,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExportError, UsageError
@@ -30,6 +35,11 @@ def record(model: Any, folder: str | Path, base: str | Path | None = None) -> Pa
     `model` is a transformers model loaded with bitsandbytes NF4, with or without peft around it; `base` is the folder
     it was loaded from, by default the one transformers remembers. Raises UsageError when nothing is quantised.
     """
+    return write_sidecar(Path(folder), training_quantization(model, base))
+
+
+def training_quantization(model: Any, base: str | Path | None = None) -> TrainingQuantization:
+    """How a live 4-bit model is quantised; raises UsageError when nothing is."""
     layers = {
         _module_name(name): module
         for name, module in model.named_modules()
@@ -42,7 +52,7 @@ def record(model: Any, folder: str | Path, base: str | Path | None = None) -> Pa
     modules = {name: trained_module(name, layer) for name, layer in layers.items()}
     storage = _dtype_name(state.dtype)
     compute = _dtype_name(first.compute_dtype or state.dtype)
-    training = TrainingQuantization(
+    return TrainingQuantization(
         quant_type=state.quant_type,
         block_size=int(state.blocksize),
         double_quant=bool(state.nested),
@@ -53,8 +63,29 @@ def record(model: Any, folder: str | Path, base: str | Path | None = None) -> Pa
         base_sha256=_base_sha256(model, base),
         modules=modules,
         versions={name: found for name in RECORDED_PACKAGES if (found := _version(name))},
+        recorded=True,
     )
-    return write_sidecar(Path(folder), training)
+
+
+class QloraExportCallback(TrainerCallback):
+    """Writes the sidecar into every checkpoint that transformers' Trainer saves.
+
+    The quantisation is read once, when training begins: it does not change, and evaluation may repack the weights.
+    """
+
+    def __init__(self, base: str | Path | None = None) -> None:
+        self._base = base
+        self._training: TrainingQuantization | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Read how the model is quantised; raises UsageError when it is not."""
+        self._training = training_quantization(others["model"], self._base)
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Write the sidecar beside the adapter that was just saved."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._training is not None and state.is_world_process_zero and folder.is_dir():
+            write_sidecar(folder, self._training)
 
 
 def weight_roundings(storage: str, compute: str, bitsandbytes_version: str) -> tuple[str, ...]:

@@ -87,13 +87,13 @@ def test_a_second_run_keeps_everything(out: Path) -> None:
 
 def test_the_registry_is_opened_from_another_process(out: Path) -> None:
     registry = out / "registry"
-    scripts = [
-        f"import transformers\ntransformers.AutoModelForCausalLM.from_pretrained({str(registry / 'bf16/latest')!r})",
-        "import transformers, peft\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(registry / 'nf4-adapter/latest')!r})\n"
-        f"peft.PeftModel.from_pretrained(model, {str(registry / 'nf4-adapter/latest/adapter')!r})",
-        f"import onnxruntime\nonnxruntime.InferenceSession({str(registry / 'onnx-int4/latest/model.onnx')!r})",
-    ]
+    bf16, nf4, onnx = (str(registry / name / "latest") for name in ("bf16", "nf4-adapter", "onnx-int4"))
+    load = "import transformers, peft\nmodel = transformers.AutoModelForCausalLM.from_pretrained"
+    scripts = (
+        f"{load}({bf16!r})",
+        f"{load}({nf4!r})\npeft.PeftModel.from_pretrained(model, {nf4 + '/adapter'!r})",
+        f"import onnxruntime\nonnxruntime.InferenceSession({onnx + '/model.onnx'!r})",
+    )
     for script in scripts:
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert not (registry / "nf4").exists()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qlora_export.errors import ExitCode, UsageError
-from qlora_export.pipeline import RunOptions, run_release
+from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as run_release
 from qlora_export.report.data import exit_code, report
 from tests.conftest import RecipeMaker, folder_bytes
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 
+from qlora_export import RunOptions, build, make_recipe
 from qlora_export.errors import UsageError
 from qlora_export.sources.sidecar import read_sidecar, write_sidecar
-from qlora_export.training import record, weight_roundings
+from qlora_export.training import QloraExportCallback, record, weight_roundings
 from tests.conftest import load_qlora
 
 
@@ -101,3 +102,38 @@ def test_this_bitsandbytes_trains_with_the_weight_rounded_once(pico_base: Path, 
 
     exact = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
     assert torch.equal(seen, exact.bfloat16().float())
+
+
+def test_the_trainer_writes_it_with_every_checkpoint(pico_base: Path, tmp_path: Path) -> None:
+    """A real Trainer on the pico model: two checkpoints, each with adapter and sidecar, and a release of the last."""
+    model = peft.get_peft_model(load_qlora(pico_base), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    rows = [{"input_ids": list(range(10, 26)), "labels": list(range(10, 26))} for _ in range(8)]
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.Trainer(model, options, train_dataset=rows, callbacks=[QloraExportCallback()]).train()
+    for step in (2, 4):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        assert len(read_sidecar(folder).modules) == 14
+    recipe = make_recipe(
+        {"base": str(pico_base), "adapter": str(tmp_path / "run/checkpoint-4"), "artifacts": ["bf16"]}, Path(), "test"
+    )
+    run = build(recipe, RunOptions(tmp_path / "out"))
+    assert (tmp_path / "out/bf16/manifest.json").is_file()
+    assert run.plan.training.recorded
+
+
+def test_the_callback_refuses_a_model_that_is_not_quantised(pico_base: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(pico_base)
+    with pytest.raises(UsageError, match="no 4-bit layer"):
+        QloraExportCallback().on_train_begin(None, None, None, model=model)

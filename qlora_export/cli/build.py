@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 def build(recipe: Recipe, options: RunOptions) -> Outcome:
     """Merge, encode and export all artifacts, in one pass over the base; finished ones are verified and kept."""
-    from qlora_export.pipeline import run_build
+    from qlora_export import pipeline
     from qlora_export.report.data import report, write_report
     from qlora_export.report.terminal import print_artifacts
 
-    run = run_build(recipe, options)
+    run = pipeline.build(recipe, options)
     if not all(artifact.reused for artifact in run.artifacts):
         write_report(run, options.out)
     return report(run), lambda: print_artifacts(run), 0

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def check(recipe: Recipe, options: RunOptions) -> Outcome:
     """Measure the drift of every artifact from the model that was trained; exit 3 when one drifted too far."""
-    from qlora_export.pipeline import run_check
+    from qlora_export import pipeline
     from qlora_export.report.data import exit_code, report, write_report
     from qlora_export.report.terminal import print_ledger
 
-    run = run_check(recipe, options)
+    run = pipeline.check(recipe, options)
     write_report(run, options.out)
     return report(run), lambda: print_ledger(run), int(exit_code(run))

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def release(recipe: Recipe, options: RunOptions) -> Outcome:
     """Plan, build, export, check, and publish what passed; nothing at all when one failed that may not be withheld."""
-    from qlora_export.pipeline import run_release
+    from qlora_export import pipeline
     from qlora_export.report.data import exit_code, report, write_report
     from qlora_export.report.terminal import print_release
 
-    run = run_release(recipe, options)
+    run = pipeline.release(recipe, options)
     write_report(run, options.out)
     return report(run), lambda: print_release(run), int(exit_code(run))

@@ -21,7 +21,7 @@ from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.delta import LowRankDelta, load_delta
 from qlora_export.merge.homes import Adaptation, match_adapter
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.plan import BLOCK_WEIGHTS, ArtifactPlan, Plan
+from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan
 from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.dtypes import round_to, widen

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora_export.build.manifest import file_facts
-from qlora_export.build.partial import sync_folder
 from qlora_export.contracts import Artifact, Receipt, Verified
+from qlora_export.engine.manifest import file_facts
+from qlora_export.engine.partial import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
 
 MARKER_NAME = "registry.json"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_export.contracts import Artifact, Receipt
 from qlora_export.drift.ledger import Ledger
-from qlora_export.plan import Plan
+from qlora_export.planning import Plan
 
 
 @dataclass(frozen=True)

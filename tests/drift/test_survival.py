@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_export.build import BuildOptions, build
 from qlora_export.drift.survival import survival
-from qlora_export.plan import make_plan
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, save_adapter
 
 

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from qlora_export import catalog
-from qlora_export.build import BuildOptions, build, export
 from qlora_export.contracts import Artifact
+from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
-from qlora_export.plan import Plan, make_plan
+from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from tests.conftest import RecipeMaker, edit_json, folder_bytes, save_adapter, save_base
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from qlora_export import catalog
-from qlora_export.build import BuildOptions, build
 from qlora_export.contracts import Drift, Verdict, Verified
+from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
-from qlora_export.plan import make_plan
+from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from tests.conftest import folder_bytes
 from tests.drift.test_gate import PERFECT
@@ -107,7 +107,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export.contracts import Artifact, Drift, Verdict, Verified
-from qlora_export.build.manifest import read_artifact
+from qlora_export.engine.manifest import read_artifact
 from qlora_export.publish import folder as module
 
 source, place, point = sys.argv[1:]

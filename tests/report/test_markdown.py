@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_export.pipeline import RunOptions, run_build, run_check
+from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import build as run_build
+from qlora_export.pipeline import check as run_check
 from qlora_export.report.markdown import markdown
 from tests.conftest import RecipeMaker
 

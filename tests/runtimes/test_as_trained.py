@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qlora_export import catalog
-from qlora_export.build import BuildOptions, build
 from qlora_export.contracts import TrainedModule
+from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
-from qlora_export.plan import make_plan
+from qlora_export.planning import make_plan
 from qlora_export.quant import nested, nf4
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained

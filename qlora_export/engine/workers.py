@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from qlora_export.build.tensor_job import RowBlock
+from qlora_export.engine.tensor_job import RowBlock
 
 
 class StagedJob(Protocol):

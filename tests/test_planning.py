@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from qlora_export.build import BuildOptions, build
+from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
-from qlora_export.plan import make_plan
+from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe
 from tests.conftest import RecipeMaker, edit_json, edit_tensors, save_adapter, save_base
 

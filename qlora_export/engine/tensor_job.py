@@ -18,7 +18,7 @@ from qlora_export.contracts import Piece, TensorEncoder
 from qlora_export.errors import InputError
 from qlora_export.merge.delta import load_delta
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.plan import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
+from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
 from qlora_export.quant.floats import Float32, UInt8, all_finite
 from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import FLOATS, ITEM_BYTES, round_to, widen

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from qlora_export.build.journal import JOURNAL_NAME
-from qlora_export.build.manifest import read_artifact, require_same_sources, verify_artifact
-from qlora_export.build.partial import PartialFolder
-from qlora_export.build.source_digests import HashJob, SourceDigests
-from qlora_export.build.tensor_job import TensorJob
-from qlora_export.build.workers import StagedJob, WorkerPool
 from qlora_export.contracts import Artifact, Progress
+from qlora_export.engine.journal import JOURNAL_NAME
+from qlora_export.engine.manifest import read_artifact, require_same_sources, verify_artifact
+from qlora_export.engine.partial import PartialFolder
+from qlora_export.engine.source_digests import HashJob, SourceDigests
+from qlora_export.engine.tensor_job import TensorJob
+from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.errors import UsageError
-from qlora_export.plan import ArtifactPlan, Plan
+from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import disk_full

@@ -12,14 +12,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_export.build.build import disk_errors, locked
-from qlora_export.build.journal import JOURNAL_NAME, Journal
-from qlora_export.build.manifest import MANIFEST_NAME, file_facts, manifest_bytes, read_artifact, verify_artifact
-from qlora_export.build.partial import sync_folder, write_file
 from qlora_export.contracts import Artifact
+from qlora_export.engine.building import disk_errors, locked
+from qlora_export.engine.journal import JOURNAL_NAME, Journal
+from qlora_export.engine.manifest import MANIFEST_NAME, file_facts, manifest_bytes, read_artifact, verify_artifact
+from qlora_export.engine.partial import sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
-from qlora_export.plan import ExportPlan, Plan
+from qlora_export.planning import ExportPlan, Plan
 
 
 def export(plan: Plan, item: ExportPlan, source: Artifact, out: Path) -> Artifact:

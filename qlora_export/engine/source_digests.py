@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora_export.build.manifest import file_facts
-from qlora_export.build.tensor_job import RowBlock
+from qlora_export.engine.manifest import file_facts
+from qlora_export.engine.tensor_job import RowBlock
 
 
 class SourceDigests:

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from qlora_export.build.tensor_job import RowBlock
-from qlora_export.build.workers import StagedJob, WorkerPool
+from qlora_export.engine.tensor_job import RowBlock
+from qlora_export.engine.workers import StagedJob, WorkerPool
 
 
 class Counting:

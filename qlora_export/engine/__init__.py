@@ -1,6 +1,6 @@
 """Building artifacts: one pass over the base, row block by row block, into folders that are whole or not there."""
 
-from qlora_export.build.build import BuildOptions, build
-from qlora_export.build.export import export
+from qlora_export.engine.building import BuildOptions, build
+from qlora_export.engine.export import export
 
 __all__ = ["BuildOptions", "build", "export"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_export.build.build import locked
-from qlora_export.build.journal import JOURNAL_NAME
+from qlora_export.engine.building import locked
+from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.errors import UsageError
 
 SECTOR_BYTES = 512

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from qlora_export.build import BuildOptions, build
-from qlora_export.build.journal import Journal
+from qlora_export.engine import BuildOptions, build
+from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
-from qlora_export.plan import make_plan
+from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
 
 FORMATS = ("bf16", "nf4", "nf4-adapter")
@@ -25,8 +25,8 @@ FORMATS = ("bf16", "nf4", "nf4-adapter")
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from qlora_export.build import BuildOptions, build
-from qlora_export.plan import make_plan
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 
 base, adapter, out, point, checkpoint = sys.argv[1:]
@@ -39,7 +39,7 @@ def progress(done, total):
         die()
 
 if point == "manifest":
-    sys.modules["qlora_export.build.partial"].make_manifest = die
+    sys.modules["qlora_export.engine.partial"].make_manifest = die
 if point == "rename":
     Path.rename = die
 if point == "journal":
@@ -180,5 +180,5 @@ def test_the_space_of_a_killed_run_counts_as_there(
     class Usage(NamedTuple):
         free: int
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(200_000))
-    make_plan(pico_recipe(*FORMATS), stopped)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(500_000))
+    assert make_plan(pico_recipe(*FORMATS), stopped).bytes > 500_000

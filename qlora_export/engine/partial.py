@@ -10,11 +10,11 @@ import os
 import shutil
 from pathlib import Path
 
-from qlora_export.build.journal import JOURNAL_NAME, Journal
-from qlora_export.build.manifest import MANIFEST_NAME, file_facts, make_manifest
+from qlora_export.engine.journal import JOURNAL_NAME, Journal
+from qlora_export.engine.manifest import MANIFEST_NAME, file_facts, make_manifest
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import CarriedFile
-from qlora_export.plan import ArtifactPlan, Plan
+from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.tensors.writing import ShardWriter
 
 COPY_BYTES = 1 << 20

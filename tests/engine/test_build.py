@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora_export.build import BuildOptions, build
+from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
-from qlora_export.plan import make_plan
+from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.training import record
 from tests.conftest import (
@@ -54,7 +54,7 @@ def test_bytes_do_not_depend_on_the_size_of_the_blocks(
     pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(pico_recipe(*ALL), tmp_path / "large")
-    monkeypatch.setattr("qlora_export.build.tensor_job.BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr("qlora_export.engine.tensor_job.BLOCK_WEIGHTS", 1)
     run(pico_recipe(*ALL), tmp_path / "small")
     assert folder_bytes(tmp_path / "large") == folder_bytes(tmp_path / "small")
 
@@ -357,7 +357,7 @@ def test_the_sidecar_is_checked_whatever_is_built(
     pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path, artifact: Any
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].mul_(3))
+    edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].mul_(2))
     with pytest.raises(InputError, match=f"{name}: the NF4 absmax state of this base"):
         run(pico_recipe(artifact, base=str(base_copy)), tmp_path / "out")
 

@@ -18,7 +18,7 @@ import numpy as np
 from qlora_export import __version__
 from qlora_export.contracts import Artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
-from qlora_export.plan import ArtifactPlan, Plan
+from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.tensors.dtypes import TORCH_NAMES
 
 MANIFEST_NAME = "manifest.json"
