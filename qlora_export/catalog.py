@@ -19,6 +19,7 @@ FORMATS = {
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 EXPORTERS = {
+    "adapter": "qlora_export.exporters.adapter:alone",
     "onnx-int4": "qlora_export.exporters.onnx:int4",
     "onnx-fp32": "qlora_export.exporters.onnx:fp32",
 }

@@ -19,6 +19,7 @@ from qlora_export.errors import GateFailed
 
 Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
+Takes = Literal["dense", "adapter"]
 Onto = Literal["as-trained", "original"]
 # Told how much is done and how much there is in all, and what opens one for a named stage.
 Progress = Callable[[int, int], None]
@@ -277,9 +278,10 @@ class Publisher(Protocol):
 
 
 class Exporter(Protocol):
-    """Makes an artifact of another kind from a finished dense folder."""
+    """Makes an artifact of another kind from a finished dense folder, or from the adapter's folder."""
 
     name: str
+    takes: Takes
     runtime: str
     bytes_per_weight: float
 

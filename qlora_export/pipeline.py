@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_export import catalog, engine
-from qlora_export.contracts import Progress, Track
+from qlora_export.contracts import Artifact, Progress, Session, Track
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
 from qlora_export.drift.measure import (
@@ -58,7 +58,7 @@ def build(recipe: Recipe, options: RunOptions) -> Run:
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):
-            made[item.name] = engine.export(plan, item, made[item.source.name], options.out)
+            made[item.name] = engine.export(plan, item, made.get(item.source_name), options.out)
     return Run(plan, tuple(made[item.name] for item in recipe.artifacts))
 
 
@@ -71,7 +71,7 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
     from qlora_export.runtimes.loading import FolderTokenizer
 
-    tokenizer = FolderTokenizer(run.artifacts[0].path)
+    tokenizer = FolderTokenizer(_tokenizer_folder(run))
     tokens = token_set(text, tokenizer, recipe.drift.window_tokens, recipe.drift.tokens)
     _require_in_vocabulary(tokens, run.plan)
     with reference_probabilities(options.out, tokens) as store:
@@ -97,6 +97,12 @@ def release(recipe: Recipe, options: RunOptions) -> Run:
     return replace(run, receipts=tuple(receipts))
 
 
+def _tokenizer_folder(run: Run) -> Path:
+    """The first artifact that ships a tokenizer, else the base."""
+    shipped = (artifact.path for artifact in run.artifacts if (artifact.path / "tokenizer_config.json").is_file())
+    return next(shipped, run.plan.checkpoint.folder)
+
+
 def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
     """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
     config = plan.checkpoint.config
@@ -111,6 +117,12 @@ def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
 
 def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunOptions) -> References:
     """Measure the live model of training with the adapter, without it, and merged."""
+    if plan.adapter is None:
+        opening = catalog.load_runtime("transformers").open(plan.checkpoint.folder)
+        with opening as session, options.track("measure the model") as progress:
+            keep_reference(session, store, progress)
+        return References(measure_reference("the model", store))
+
     from qlora_export.runtimes.as_trained import open_as_trained
 
     live = open_as_trained(plan.checkpoint, plan.adapter.folder, plan.training)
@@ -130,10 +142,22 @@ def _measure_artifacts(
     defaults = run.plan.recipe.drift.limits.over(DEFAULT_LIMITS) if run.plan.recipe.drift else DEFAULT_LIMITS
     planned = {item.name: item for item in run.plan.artifacts}
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
-        runtime = catalog.load_runtime(str(artifact.manifest["runtime"]))
-        with runtime.open(artifact.path) as session, options.track(f"measure {artifact.name}") as progress:
-            measured = measure(artifact.name, runtime.name, session, store, progress)
+        runtime = str(artifact.manifest["runtime"])
+        with _opened(runtime, artifact, run.plan) as session, options.track(f"measure {artifact.name}") as progress:
+            measured = measure(artifact.name, runtime, session, store, progress)
         kept = survival(run.plan, planned[artifact.name], artifact) if artifact.name in planned else {}
         limits = recipe.limits.over(defaults)
         entries.append(enter(artifact, recipe, measured, kept, references, limits, tokens))
     return make_ledger(tokens, references, tuple(entries))
+
+
+@contextmanager
+def _opened(runtime: str, artifact: Artifact, plan: Plan) -> Iterator[Session]:
+    """An artifact in its own runtime; an adapter on its own runs on the base of its training."""
+    if runtime == "as-trained":
+        from qlora_export.runtimes.as_trained import open_as_trained
+
+        yield open_as_trained(plan.checkpoint, artifact.path, plan.training).tuned()
+        return
+    with catalog.load_runtime(runtime).open(artifact.path) as session:
+        yield session

@@ -77,11 +77,11 @@ class ArtifactPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One artifact that an exporter makes from a dense one; its bytes are an estimate."""
+    """One artifact that an exporter makes from a dense one or from the adapter; its bytes are an estimate."""
 
     recipe: ArtifactRecipe
     exporter: Exporter
-    source: ArtifactPlan
+    source: ArtifactPlan | None
     bytes: int
     digest: str
 
@@ -90,6 +90,11 @@ class ExportPlan:
         """Name of the artifact and of its folder."""
         return self.recipe.name
 
+    @property
+    def source_name(self) -> str:
+        """What it is made from: a dense artifact's name, or the adapter."""
+        return self.source.name if self.source else "the adapter"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -97,17 +102,13 @@ class Plan:
 
     recipe: Recipe
     checkpoint: Checkpoint
-    adapter: Adapter
+    adapter: Adapter | None
+    training: TrainingQuantization
     adaptations: Mapping[str, Adaptation]
     quantised: AbstractSet[str]
     artifacts: tuple[ArtifactPlan, ...]
     exports: tuple[ExportPlan, ...]
     assumptions: tuple[str, ...]
-
-    @property
-    def training(self) -> TrainingQuantization:
-        """How the base was quantised in training."""
-        return self.adapter.training
 
     @property
     def bytes(self) -> int:
@@ -134,7 +135,7 @@ class Plan:
             "schema": 1,
             "recipe_digest": self.recipe.digest,
             "base": {"path": str(self.checkpoint.folder), "headers_sha256": self.checkpoint.headers_sha256},
-            "adapter": {"path": str(self.adapter.folder), "sha256": self.adapter.digest()},
+            "adapter": {"path": str(self.adapter.folder), "sha256": self.adapter.digest()} if self.adapter else None,
             "adapted_tensors": len(self.adaptations),
             "quantised_in_training": len(self.quantised),
             "assumptions": list(self.assumptions),
@@ -159,7 +160,7 @@ class Plan:
                 {
                     "name": export.name,
                     "format": export.exporter.name,
-                    "source": export.source.name,
+                    "source": export.source_name,
                     "digest": export.digest,
                     "bytes_estimated": export.bytes,
                 }
@@ -170,37 +171,57 @@ class Plan:
 
 def make_plan(recipe: Recipe, out: Path) -> Plan:
     """Plan a recipe; raises PlanRefused with every problem that the headers show."""
-    checkpoint = opened(open_checkpoint, recipe.path(recipe.base))
-    adapter = opened(open_adapter, recipe.path(recipe.adapter))
+    sources = [recipe.path(text) for text in (recipe.base, recipe.adapter) if text]
+    checkpoint = opened(open_checkpoint, sources[0])
+    adapter = opened(open_adapter, sources[1]) if recipe.adapter else None
     problems = [found for found in (checkpoint, adapter) if isinstance(found, Problem)]
-    problems += place_problems(out, [recipe.path(recipe.base), recipe.path(recipe.adapter)])
+    problems += place_problems(out, sources)
     if problems or isinstance(checkpoint, Problem) or isinstance(adapter, Problem):
         raise PlanRefused(problems)
-    adaptations, misfits = match_adapter(adapter, checkpoint)
-    problems = [*base_problems(checkpoint), *variant_problems(adapter), *training_problems(adapter, checkpoint)]
-    problems += misfits
-    quantised = quantised_modules(checkpoint, adapter.training)
-    problems += artifact_problems(recipe, adapter.training, quantised)
+    problems = base_problems(checkpoint)
+    training = TrainingQuantization(storage_dtype=checkpoint.dtype, compute_dtype=checkpoint.dtype)
+    adaptations: dict[str, Adaptation] = {}
+    if adapter is not None:
+        training = adapter.training
+        adaptations, misfits = match_adapter(adapter, checkpoint)
+        problems += [*variant_problems(adapter), *training_problems(adapter, checkpoint), *misfits]
+    quantised = quantised_modules(checkpoint, training)
+    problems += artifact_problems(recipe, training, quantised)
     if problems:
         raise PlanRefused(problems)
-    formats = [item for item in recipe.artifacts if item.format in catalog.FORMATS]
-    artifacts = tuple(_plan_artifact(recipe, item, checkpoint, adapter, quantised) for item in formats)
+    inputs = Inputs(recipe, checkpoint, adapter, training, quantised)
+    artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(
-        _plan_export(recipe, item, artifacts, checkpoint)
-        for item in recipe.artifacts
-        if item.format in catalog.EXPORTERS
+        _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
     assumptions = _assumptions(checkpoint, adapter)
-    plan = Plan(recipe, checkpoint, adapter, adaptations, quantised, artifacts, exports, assumptions)
+    plan = Plan(recipe, checkpoint, adapter, training, adaptations, quantised, artifacts, exports, assumptions)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
     return plan
 
 
-def _assumptions(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
-    training = adapter.training
+@dataclass(frozen=True)
+class Inputs:
+    """What an artifact is planned from."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    training: TrainingQuantization
+    quantised: AbstractSet[str]
+
+    def onto(self, item: ArtifactRecipe) -> Onto:
+        """The merge base of one artifact; without an adapter there is nothing to merge, and the weights stay."""
+        return self.recipe.onto(item) if self.adapter else "original"
+
+
+def _assumptions(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[str, ...]:
     found = []
-    if not training.recorded:
+    training = adapter.training if adapter else None
+    if training is None:
+        found.append("no adapter: the base is released as it is, and is its own reference")
+    elif not training.recorded:
         found.append(
             f"no sidecar: assumed {training.quant_type} in blocks of {training.block_size} with double quantisation, "
             f"loaded in {TORCH_NAMES[training.storage_dtype]}, computed in {TORCH_NAMES[training.compute_dtype]}, "
@@ -210,56 +231,64 @@ def _assumptions(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
         found.append("the sidecar does not say which base it was: only the hashes of its weights are checked")
     if checkpoint.tied:
         found.append("the output head is tied to the embedding, and stays so")
-    if names := differing_tokenizer_files(checkpoint, adapter):
+    if adapter is not None and (names := differing_tokenizer_files(checkpoint, adapter)):
         found.append(f"taken from the adapter, where they differ from the base's: {', '.join(names)}")
     return tuple(found)
 
 
-def _plan_artifact(
-    recipe: Recipe, item: ArtifactRecipe, checkpoint: Checkpoint, adapter: Adapter, quantised: AbstractSet[str]
-) -> ArtifactPlan:
-    form = catalog.load_format(item.format, adapter.training)
+def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
+    checkpoint, quantised = inputs.checkpoint, inputs.quantised
+    form = catalog.load_format(item.format, inputs.training)
     dense = form
     if form.quantises:
-        dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], adapter.training)
+        dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
     dropped = {name for pattern in item.keep for name in fnmatch.filter(quantised, pattern)}
     encoded = quantised - dropped if form.quantises else frozenset()
     routes = {}
     for name, tensor in checkpoint.tensors.items():
         chosen = form if tensor.spec.module in encoded and name.endswith(".weight") else dense
         routes[name] = Route(tensor.spec, chosen if tensor.spec.dtype in FLOATS else None)
-    layout = lay_out((route_parts(route) for route in routes.values()), recipe.shard_bytes)
+    layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
     matrices = {spec.module for spec in (route.spec for route in routes.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | (matrices - encoded)))
-    carried = carried_files(checkpoint, adapter, form, edited_config(checkpoint.config, form, kept))
+    carried = carried_files(checkpoint, inputs.adapter, form, edited_config(checkpoint.config, form, kept))
     if (index := layout.index()) is not None:
         carried += (CarriedFile(INDEX_NAME, content=index),)
-    onto: Onto = "as-trained" if form.keeps_adapter else recipe.onto(item)
+    onto: Onto = "as-trained" if form.keeps_adapter else inputs.onto(item)
     plan = ArtifactPlan(item, form, onto, routes, layout, carried, "")
-    return replace(plan, digest=_digest(plan, checkpoint, adapter))
+    return replace(plan, digest=_digest(plan, inputs))
 
 
-def _plan_export(
-    recipe: Recipe, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...], checkpoint: Checkpoint
-) -> ExportPlan:
-    """An export from the first dense artifact with the same merge base; raises UsageError when there is none."""
+def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ExportPlan:
+    """An export from the first dense artifact with the same merge base, or from the adapter."""
     exporter = catalog.load_exporter(item.format, item.options)
-    onto = recipe.onto(item)
+    source = _dense_source(inputs, item, artifacts) if exporter.takes == "dense" else None
+    if exporter.takes == "adapter" and inputs.adapter is None:
+        raise UsageError(f"artifact {item.name}: the recipe has no adapter", "name one, or drop the artifact")
+    weights = sum(tensor.spec.size for tensor in inputs.checkpoint.tensors.values())
+    size = int(weights * exporter.bytes_per_weight)
+    if source is None and inputs.adapter is not None:
+        size = inputs.adapter.weights.stat().st_size
+    facts = {
+        "version": __version__,
+        "source": source.digest if source else inputs.adapter and inputs.adapter.digest(),
+        "base": inputs.checkpoint.headers_sha256,
+        "exporter": exporter.name,
+        "facts": dict(exporter.facts()),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return ExportPlan(item, exporter, source, size, digest)
+
+
+def _dense_source(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ArtifactPlan:
+    onto = inputs.onto(item)
     source = next((found for found in artifacts if not found.form.quantises and found.onto == onto), None)
     if source is None:
         raise UsageError(
             f"artifact {item.name}: {item.format} is exported from a dense artifact merged onto {onto}, there is none",
             "add `- format: bf16` to the artifacts",
         )
-    weights = sum(tensor.spec.size for tensor in checkpoint.tensors.values())
-    facts = {
-        "version": __version__,
-        "source": source.digest,
-        "exporter": exporter.name,
-        "facts": dict(exporter.facts()),
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return ExportPlan(item, exporter, source, int(weights * exporter.bytes_per_weight), digest)
+    return source
 
 
 def route_parts(route: Route) -> tuple[Part, ...]:
@@ -269,14 +298,14 @@ def route_parts(route: Route) -> tuple[Part, ...]:
     return route.form.parts(route.spec)
 
 
-def _digest(plan: ArtifactPlan, checkpoint: Checkpoint, adapter: Adapter) -> str:
+def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:
     """sha256 of everything that decides this artifact's bytes, but for the weights themselves."""
     facts = {
         "version": __version__,
-        "base": checkpoint.headers_sha256,
-        "base_files": {path.name: path.stat().st_size for path in checkpoint.files},
-        "adapter": adapter.digest(),
-        "training": repr(adapter.training),
+        "base": inputs.checkpoint.headers_sha256,
+        "base_files": {path.name: path.stat().st_size for path in inputs.checkpoint.files},
+        "adapter": inputs.adapter.digest() if inputs.adapter else None,
+        "training": repr(inputs.training),
         "format": plan.form.name,
         "onto": plan.onto,
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.layout.shards],

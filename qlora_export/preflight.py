@@ -118,6 +118,10 @@ def artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised:
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
         if artifact.keep and not form.quantises:
             problems.append((artifact, f"{artifact.format} quantises nothing, so there is nothing to keep"))
+        if form.keeps_adapter and not recipe.adapter:
+            problems.append((artifact, f"{artifact.format} ships an adapter, the recipe has none"))
+        if not recipe.adapter and artifact.onto == "as-trained":
+            problems.append((artifact, "there is no training without an adapter"))
         if form.keeps_adapter and (artifact.keep or artifact.onto == "original"):
             problems.append((artifact, f"{artifact.format} ships the base of training as it was"))
     return [

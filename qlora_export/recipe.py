@@ -114,7 +114,7 @@ class Recipe(_Facts):
 
     base: str
     base_id: str | None = None
-    adapter: str
+    adapter: str | None = None
     merge: Merge = Merge()
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
     drift: DriftRecipe | None = None
@@ -212,7 +212,7 @@ def _explain(item: Any) -> tuple[str, str]:
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
         return f"unknown key {where}", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     if item["type"] == "missing":
-        return f"{where} is missing", "every recipe names a base, an adapter and at least one artifact"
+        return f"{where} is missing", "every recipe names a base and at least one artifact"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}", ""
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from qlora_export.errors import ExitCode, UsageError
+from qlora_export.errors import ExitCode, PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import release as run_release
 from qlora_export.report.data import exit_code, report
@@ -81,3 +83,43 @@ def test_a_release_needs_a_place_and_a_text(release: Any, pico_recipe: RecipeMak
     with pytest.raises(UsageError, match=r"no drift.text"):
         release("bf16", drift=None)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_its_own(release: Any, pico_adapter: Path, tmp_path: Path) -> None:
+    """Published as peft saved it, measured on the base of its training from the shipped folder."""
+    run = release("adapter")
+    assert exit_code(run) == ExitCode.OK
+    (entry,) = run.ledger.entries
+    assert entry.drift.mean_kl == 0
+    place = tmp_path / "registry/adapter/v1"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "qlora_export.json"):
+        assert (place / name).read_bytes() == (pico_adapter / name).read_bytes()
+    assert all(artifact.reused for artifact in release("adapter").artifacts)
+
+
+def test_a_merged_model_without_an_adapter(release: Any, pico_base: Path, tmp_path: Path) -> None:
+    """Its own reference: bytes as they are, 4 bits judged by how far they are from it."""
+    run = release("bf16", {"format": "nf4", "on_failure": "withhold"}, "onnx-fp32", adapter=None)
+    assert exit_code(run) == ExitCode.OK
+    assert published(tmp_path) == {"bf16", "onnx-fp32"}
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out/bf16", pico_base))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    entries = {entry.artifact.name: entry for entry in run.ledger.entries}
+    assert entries["bf16"].drift.mean_kl == 0
+    assert entries["nf4"].drift.mean_kl > 1e-4
+    assert entries["nf4"].drift.gain_kept is None
+    assert run.ledger.base is None
+    assert report(run)["reference"]["model"] == "the model itself"
+
+
+@pytest.mark.parametrize(
+    ("artifact", "says"),
+    [
+        ("nf4-adapter", "ships an adapter, the recipe has none"),
+        ("adapter", "the recipe has no adapter"),
+        ({"format": "bf16", "onto": "as-trained"}, "no training without an adapter"),
+    ],
+)
+def test_what_needs_an_adapter_says_so(release: Any, artifact: Any, says: str) -> None:
+    with pytest.raises(UsageError if artifact == "adapter" else PlanRefused, match=says):
+        release(artifact, adapter=None)

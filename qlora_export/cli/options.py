@@ -81,7 +81,7 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
         if given:
             raise UsageError(f"a recipe and {', '.join(given)}", "use --set to change a recipe, or the flags alone")
         return load_recipe(path, settings)
-    if not (flags["--base"] and flags["--adapter"] and flags["--format"]):
+    if not (flags["--base"] and flags["--format"]):
         raise UsageError("no recipe", "give a recipe file, or --base, --adapter and at least one --format")
     data: dict[str, Any] = {"base": flags["--base"], "adapter": flags["--adapter"]}
     data["artifacts"] = [{"format": name} for name in flags["--format"]]

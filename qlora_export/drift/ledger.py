@@ -40,19 +40,19 @@ class Ledger:
     """All rows on one set of tokens."""
 
     tokens: TokenSet
-    reference: Measurement
-    base: Drift
-    merged: Drift
+    reference: Drift
+    base: Drift | None
+    merged: Drift | None
     entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
 class References:
-    """What every artifact is compared with."""
+    """What every artifact is compared with: the tuned model, and where there is an adapter, the model without it."""
 
     tuned: Measurement
-    base: Measurement
-    merged: Measurement
+    base: Measurement | None = None
+    merged: Measurement | None = None
 
 
 def enter(
@@ -65,9 +65,13 @@ def enter(
     tokens: TokenSet,
 ) -> Entry:
     """Judge one measured artifact; `survival` is empty when its weights cannot be read back."""
-    drift = compare(measured, references.tuned, references.base, tokens)
+    drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
     if survival:
         drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
+    else:
+        limits = limits.model_copy(update={"survival_min": None})
+    if references.base is None:
+        limits = limits.model_copy(update={"gain_kept": None})
     verdict = judge(drift, limits, tokens.count, measured.nonfinite)
     verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
     return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified)
@@ -75,6 +79,9 @@ def enter(
 
 def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:
     """The whole ledger."""
-    base = compare(references.base, references.tuned, references.base, tokens)
-    merged = compare(references.merged, references.tuned, references.base, tokens)
-    return Ledger(tokens, references.tuned, base, merged, entries)
+    tuned, base = references.tuned, references.base
+
+    def drift(measured: Measurement | None) -> Drift | None:
+        return compare(measured, tuned, base or tuned, tokens) if measured else None
+
+    return Ledger(tokens, compare(tuned, tuned, base or tuned, tokens), drift(base), drift(references.merged), entries)

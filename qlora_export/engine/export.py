@@ -6,7 +6,6 @@ tokenizer and the licence come from the source artifact byte for byte, whatever 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -15,15 +14,26 @@ from pathlib import Path
 from qlora_export.contracts import Artifact
 from qlora_export.engine.building import disk_errors, locked
 from qlora_export.engine.journal import JOURNAL_NAME, Journal
-from qlora_export.engine.manifest import MANIFEST_NAME, file_facts, manifest_bytes, read_artifact, verify_artifact
+from qlora_export.engine.manifest import (
+    MANIFEST_NAME,
+    file_facts,
+    manifest_bytes,
+    origin,
+    read_artifact,
+    verify_artifact,
+)
 from qlora_export.engine.partial import sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
 from qlora_export.planning import ExportPlan, Plan
+from qlora_export.sources.checkpoint import require_contained
 
 
-def export(plan: Plan, item: ExportPlan, source: Artifact, out: Path) -> Artifact:
-    """The exported artifact: verified and kept when it is there, else made."""
+def export(plan: Plan, item: ExportPlan, source: Artifact | None, out: Path) -> Artifact:
+    """The exported artifact: verified and kept when it is there, else made from `source`, or from the adapter."""
+    folder = source.path if source else plan.adapter.folder if plan.adapter else None
+    if folder is None:
+        raise UsageError(f"artifact {item.name}: nothing to export from", "name an adapter")
     final = out / item.name
     with locked(out):
         if os.path.lexists(final):
@@ -34,7 +44,8 @@ def export(plan: Plan, item: ExportPlan, source: Artifact, out: Path) -> Artifac
         partial.mkdir()
         Journal(partial, item.digest)
         with disk_errors(out, item.bytes):
-            item.exporter.export(source.path, partial)
+            item.exporter.export(folder, partial)
+            _carry(folder, partial)
             _finish(plan, item, source, partial)
         partial.rename(final)
         sync_folder(out)
@@ -42,12 +53,12 @@ def export(plan: Plan, item: ExportPlan, source: Artifact, out: Path) -> Artifac
         return read_artifact(final)
 
 
-def _kept(item: ExportPlan, source: Artifact, final: Path) -> Artifact:
+def _kept(item: ExportPlan, source: Artifact | None, final: Path) -> Artifact:
     artifact = read_artifact(final)
-    made_from = artifact.manifest["sources"].get("artifact", {}).get("manifest_sha256")
-    if artifact.manifest["plan_digest"] != item.digest or made_from != source.manifest_sha256:
+    made_from = (artifact.manifest["sources"].get("artifact") or {}).get("manifest_sha256")
+    if artifact.manifest["plan_digest"] != item.digest or made_from != (source.manifest_sha256 if source else None):
         raise UsageError(
-            f"{final}: an artifact of another plan or of another {source.name}",
+            f"{final}: an artifact of another plan, or made from another {item.source_name}",
             "choose another --out, or remove the folder to export it again",
         )
     (final / JOURNAL_NAME).unlink(missing_ok=True)
@@ -63,18 +74,24 @@ def _remove_ours(partial: Path, item: ExportPlan) -> None:
     shutil.rmtree(partial)
 
 
-def _finish(plan: Plan, item: ExportPlan, source: Artifact, partial: Path) -> None:
-    """Restore what travels byte for byte, sync everything, and write the manifest last."""
-    for path in sorted(source.path.iterdir()):
-        if TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name):
-            write_file(partial, CarriedFile(path.name, path))
+def _carry(folder: Path, partial: Path) -> None:
+    """Bring along, byte for byte, what belongs to the weights whatever their kind."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
+            write_file(partial, CarriedFile(path.name, require_contained(path)))
+
+
+def _finish(plan: Plan, item: ExportPlan, source: Artifact | None, partial: Path) -> None:
+    """Sync everything and write the manifest last."""
     names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     facts = {name: file_facts(partial / name) for name in names if name != JOURNAL_NAME}
     for name in facts:
         with (partial / name).open("rb") as file:
             os.fsync(file.fileno())
-    sources = {"artifact": {"name": source.name, "manifest_sha256": source.manifest_sha256}}
-    inherited = {key: source.manifest[key] for key in ("onto", "training_quantization", "assumptions")}
+    base_files = source.manifest["sources"]["base"]["files"] if source else {}
+    found = origin(plan, base_files)
+    if source is not None:
+        found["sources"]["artifact"] = {"name": source.name, "manifest_sha256": source.manifest_sha256}
     manifest = {
         "schema": 1,
         "name": item.name,
@@ -82,9 +99,9 @@ def _finish(plan: Plan, item: ExportPlan, source: Artifact, partial: Path) -> No
         "runtime": item.exporter.runtime,
         "plan_digest": item.digest,
         "recipe_digest": plan.recipe.digest,
-        "exporter": json.loads(json.dumps(dict(item.exporter.facts()))),
-        **inherited,
-        "sources": {**source.manifest["sources"], **sources},
+        "exporter": dict(item.exporter.facts()),
+        "onto": source.manifest["onto"] if source else "as-trained",
+        **found,
         "files": facts,
     }
     write_file(partial, CarriedFile(MANIFEST_NAME, content=manifest_bytes(manifest)))

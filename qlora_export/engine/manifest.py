@@ -33,13 +33,11 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files: FileFacts) -> bytes:
     """Content of manifest.json; `sources` are the base's weight files, `files` the artifact's."""
-    training = plan.training
     manifest = {
         "schema": 1,
         "name": artifact.name,
         "format": artifact.form.name,
         "runtime": "transformers",
-        "onto": artifact.onto,
         "plan_digest": artifact.digest,
         "recipe_digest": plan.recipe.digest,
         "versions": {
@@ -48,6 +46,18 @@ def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files:
             "numpy": np.__version__,
             "numba": numba.__version__,
         },
+        "onto": artifact.onto,
+        **origin(plan, sources),
+        "files": files,
+    }
+    return manifest_bytes(manifest)
+
+
+def origin(plan: Plan, base_files: FileFacts) -> dict[str, Any]:
+    """What every manifest says of where its artifact comes from."""
+    training = plan.training
+    adapter = plan.adapter
+    return {
         "training_quantization": {
             "recorded": training.recorded,
             "quant_type": training.quant_type,
@@ -55,19 +65,19 @@ def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files:
             "double_quant": training.double_quant,
             "storage_dtype": TORCH_NAMES[training.storage_dtype],
             "compute_dtype": TORCH_NAMES[training.compute_dtype],
-        },
+        }
+        if adapter
+        else None,
         "assumptions": list(plan.assumptions),
         "sources": {
             "base": {
                 "id": plan.recipe.base_id or plan.checkpoint.folder.resolve().name,
                 "headers_sha256": plan.checkpoint.headers_sha256,
-                "files": sources,
+                "files": base_files,
             },
-            "adapter": {"id": plan.adapter.folder.resolve().name, "sha256": plan.adapter.digest()},
+            "adapter": {"id": adapter.folder.resolve().name, "sha256": adapter.digest()} if adapter else None,
         },
-        "files": files,
     }
-    return manifest_bytes(manifest)
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:

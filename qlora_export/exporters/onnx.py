@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_export.contracts import Options
+from qlora_export.contracts import Options, Takes
 from qlora_export.errors import EnvironmentProblem, Refused, UsageError
 
 BUILDER = "onnxruntime_genai.models.builder"
@@ -68,6 +68,7 @@ class OnnxExporter:
     precision: str
     bytes_per_weight: float
     options: Int4Options | None = None
+    takes: Takes = "dense"
     runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:

@@ -53,16 +53,18 @@ class CarriedFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def carried_files(checkpoint: Checkpoint, adapter: Adapter, form: Format, config: bytes) -> tuple[CarriedFile, ...]:
+def carried_files(
+    checkpoint: Checkpoint, adapter: Adapter | None, form: Format, config: bytes
+) -> tuple[CarriedFile, ...]:
     """All files beside the weights, sorted by name."""
     files = {"config.json": CarriedFile("config.json", content=config)}
     for path in checkpoint.folder.iterdir():
         if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
             files[path.name] = CarriedFile(path.name, require_contained(path))
-    for path in adapter.folder.iterdir():
+    for path in adapter.folder.iterdir() if adapter else ():
         if path.is_file() and TOKENIZER_NAME.fullmatch(path.name):
             files[path.name] = CarriedFile(path.name, require_contained(path))
-    if form.keeps_adapter:
+    if adapter and form.keeps_adapter:
         for file in _kept_adapter(adapter):
             files[file.name] = file
     return tuple(files[name] for name in sorted(files))

@@ -69,14 +69,14 @@ def _reference(run: Run) -> dict[str, Any] | None:
         return None
     training = run.plan.training
     return {
-        "model": "4-bit base with live adapter",
+        "model": "4-bit base with live adapter" if run.plan.adapter else "the model itself",
         "runtime": "transformers",
         "activations": "float32",
         "training_quantization": "recorded" if training.recorded else "assumed",
-        "perplexity": run.ledger.base.perplexity_reference,
-        "perplexity_stderr": run.ledger.base.perplexity_reference_stderr,
-        "base": asdict(run.ledger.base),
-        "merged": asdict(run.ledger.merged),
+        "perplexity": run.ledger.reference.perplexity,
+        "perplexity_stderr": run.ledger.reference.perplexity_stderr,
+        "base": asdict(run.ledger.base) if run.ledger.base else None,
+        "merged": asdict(run.ledger.merged) if run.ledger.merged else None,
     }
 
 

@@ -41,12 +41,10 @@ def write_markdown(run: Run, folder: Path) -> Path:
 
 
 def _ledger(ledger: Ledger) -> list[str]:
-    reference = (
-        f"| **as trained** | | {ledger.base.perplexity_reference:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"
-    )
+    reference = f"| **reference** | | {ledger.reference.perplexity:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"
     lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", "", HEAD, reference]
-    lines.append(_row("base alone", "", ledger.base, ""))
-    lines.append(_row("merged, 16 bit", "", ledger.merged, ""))
+    rows = (("base alone", ledger.base), ("merged, 16 bit", ledger.merged))
+    lines += [_row(label, "", drift, "") for label, drift in rows if drift is not None]
     lines += [
         _row(f"`{entry.artifact.name}`", str(entry.artifact.bytes), entry.drift, _verdict(entry))
         for entry in ledger.entries

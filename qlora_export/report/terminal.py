@@ -45,7 +45,7 @@ def print_plan(run: Run, workers: int) -> None:
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for export in plan.exports:
-        table.add_row(export.name, export.exporter.name, f"from {export.source.name}", f"~{size(export.bytes)}")
+        table.add_row(export.name, export.exporter.name, f"from {export.source_name}", f"~{size(export.bytes)}")
     for item in plan.artifacts:
         onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
         table.add_row(item.name, item.form.name, onto, size(item.bytes))
@@ -87,10 +87,12 @@ def print_ledger(run: Run) -> None:
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
     table.add_column("verdict", no_wrap=True)
-    perplexity = f"{ledger.base.perplexity_reference:.4f}"
-    table.add_row("as trained", "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
-    table.add_row("base alone", "", *_numbers(ledger.base), "", style="dim")
-    table.add_row("merged, 16 bit", "", *_numbers(ledger.merged), "", style="dim")
+    name = "as trained" if run.plan.adapter else "the model"
+    perplexity = f"{ledger.reference.perplexity:.4f}"
+    table.add_row(name, "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
+    for label, drift in (("base alone", ledger.base), ("merged, 16 bit", ledger.merged)):
+        if drift is not None:
+            table.add_row(label, "", *_numbers(drift), "", style="dim")
     for entry in ledger.entries:
         table.add_row(entry.artifact.name, size(entry.artifact.bytes), *_numbers(entry.drift), _verdict(entry))
     console.print(table)

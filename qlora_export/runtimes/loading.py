@@ -35,8 +35,14 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
             folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}", "is the folder complete?") from error
+        raise InputError(
+            f"{folder}: transformers cannot load it: {_first_line(error)}", "is the folder complete?"
+        ) from error
     return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:
@@ -47,7 +53,9 @@ def attach_adapter(model: Any, folder: Path) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             return peft.PeftModel.from_pretrained(model, folder, local_files_only=True).eval()
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise InputError(f"{folder}: peft cannot load it: {error}", "does it belong to this base?") from error
+        raise InputError(
+            f"{folder}: peft cannot load it: {_first_line(error)}", "does it belong to this base?"
+        ) from error
 
 
 def widen_dense(model: Any) -> None:
@@ -109,7 +117,9 @@ class FolderTokenizer:
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{folder}: no tokenizer can be loaded: {error}", "add the tokenizer's files") from error
+            raise InputError(
+                f"{folder}: no tokenizer can be loaded: {_first_line(error)}", "add the tokenizer's files"
+            ) from error
         self._folder = folder
 
     @property

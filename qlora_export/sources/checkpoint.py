@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import InputError, Refused
+from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor, read_header
 from qlora_export.tensors.layout import INDEX_NAME
 
@@ -39,6 +41,15 @@ class Checkpoint:
             [tensor.spec.name, list(tensor.spec.shape), tensor.spec.dtype] for tensor in self.tensors.values()
         )
         return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        """The floating dtype that holds most of the weights; BF16 when there is none."""
+        bytes_by_dtype = Counter({"BF16": 0})
+        for tensor in self.tensors.values():
+            if tensor.spec.dtype in FLOATS:
+                bytes_by_dtype[tensor.spec.dtype] += tensor.bytes
+        return bytes_by_dtype.most_common(1)[0][0]
 
     @property
     def tied(self) -> bool:

@@ -30,7 +30,7 @@ def make(recipe: Recipe, out: Path) -> tuple[Plan, dict[str, Artifact]]:
     plan = make_plan(recipe, out)
     made = {artifact.name: artifact for artifact in build(plan, out, BuildOptions())}
     for item in plan.exports:
-        made[item.name] = export(plan, item, made[item.source.name], out)
+        made[item.name] = export(plan, item, made[item.source_name], out)
     return plan, made
 
 

@@ -1,0 +1,45 @@
+"""The adapter on its own: peft's files as they are, for those who have the base already.
+
+On disk: `adapter_config.json`, `adapter_model.safetensors`, the sidecar and the adapter's own tokenizer files, byte for
+byte. It is measured on the base of training, with the adapter loaded from the shipped folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_export.contracts import Options, Takes
+from qlora_export.errors import UsageError
+from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME
+from qlora_export.sources.sidecar import SIDECAR_NAME
+
+
+@dataclass(frozen=True)
+class AdapterExporter:
+    """Copies an adapter."""
+
+    name: str = "adapter"
+    takes: Takes = "adapter"
+    runtime: str = "as-trained"
+    bytes_per_weight: float = 0.0
+
+    def facts(self) -> Mapping[str, Any]:
+        """Nothing but the adapter decides the bytes."""
+        return {}
+
+    def export(self, source: Path, destination: Path) -> None:
+        """Copy what peft reads, and the sidecar."""
+        for name in (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME):
+            if (source / name).exists():
+                shutil.copyfile(source / name, destination / name)
+
+
+def alone(options: Options) -> AdapterExporter:
+    """The adapter's own files."""
+    if options:
+        raise UsageError(f"adapter has no option {next(iter(options))!r}", "it has none")
+    return AdapterExporter()
