@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qlora_export import __version__, catalog
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
@@ -128,45 +127,6 @@ class Plan:
         block = max(BLOCK_WEIGHTS, widest * self.training.block_size) * 4 * (4 + len(self.artifacts))
         state = largest // self.training.block_size * 4 * (2 + len(self.artifacts))
         return INTERPRETER_BYTES + workers * block + 2 * (state + 4 * max(factors, default=0))
-
-    def summary(self, workers: int) -> dict[str, Any]:
-        """The plan as JSON."""
-        return {
-            "schema": 1,
-            "recipe_digest": self.recipe.digest,
-            "base": {"path": str(self.checkpoint.folder), "headers_sha256": self.checkpoint.headers_sha256},
-            "adapter": {"path": str(self.adapter.folder), "sha256": self.adapter.digest()} if self.adapter else None,
-            "adapted_tensors": len(self.adaptations),
-            "quantised_in_training": len(self.quantised),
-            "assumptions": list(self.assumptions),
-            "bytes": self.bytes,
-            "peak_memory_bytes": self.peak_memory_bytes(workers),
-            "artifacts": [
-                {
-                    "name": artifact.name,
-                    "format": artifact.form.name,
-                    "onto": artifact.onto,
-                    "digest": artifact.digest,
-                    "bytes": artifact.bytes,
-                    "tensors": len(artifact.routes),
-                    "files": {
-                        **{shard.file: shard.bytes for shard in artifact.layout.shards},
-                        **{file.name: file.bytes for file in artifact.carried},
-                    },
-                }
-                for artifact in self.artifacts
-            ],
-            "exports": [
-                {
-                    "name": export.name,
-                    "format": export.exporter.name,
-                    "source": export.source_name,
-                    "digest": export.digest,
-                    "bytes_estimated": export.bytes,
-                }
-                for export in self.exports
-            ],
-        }
 
 
 def make_plan(recipe: Recipe, out: Path) -> Plan:

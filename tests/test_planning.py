@@ -12,6 +12,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe
+from qlora_export.report.data import plan_summary
 from tests.conftest import RecipeMaker, edit_json, edit_tensors, save_adapter, save_base
 
 
@@ -24,7 +25,7 @@ def refused(recipe: Any, out: Path) -> PlanRefused:
 def test_every_planned_byte_is_what_the_build_writes(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     plan = make_plan(pico_recipe("bf16", "nf4", "nf4-adapter", shard_bytes=200_000), tmp_path)
     build(plan, tmp_path, BuildOptions())
-    for item in plan.summary(1)["artifacts"]:
+    for item in plan_summary(plan, 1)["artifacts"]:
         on_disk = {
             str(path.relative_to(tmp_path / item["name"])): path.stat().st_size
             for path in (tmp_path / item["name"]).rglob("*")
@@ -121,7 +122,7 @@ def test_the_digest_changes_with_what_decides_the_bytes(
 
 
 def test_the_summary_is_json(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
-    summary = make_plan(pico_recipe("bf16", "nf4"), tmp_path).summary(2)
+    summary = plan_summary(make_plan(pico_recipe("bf16", "nf4"), tmp_path), 2)
     assert json.loads(json.dumps(summary)) == summary
     assert summary["adapted_tensors"] == 14
     assert summary["peak_memory_bytes"] < 1 << 30

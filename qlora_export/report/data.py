@@ -11,6 +11,7 @@ from typing import Any
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.errors import ExitCode
+from qlora_export.planning import Plan
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
 
@@ -46,6 +47,46 @@ def report(run: Run) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = _finite(data)
     return cleaned
+
+
+def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
+    """The plan as JSON."""
+    return {
+        "schema": 1,
+        "recipe_digest": plan.recipe.digest,
+        "base": {"path": str(plan.checkpoint.folder), "headers_sha256": plan.checkpoint.headers_sha256},
+        "adapter": {"path": str(plan.adapter.folder), "sha256": plan.adapter.digest()} if plan.adapter else None,
+        "adapted_tensors": len(plan.adaptations),
+        "quantised_in_training": len(plan.quantised),
+        "assumptions": list(plan.assumptions),
+        "bytes": plan.bytes,
+        "peak_memory_bytes": plan.peak_memory_bytes(workers),
+        "artifacts": [
+            {
+                "name": artifact.name,
+                "format": artifact.form.name,
+                "onto": artifact.onto,
+                "digest": artifact.digest,
+                "bytes": artifact.bytes,
+                "tensors": len(artifact.routes),
+                "files": {
+                    **{shard.file: shard.bytes for shard in artifact.layout.shards},
+                    **{file.name: file.bytes for file in artifact.carried},
+                },
+            }
+            for artifact in plan.artifacts
+        ],
+        "exports": [
+            {
+                "name": export.name,
+                "format": export.exporter.name,
+                "source": export.source_name,
+                "digest": export.digest,
+                "bytes_estimated": export.bytes,
+            }
+            for export in plan.exports
+        ],
+    }
 
 
 def write_report(run: Run, folder: Path) -> Path:
