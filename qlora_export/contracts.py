@@ -270,10 +270,14 @@ class Receipt:
 
 
 class Publisher(Protocol):
-    """Brings a verified artifact to its users, once and whole."""
+    """Brings verified artifacts to their users, once and whole."""
 
-    def publish(self, verified: Verified) -> Receipt:
-        """Publish, read back, and say where it is; publishing the same bytes again changes nothing."""
+    def require_ready(self, forbidden: Sequence[Path]) -> None:
+        """Raise when the destination cannot take anything, or lies in one of these folders; before any work."""
+        ...
+
+    def publish(self, verified: Sequence[Verified]) -> list[Receipt]:
+        """Publish all or none, read back, and say where; publishing the same bytes again changes nothing."""
         ...
 
 

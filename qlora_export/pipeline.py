@@ -23,9 +23,10 @@ from qlora_export.drift.measure import (
 )
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
-from qlora_export.errors import InputError, UsageError
+from qlora_export.errors import ExportError, InputError, UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
+from qlora_export.report.data import write_report
 from qlora_export.report.run import Run
 from qlora_export.sources.text import read_text
 
@@ -84,17 +85,20 @@ def release(recipe: Recipe, options: RunOptions) -> Run:
     """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
     if recipe.publish is None:
         raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
+    publisher = catalog.load_publisher(recipe.publish.to, recipe.publish.version, recipe.folder)
+    publisher.require_ready([recipe.path(text) for text in (recipe.base, recipe.adapter) if text])
     run = check(recipe, options)
+    write_report(run, options.out)
     entries = run.ledger.entries if run.ledger else ()
     if any(not entry.as_expected and entry.recipe.on_failure == "stop" for entry in entries):
         return run
-    publisher = catalog.load_publisher(recipe.publish.to, recipe.publish.version, recipe.folder)
-    receipts = []
-    for entry in entries:
-        if entry.verified is not None and entry.as_expected:
-            with options.track(f"publish {entry.artifact.name}"):
-                receipts.append(publisher.publish(entry.verified))
-    return replace(run, receipts=tuple(receipts))
+    chosen = [entry.verified for entry in entries if entry.verified is not None and entry.as_expected]
+    try:
+        with options.track("publish"):
+            return replace(run, receipts=tuple(publisher.publish(chosen)))
+    except ExportError as error:
+        write_report(replace(run, failure=error.exit_code), options.out)
+        raise
 
 
 def _tokenizer_folder(run: Run) -> Path:

@@ -16,7 +16,13 @@ from pathlib import Path
 from qlora_export import __version__, catalog
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
-from qlora_export.merge.carried import CarriedFile, carried_files, differing_tokenizer_files, edited_config
+from qlora_export.merge.carried import (
+    CarriedFile,
+    beside_sha256,
+    carried_files,
+    differing_tokenizer_files,
+    edited_config,
+)
 from qlora_export.merge.homes import Adaptation, match_adapter
 from qlora_export.merge.trained_base import quantised_modules
 from qlora_export.preflight import (
@@ -233,6 +239,9 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
         "version": __version__,
         "source": source.digest if source else inputs.adapter and inputs.adapter.digest(),
         "base": inputs.checkpoint.headers_sha256,
+        "base_id": inputs.recipe.base_id,
+        "training": repr(inputs.training),
+        "beside": beside_sha256(inputs.adapter.folder) if inputs.adapter and not source else {},
         "exporter": exporter.name,
         "facts": dict(exporter.facts()),
     }
@@ -263,6 +272,7 @@ def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:
     facts = {
         "version": __version__,
         "base": inputs.checkpoint.headers_sha256,
+        "base_id": inputs.recipe.base_id,
         "base_files": {path.name: path.stat().st_size for path in inputs.checkpoint.files},
         "adapter": inputs.adapter.digest() if inputs.adapter else None,
         "training": repr(inputs.training),

@@ -104,7 +104,10 @@ class PublishRecipe(_Facts):
     @field_validator("version")
     @classmethod
     def _is_a_version(cls, version: str | None) -> str | None:
-        if version is not None and (not FOLDER_NAME.fullmatch(version) or version == "latest"):
+        taken = (".partial", ".receipt.json")
+        if version is not None and (
+            not FOLDER_NAME.fullmatch(version) or version.lower() == "latest" or version.lower().endswith(taken)
+        ):
             raise ValueError(f"{version!r} cannot be a version")
         return version
 
@@ -112,9 +115,9 @@ class PublishRecipe(_Facts):
 class Recipe(_Facts):
     """Everything a run is told; `folder` is where relative paths start."""
 
-    base: str
+    base: str = Field(min_length=1)
     base_id: str | None = None
-    adapter: str | None = None
+    adapter: str | None = Field(None, min_length=1)
     merge: Merge = Merge()
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
     drift: DriftRecipe | None = None
@@ -176,6 +179,10 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
     """Validate recipe data that came from `origin`, a file or the flags; relative paths start at `folder`."""
     for setting in settings:
         _set(data, setting)
+    if "adapter" in data and data["adapter"] is None:
+        raise UsageError(
+            f"{origin}: adapter is empty", "name its folder, or leave the key out to release the base alone"
+        )
     try:
         if "folder" in data:
             raise UsageError(f"{origin}: unknown key folder", "paths are relative to the recipe's own folder")

@@ -13,6 +13,7 @@ The sidecar `qlora_export.json` lets a release reproduce the trained function to
 from __future__ import annotations
 
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import TrainerCallback
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExportError, UsageError
 from qlora_export.sources.checkpoint import open_checkpoint
-from qlora_export.sources.live_model import trained_module
+from qlora_export.sources.live_model import Repacked, trained_module
 from qlora_export.sources.sidecar import write_sidecar
 from qlora_export.tensors.dtypes import FROM_TORCH_NAMES
 
@@ -78,8 +79,11 @@ class QloraExportCallback(TrainerCallback):
         self._training: TrainingQuantization | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Read how the model is quantised; raises UsageError when it is not."""
-        self._training = training_quantization(others["model"], self._base)
+        """Read how the model is quantised; raises UsageError when it is not, warns when it was repacked already."""
+        try:
+            self._training = training_quantization(others["model"], self._base)
+        except Repacked as error:
+            warnings.warn(f"no sidecar will be written: {error.message}; {error.hint}", stacklevel=2)
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Write the sidecar beside the adapter that was just saved."""

@@ -125,6 +125,7 @@ def pico_recipe(pico_base: Path, pico_adapter: Path) -> RecipeMaker:
     def make(*formats: str | dict[str, Any], **changes: Any) -> Recipe:
         artifacts = [{"format": item} if isinstance(item, str) else item for item in formats]
         data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts, **changes}
+        data = {key: value for key, value in data.items() if value is not None}
         return make_recipe(data, Path(), "test")
 
     return make

@@ -42,9 +42,8 @@ recipe = make_recipe({"base": base, "adapter": adapter, "artifacts": artifacts},
 plan = make_plan(recipe, out)
 made = engine.build(plan, out, BuildOptions(workers=1, checkpoint_bytes=100_000))
 made += [engine.export(plan, item, None, out) for item in plan.exports]
-for artifact in made:
-    verified = Verified(artifact, Verdict("pass"), Drift(*([1.0] * 14)))
-    FolderPublisher(str(Path(place) / "registry"), "v1", Path()).publish(verified)
+verified = [Verified(artifact, Verdict("pass"), Drift(*([1.0] * 14))) for artifact in made]
+FolderPublisher(str(Path(place) / "registry"), "v1", Path()).publish(verified)
 print(syncs)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_export.errors import ExitCode, PlanRefused, UsageError
+from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import release as run_release
 from qlora_export.report.data import exit_code, report
@@ -65,6 +66,31 @@ def test_what_is_expected_to_fail_is_not_published_even_when_it_passes(release: 
     run = release("nf4-adapter", {"format": "bf16", "expect": "fail"}, publish={"to": f"folder:{tmp_path / 'two'}"})
     assert exit_code(run) == ExitCode.GATE_FAILED
     assert not (tmp_path / "two").exists()
+
+
+def test_when_everything_is_withheld_nothing_was_released(release: Any, tmp_path: Path) -> None:
+    run = release({**FAILS, "on_failure": "withhold"})
+    assert exit_code(run) == ExitCode.GATE_FAILED
+    assert published(tmp_path) == set()
+
+
+def test_a_failed_publication_is_in_the_report(release: Any, tmp_path: Path) -> None:
+    release("bf16")
+    (tmp_path / "registry/bf16/v1/config.json").unlink()
+    with pytest.raises(RemoteConflict):
+        release("bf16", "nf4-adapter")
+    data = json.loads((tmp_path / "out/report.json").read_text())
+    assert data["exit_code"] == 8
+    assert data["published"] == []
+    assert published(tmp_path) == {"bf16"}
+
+
+def test_a_foreign_registry_is_found_before_the_work(release: Any, tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry/thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="no registry of ours"):
+        release("bf16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_goes_the_same_way(release: Any, tmp_path: Path) -> None:

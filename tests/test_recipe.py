@@ -51,6 +51,12 @@ def test_the_digest_is_of_facts_not_of_text(tmp_path: Path) -> None:
         ({"artifacts": [{"format": "nf4", "name": "a.partial"}]}, "cannot be the name of a folder", ""),
         ({"drift": {"text": "x", "limits": {"same_top1": 2}}}, "drift.limits.same_top1:", ""),
         ({"zzzzzz": 1}, "unknown key zzzzzz", "known keys: base"),
+        ({"adapter": None}, "adapter is empty", "leave the key out"),
+        ({"adapter": ""}, "adapter:", ""),
+        ({"publish": {"to": "ftp:x"}}, "'ftp:x' is no destination", ""),
+        ({"publish": {"to": "folder:x", "version": "v1.partial"}}, "'v1.partial' cannot be a version", ""),
+        ({"publish": {"to": "folder:x", "version": "Latest"}}, "'Latest' cannot be a version", ""),
+        ({"publish": {"to": "folder:x", "version": "v1.receipt.json"}}, "cannot be a version", ""),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], says: str, hint: str) -> None:

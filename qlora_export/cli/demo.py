@@ -24,9 +24,10 @@ def demo(
     """Release the embedded model to a folder: what plain NF4 rounding loses, and what does not lose it."""
     from qlora_export.cli.release import release
     from qlora_export.demo import recipe_path
-    from qlora_export.recipe import load_recipe
+    from qlora_export.recipe import PublishRecipe, load_recipe
 
-    recipe = load_recipe(recipe_path(), [f"publish.to=folder:{out.absolute() / 'registry'}"])
+    destination = PublishRecipe(to=f"folder:{out.absolute() / 'registry'}")
+    recipe = load_recipe(recipe_path()).model_copy(update={"publish": destination})
     options = run_options(None, out, workers)
     data, show, code = release(recipe, options)
 

@@ -33,7 +33,7 @@ app.command("check")(command_of(check.check))
 app.command("clean")(clean.clean)
 
 
-RESUME = "nothing is final; run the same command again to go on where it stopped"
+RESUME = "run the same command again to go on where it stopped"
 
 
 class Terminated(BaseException):

@@ -51,6 +51,8 @@ def command_of(verb: Verb) -> Callable[..., None]:
         as_json: Json = False,
         output: Output = None,
     ) -> None:
+        if output is not None and not output.absolute().parent.is_dir():
+            raise UsageError(f"{output}: its folder does not exist", "make the folder, or choose another file")
         flags = {"--base": base, "--adapter": adapter, "--format": formats, "--onto": onto, "--text": text}
         facts = recipe_from(recipe, flags, settings or [])
         finish(verb(facts, run_options(recipe, out, workers)), as_json, output)
@@ -76,14 +78,16 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
     """The recipe of a file, or of the flags; raises UsageError when both or neither are given."""
     from qlora_export.recipe import load_recipe, make_recipe
 
-    given = [name for name, value in flags.items() if value]
+    given = [name for name, value in flags.items() if value is not None and value != []]
     if path is not None:
         if given:
             raise UsageError(f"a recipe and {', '.join(given)}", "use --set to change a recipe, or the flags alone")
         return load_recipe(path, settings)
     if not (flags["--base"] and flags["--format"]):
         raise UsageError("no recipe", "give a recipe file, or --base, --adapter and at least one --format")
-    data: dict[str, Any] = {"base": flags["--base"], "adapter": flags["--adapter"]}
+    data: dict[str, Any] = {"base": flags["--base"]}
+    if flags["--adapter"] is not None:
+        data["adapter"] = flags["--adapter"]
     data["artifacts"] = [{"format": name} for name in flags["--format"]]
     if flags["--onto"]:
         data["merge"] = {"onto": flags["--onto"]}

@@ -80,6 +80,8 @@ def judge(drift: Drift, limits: Limits, tokens: int, nonfinite: int) -> Verdict:
     reasons = tuple(check.reason(tokens) for check in results if check.outcome == "inconclusive")
     if drift.gain_kept is None and limits.gain_kept is not None:
         reasons += ("gain kept has no number, since the adapter is no better than its base on this text",)
+    if drift.survival_min is None and limits.survival_min is not None:
+        reasons += ("survival has no number, since these weights cannot be read back",)
     if tokens < FEWEST_TOKENS:
         reasons += (f"{tokens} tokens are too few to judge anything, {FEWEST_TOKENS} are the least",)
     return Verdict("inconclusive", reasons) if reasons else Verdict("pass")

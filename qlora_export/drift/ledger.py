@@ -68,7 +68,7 @@ def enter(
     drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
     if survival:
         drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
-    else:
+    elif recipe.limits.survival_min is None:
         limits = limits.model_copy(update={"survival_min": None})
     if references.base is None:
         limits = limits.model_copy(update={"gain_kept": None})

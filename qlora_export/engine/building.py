@@ -182,6 +182,7 @@ def disk_errors(out: Path, needed_bytes: int) -> Iterator[None]:
 def locked(out: Path) -> Iterator[None]:
     """Keep a second run out of the same folder."""
     descriptor = os.open(out, os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -7,13 +7,12 @@ tokenizer and the licence come from the source artifact byte for byte, whatever 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from qlora_export.contracts import Artifact
 from qlora_export.engine.building import disk_errors, locked
-from qlora_export.engine.journal import JOURNAL_NAME, Journal
+from qlora_export.engine.journal import JOURNAL_NAME, Journal, is_ours
 from qlora_export.engine.manifest import (
     MANIFEST_NAME,
     file_facts,
@@ -22,7 +21,7 @@ from qlora_export.engine.manifest import (
     read_artifact,
     verify_artifact,
 )
-from qlora_export.engine.partial import sync_folder, write_file
+from qlora_export.engine.partial import remove_partial, sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
 from qlora_export.planning import ExportPlan, Plan
@@ -68,10 +67,12 @@ def _kept(item: ExportPlan, source: Artifact | None, final: Path) -> Artifact:
 
 def _remove_ours(partial: Path, item: ExportPlan) -> None:
     """Remove what a killed export of this plan left; raises UsageError for anything else."""
-    if partial.is_symlink() or not (partial / JOURNAL_NAME).is_file():
+    empty = partial.is_dir() and not partial.is_symlink() and not any(partial.iterdir())
+    if not empty and not is_ours(partial):
         raise UsageError(f"{partial}: exists and is not left behind by a run of ours", f"move {partial} away")
-    Journal(partial, item.digest)
-    shutil.rmtree(partial)
+    if not empty:
+        Journal(partial, item.digest)
+    remove_partial(partial)
 
 
 def _carry(folder: Path, partial: Path) -> None:

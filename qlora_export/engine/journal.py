@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,20 @@ from typing import Any
 from qlora_export.errors import UsageError
 
 JOURNAL_NAME = ".journal"
+PLAN_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a run of ours made this partial folder: it is a real folder whose journal begins with a plan's digest."""
+    if folder.is_symlink() or not (folder / JOURNAL_NAME).is_file():
+        return False
+    with (folder / JOURNAL_NAME).open("rb") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            return False
+    plan = first.get("plan") if isinstance(first, dict) else None
+    return isinstance(plan, str) and PLAN_DIGEST.fullmatch(plan) is not None
 
 
 class Journal:

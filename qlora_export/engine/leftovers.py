@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.engine.building import locked
-from qlora_export.engine.journal import JOURNAL_NAME
+from qlora_export.engine.journal import is_ours
+from qlora_export.engine.partial import remove_partial
 from qlora_export.errors import UsageError
 
 SECTOR_BYTES = 512
@@ -30,7 +30,7 @@ def find_leftovers(out: Path) -> list[Leftover]:
         return [
             Leftover(path, sum(file.lstat().st_blocks * SECTOR_BYTES for file in path.rglob("*")))
             for path in sorted(out.glob("*.partial"))
-            if not path.is_symlink() and (path / JOURNAL_NAME).is_file()
+            if is_ours(path)
         ]
 
 
@@ -38,4 +38,4 @@ def remove_leftovers(out: Path, leftovers: Sequence[Leftover]) -> None:
     """Remove partial folders that `find_leftovers` named."""
     with locked(out):
         for leftover in leftovers:
-            shutil.rmtree(leftover.path)
+            remove_partial(leftover.path)

@@ -76,6 +76,19 @@ def write_file(folder: Path, file: CarriedFile) -> None:
         os.fsync(target.fileno())
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove a partial folder of ours, its journal last, so that a kill in between leaves it ours."""
+    for path in folder.iterdir():
+        if path.name == JOURNAL_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -83,14 +83,23 @@ class OnnxExporter:
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
-        with tempfile.TemporaryDirectory(prefix=".cache-", dir=destination.parent) as cache:
-            words = [sys.executable, "-m", BUILDER, "-i", str(source), "-o", str(destination)]
+        destination.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".cache-", dir=destination) as cache:
+            words = [sys.executable, "-P", "-m", BUILDER, "-i", str(source), "-o", str(destination)]
             words += ["-p", self.precision, "-e", "cpu", "-c", cache]
             if self.options is not None:
                 words += ["--extra_options", *self.options.arguments()]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+            # The builder writes the git commit it finds around itself into the graph: let it find none.
+            quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull}
+            # The run folder's lock is inherited, so that a builder that outlives us still holds it.
             found = subprocess.run(
-                words, check=False, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+                words,
+                check=False,
+                env={**os.environ, **quiet},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                close_fds=False,
             )
         if found.returncode:
             raise self._failure(found.returncode, found.stderr)
@@ -100,6 +109,8 @@ class OnnxExporter:
 
     def _failure(self, code: int, stderr: str) -> Exception:
         last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no message")
+        if "No space left on device" in stderr:
+            return EnvironmentProblem(f"{self.name}: the disk is full", "free some disk space, then run again")
         if UNSUPPORTED in last:
             return Refused(f"{self.name}: {last}", "choose a safetensors format for this architecture")
         if code < 0:

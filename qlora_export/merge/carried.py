@@ -70,6 +70,16 @@ def carried_files(
     return tuple(files[name] for name in sorted(files))
 
 
+def beside_sha256(folder: Path) -> dict[str, str]:
+    """Digests of what travels beside the weights of a folder: tokenizer, licence, sidecar."""
+    return {
+        path.name: CarriedFile(path.name, path).sha256()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name) or path.name == SIDECAR_NAME)
+    }
+
+
 def differing_tokenizer_files(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
     """Tokenizer files that adapter and base both have, with other bytes."""
     names = (path.name for path in adapter.folder.iterdir() if TOKENIZER_NAME.fullmatch(path.name))

@@ -5,8 +5,10 @@
     PATH/NAME/VERSION.receipt.json  what was read back
     PATH/NAME/latest -> VERSION     moved by one rename
 
-A version is copied beside its place, read back, and renamed. Publishing the same bytes again changes nothing; other
-bytes under a version that exists are a conflict. The default version is the first digits of the manifest's sha256.
+All artifacts of a release are copied beside their places and read back before the first one gets its name; only then
+are receipts written and `latest` moved. Publishing the same bytes again changes nothing, `latest` included; other bytes
+under a version that exists are a conflict. The default version is the first digits of the manifest's sha256. Names that
+begin with a dot and end in `.partial` are ours to remove.
 """
 
 from __future__ import annotations
@@ -15,20 +17,43 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_export.contracts import Artifact, Receipt, Verified
+from qlora_export.engine.building import disk_errors
 from qlora_export.engine.manifest import file_facts
 from qlora_export.engine.partial import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
 
 MARKER_NAME = "registry.json"
+MARKER_PARTIAL = f".{MARKER_NAME}.partial"
 MARKER = {"schema": 1, "kind": "qlora-export registry"}
 LATEST = "latest"
 VERSION_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one artifact goes."""
+
+    artifact: Artifact
+    shelf: Path
+    version: str
+
+    @property
+    def final(self) -> Path:
+        return self.shelf / self.version
+
+    @property
+    def partial(self) -> Path:
+        return self.shelf / f".{self.version}.partial"
+
+    @property
+    def receipt(self) -> Path:
+        return self.shelf / f"{self.version}.receipt.json"
 
 
 class FolderPublisher:
@@ -38,64 +63,100 @@ class FolderPublisher:
         self._registry = folder / Path(place).expanduser()
         self._version = version
 
-    def publish(self, verified: Verified) -> Receipt:
-        """Copy, read back, rename; raises RemoteConflict when the version exists with other bytes."""
-        artifact = verified.artifact
-        version = self._version or artifact.manifest_sha256[:VERSION_DIGITS]
+    def require_ready(self, forbidden: Sequence[Path]) -> None:
+        """Raise UsageError when the folder is not a registry of ours and not empty, or lies in one of these."""
+        place = self._registry.absolute().resolve()
+        for folder in forbidden:
+            if folder.resolve() in (place, *place.parents):
+                raise UsageError(f"{self._registry}: lies in the source {folder}", "publish to another folder")
+        _require_ours(self._registry)
+
+    def publish(self, verified: Sequence[Verified]) -> list[Receipt]:
+        """Stage everything, then name it; raises RemoteConflict when a version exists with other bytes."""
+        places = [self._place(item.artifact) for item in verified]
         with _opened(self._registry):
-            shelf = self._registry / artifact.name
-            shelf.mkdir(exist_ok=True)
-            final = shelf / version
-            if not os.path.lexists(final):
-                _store(artifact, final)
-            receipt = Receipt(artifact.name, str(final), artifact.manifest_sha256, _read_back(artifact, final))
-            _write_whole(shelf / f"{version}.receipt.json", json.dumps(asdict(receipt), indent=2) + "\n")
-            _point(shelf / LATEST, version)
-        return receipt
+            for place in places:
+                place.shelf.mkdir(exist_ok=True)
+                if os.path.lexists(place.final):
+                    _read_back(place.artifact, place.final)
+                else:
+                    _stage(place)
+            for place in places:
+                if not os.path.lexists(place.final):
+                    place.partial.rename(place.final)
+                    sync_folder(place.shelf)
+            return [_receive(place) for place in places]
+
+    def _place(self, artifact: Artifact) -> _Place:
+        version = self._version or artifact.manifest_sha256[:VERSION_DIGITS]
+        return _Place(artifact, self._registry / artifact.name, version)
+
+
+def _receive(place: _Place) -> Receipt:
+    """Read a version back, point `latest` to it if it is new, and write its receipt last."""
+    found = _read_back(place.artifact, place.final)
+    receipt = Receipt(place.artifact.name, str(place.final), place.artifact.manifest_sha256, found)
+    text = json.dumps(asdict(receipt), indent=2) + "\n"
+    if not place.receipt.exists() or place.receipt.read_text(encoding="utf-8") != text:
+        _point(place.shelf / LATEST, place.version)
+        _write_whole(place.receipt, text)
+    return receipt
+
+
+def _require_ours(registry: Path) -> None:
+    """Raise UsageError unless the folder is absent, empty, or a registry of this version."""
+    hint = "give an empty or new folder, or a registry made by qlora-export"
+    if not registry.exists():
+        return
+    if not registry.is_dir():
+        raise UsageError(f"{registry}: is a file", hint)
+    marker = registry / MARKER_NAME
+    if not marker.exists():
+        if any(path.name != MARKER_PARTIAL for path in registry.iterdir()):
+            raise UsageError(f"{registry}: is not empty and no registry of ours (no {MARKER_NAME})", hint)
+        return
+    try:
+        found = json.loads(marker.read_bytes())
+    except ValueError:
+        found = None
+    if found != MARKER:
+        raise UsageError(f"{marker}: not the marker of a registry of this version", hint)
 
 
 @contextmanager
 def _opened(registry: Path) -> Iterator[None]:
     """The registry, made if need be and locked; raises UsageError when the folder is not a registry of ours."""
-    hint = "give an empty or new folder, or a registry made by qlora-export"
-    if registry.exists() and not registry.is_dir():
-        raise UsageError(f"{registry}: is a file", hint)
+    _require_ours(registry)
     registry.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(registry, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        marker = registry / MARKER_NAME
-        if not marker.exists():
-            if any(registry.iterdir()):
-                raise UsageError(f"{registry}: is not empty and no registry of ours (no {MARKER_NAME})", hint)
-            _write_whole(marker, json.dumps(MARKER) + "\n")
-        if json.loads(marker.read_text(encoding="utf-8")) != MARKER:
-            raise UsageError(f"{marker}: not the marker of a registry of this version", hint)
+        if not (registry / MARKER_NAME).exists():
+            _write_whole(registry / MARKER_NAME, json.dumps(MARKER) + "\n")
         yield
     finally:
         os.close(descriptor)
 
 
-def _store(artifact: Artifact, final: Path) -> None:
-    """Copy the artifact beside its place and rename it there once the copy reads back as the manifest says."""
-    partial = final.with_name(f"{final.name}.partial")
+def _stage(place: _Place) -> None:
+    """Copy an artifact beside its place, read-only, and read the copy back."""
+    artifact, partial = place.artifact, place.partial
     if partial.exists():
         shutil.rmtree(partial)
-    for name in ("manifest.json", *artifact.manifest["files"]):
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.path / name, target, follow_symlinks=False)
-        target.chmod(target.stat().st_mode & ~0o222)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+    with disk_errors(place.shelf, artifact.bytes):
+        for name in ("manifest.json", *artifact.manifest["files"]):
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.path / name, target, follow_symlinks=False)
+            target.chmod(target.stat().st_mode & ~0o222)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
     try:
         _read_back(artifact, partial)
     except RemoteConflict as error:
         raise VerifyMismatch(f"{artifact.path}: changed while it was published: {error.message}", error.hint) from None
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync_folder(folder)
-    partial.rename(final)
-    sync_folder(final.parent)
 
 
 def _read_back(artifact: Artifact, folder: Path) -> dict[str, str]:
@@ -129,8 +190,10 @@ def _point(link: Path, version: str) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
+    sync_folder(path.parent)

@@ -19,8 +19,12 @@ REPORT_NAME = "report.json"
 
 
 def exit_code(run: Run) -> ExitCode:
-    """OK when every verdict is the expected one or withheld; else failed before inconclusive."""
+    """OK when every verdict is the expected one, or the artifact is withheld and another passed."""
+    if run.failure is not None:
+        return run.failure
     entries = run.ledger.entries if run.ledger else ()
+    if any(withheld(entry) for entry in entries) and not any(entry.verified for entry in entries):
+        return ExitCode.GATE_FAILED
     surprises = [entry for entry in entries if not entry.as_expected and not withheld(entry)]
     if any(entry.verdict.outcome != "inconclusive" for entry in surprises):
         return ExitCode.GATE_FAILED
@@ -113,7 +117,7 @@ def _reference(run: Run) -> dict[str, Any] | None:
         "model": "4-bit base with live adapter" if run.plan.adapter else "the model itself",
         "runtime": "transformers",
         "activations": "float32",
-        "training_quantization": "recorded" if training.recorded else "assumed",
+        "training_quantization": ("recorded" if training.recorded else "assumed") if run.plan.adapter else None,
         "perplexity": run.ledger.reference.perplexity,
         "perplexity_stderr": run.ledger.reference.perplexity_stderr,
         "base": asdict(run.ledger.base) if run.ledger.base else None,

@@ -17,7 +17,7 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.report.run import Run
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-PIPE_COLUMNS = 120
+TABLE_COLUMNS = 112
 LEGEND = (
     "ratio: of perplexities, paired, ± standard error · top-1: same most likely token · gain: share of the "
     "fine-tuning gain kept · survival: of the delta, in the worst layer"
@@ -88,7 +88,7 @@ def print_ledger(run: Run) -> None:
         table.add_column(name, justify="right")
     table.add_column("verdict", no_wrap=True)
     name = "as trained" if run.plan.adapter else "the model"
-    perplexity = f"{ledger.reference.perplexity:.4f}"
+    perplexity = f"{ledger.reference.perplexity:.5g}"
     table.add_row(name, "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
     for label, drift in (("base alone", ledger.base), ("merged, 16 bit", ledger.merged)):
         if drift is not None:
@@ -106,13 +106,20 @@ def print_ledger(run: Run) -> None:
 
 
 def _console() -> Console:
-    """Stdout; wide enough for the tables when it is no terminal."""
+    """Stdout; wide enough for the tables, since a number cut short is worse than a line that wraps."""
     console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+    return console if console.width >= TABLE_COLUMNS else Console(width=TABLE_COLUMNS)
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def size(count: int) -> str:
@@ -138,8 +145,8 @@ def _verdict(entry: Entry) -> str:
 def _numbers(drift: Drift) -> tuple[str, ...]:
     ratio = math.exp(drift.ln_ppl_ratio)
     return (
-        f"{drift.perplexity:.4f}",
-        f"{ratio:.4f} ± {ratio * drift.ln_ppl_ratio_stderr:.1g}",
+        f"{drift.perplexity:.5g}",
+        f"{ratio:.5g} ± {ratio * drift.ln_ppl_ratio_stderr:.1g}",
         f"{drift.mean_kl:.2g}",
         f"{drift.same_top1:.1%}",
         "" if drift.gain_kept is None else f"{drift.gain_kept:.1%}",

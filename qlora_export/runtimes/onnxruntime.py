@@ -7,18 +7,21 @@ for both ways of running. A crash of the native library ends the worker and is r
 from __future__ import annotations
 
 import json
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from qlora_export.contracts import Float32, Session
-from qlora_export.errors import EnvironmentProblem, InputError
+from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 
 WORKER = "qlora_export.runtimes.onnxruntime_worker"
 
@@ -33,20 +36,26 @@ class OnnxRuntime:
         """Start a worker on the folder; raises InputError when the graph does not load."""
         if find_spec("onnxruntime") is None:
             raise EnvironmentProblem("onnxruntime is not installed", "pip install 'qlora-export[onnx]'")
-        words = [sys.executable, "-m", WORKER, str(folder)]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        words = [sys.executable, "-P", "-m", WORKER, str(folder)]
+        with tempfile.TemporaryFile() as messages:
+            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
             try:
-                yield WorkerSession(folder, process)
+                yield WorkerSession(folder, process, messages)
             finally:
                 process.kill()
+                process.wait()
+                for stream in (process.stdin, process.stdout):
+                    with suppress(BrokenPipeError):
+                        stream.close() if stream else None
 
 
 class WorkerSession:
     """Talks to a worker: a JSON line with tokens in, two little-endian int64 sizes and float32 rows out."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes], messages: IO[bytes]) -> None:
         self._folder = folder
         self._process = process
+        self._messages = messages
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
@@ -67,8 +76,13 @@ class WorkerSession:
             raise self._failure()
         return np.frombuffer(raw, np.float32).reshape(rows, columns)
 
-    def _failure(self) -> InputError:
-        stderr = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
-        last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no message")
+    def _failure(self) -> ExportError:
         code = self._process.wait()
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        if code == -signal.SIGKILL:
+            return EnvironmentProblem(
+                f"{self._folder}: ONNX Runtime was killed", "most often for want of memory; run again with more"
+            )
         return InputError(f"{self._folder}: ONNX Runtime ended with status {code}: {last}", "export the folder again")

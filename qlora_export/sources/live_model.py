@@ -15,13 +15,17 @@ from qlora_export.errors import UsageError
 from qlora_export.sources.sidecar import absmax_sha256
 
 
+class Repacked(UsageError):
+    """bitsandbytes has rearranged the codes and rounded the absmax, for inference on a CPU."""
+
+
 def trained_module(name: str, layer: Any) -> TrainedModule:
     """Digests of a Linear4bit's codes and absmax state, and its absmax mean; raises UsageError when it was repacked."""
     state = layer.weight.quant_state
     if state is None:
         raise UsageError(f"{name}: the layer is not quantised yet", "record the model after it was loaded in 4 bits")
     if getattr(state, "packing_format_for_cpu", False):
-        raise UsageError(
+        raise Repacked(
             f"{name}: bitsandbytes repacked this weight for CPU inference",
             "record the model before it runs in eval mode, or set support_avx512bf16_for_cpu = False on its layers",
         )

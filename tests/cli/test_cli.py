@@ -223,8 +223,9 @@ def test_a_setting_that_fits_nowhere_is_named(recipe: Path, setting: str, says: 
 def test_clean_names_and_removes_what_killed_runs_left(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "bf16.partial").mkdir(parents=True)
-    (out / "bf16.partial/.journal").write_text('{"plan": "x"}\n')
+    (out / "bf16.partial/.journal").write_text(json.dumps({"plan": "0" * 64}) + "\n")
     (out / "thesis.partial").mkdir()
+    (out / "thesis.partial/.journal").write_text("dear diary")
     found = command("clean", out)
     assert "left behind: " in found.stdout
     assert (out / "bf16.partial").exists()

@@ -30,7 +30,7 @@ def make(recipe: Recipe, out: Path) -> tuple[Plan, dict[str, Artifact]]:
     plan = make_plan(recipe, out)
     made = {artifact.name: artifact for artifact in build(plan, out, BuildOptions())}
     for item in plan.exports:
-        made[item.name] = export(plan, item, made[item.source_name], out)
+        made[item.name] = export(plan, item, made.get(item.source_name), out)
     return plan, made
 
 
@@ -119,6 +119,7 @@ def test_a_killed_builder_is_named_and_the_next_run_starts_anew(
     pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora_export.exporters.onnx.BUILDER", "tests.exporters.killed_builder")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     recipe = pico_recipe("bf16", "onnx-fp32")
     with pytest.raises(EnvironmentProblem, match="killed by SIGKILL"):
         make(recipe, tmp_path)
@@ -160,13 +161,51 @@ def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: 
         session.log_probabilities(TOKENS)
 
 
-def test_a_worker_that_dies_is_an_input_error(exported: Path) -> None:
+def test_a_worker_that_is_killed_is_an_environment_problem(exported: Path) -> None:
     with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
         session.log_probabilities(TOKENS)
         worker: Any = session
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(InputError, match="ended with status -9"):
+        with pytest.raises(EnvironmentProblem, match="ONNX Runtime was killed"):
             session.log_probabilities(TOKENS)
+
+
+def test_nothing_in_the_current_folder_is_executed(
+    pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded folder may hold an onnx.py; the builder and the worker must not import it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("onnx.py", "numpy.py", "json.py", "onnxruntime.py"):
+        (here / name).write_text("raise SystemExit('executed from the current folder')")
+    monkeypatch.chdir(here)
+    _, made = make(pico_recipe("bf16", "onnx-fp32"), tmp_path / "out")
+    with catalog.load_runtime("onnxruntime").open(made["onnx-fp32"].path) as session:
+        assert session.log_probabilities(TOKENS).shape == (12, 2048)
+
+
+def test_the_graph_does_not_depend_on_the_repository_around_it(exported: Path) -> None:
+    raw = (exported / "onnx-fp32/model.onnx").read_bytes()
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True).stdout
+    assert b"0.18.0" in raw
+    assert not head or head.strip().encode() not in raw
+
+
+def test_an_adapter_alone_is_made_anew_when_what_travels_with_it_changes(
+    pico_recipe: RecipeMaker, adapter_copy: Path, tmp_path: Path
+) -> None:
+    recipe = pico_recipe("adapter", adapter=str(adapter_copy))
+    first = make_plan(recipe, tmp_path).exports[0].digest
+    (adapter_copy / "tokenizer_config.json").write_text("{}")
+    second = make_plan(recipe, tmp_path).exports[0].digest
+    (adapter_copy / "qlora_export.json").unlink()
+    assert len({first, second, make_plan(recipe, tmp_path).exports[0].digest}) == 3
+
+
+def test_an_empty_partial_folder_is_no_obstacle(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    (tmp_path / "adapter.partial").mkdir()
+    make(pico_recipe("adapter"), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
 def test_genai_generates_from_the_folder(exported: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def publisher(place: Path, version: str | None = None) -> Any:
 
 
 def test_what_lies_in_the_registry_is_the_artifact(verified: Verified, tmp_path: Path) -> None:
-    receipt = publisher(tmp_path / "registry", "v1").publish(verified)
+    (receipt,) = publisher(tmp_path / "registry", "v1").publish([verified])
     shelf = tmp_path / "registry/nf4-adapter"
     assert folder_bytes(shelf / "v1") == folder_bytes(verified.artifact.path)
     assert (shelf / "latest").readlink() == Path("v1")
@@ -44,25 +45,25 @@ def test_what_lies_in_the_registry_is_the_artifact(verified: Verified, tmp_path:
 
 
 def test_publishing_twice_changes_nothing(verified: Verified, tmp_path: Path) -> None:
-    first = publisher(tmp_path).publish(verified)
+    first = publisher(tmp_path).publish([verified])
 
     def stamps() -> dict[str, int]:
         return {str(path): path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
 
     before = stamps()
-    assert publisher(tmp_path).publish(verified) == first
+    assert publisher(tmp_path).publish([verified]) == first
     assert stamps() == before
-    assert first.destination.endswith(verified.artifact.manifest_sha256[:12])
+    assert first[0].destination.endswith(verified.artifact.manifest_sha256[:12])
 
 
 def test_a_relative_place_starts_at_the_recipe(verified: Verified, tmp_path: Path) -> None:
-    catalog.load_publisher("folder:out/registry", "v1", tmp_path).publish(verified)
+    catalog.load_publisher("folder:out/registry", "v1", tmp_path).publish([verified])
     assert (tmp_path / "out/registry/nf4-adapter/v1/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("harm", ["byte", "stray", "missing"])
 def test_a_version_with_other_bytes_is_a_conflict(verified: Verified, tmp_path: Path, harm: str) -> None:
-    publisher(tmp_path, "v1").publish(verified)
+    publisher(tmp_path, "v1").publish([verified])
     place = tmp_path / "nf4-adapter/v1"
     if harm == "byte":
         (place / "config.json").chmod(0o644)
@@ -73,30 +74,28 @@ def test_a_version_with_other_bytes_is_a_conflict(verified: Verified, tmp_path: 
         (place / "config.json").unlink()
     before = folder_bytes(tmp_path)
     with pytest.raises(RemoteConflict, match="exists with another"):
-        publisher(tmp_path, "v1").publish(verified)
+        publisher(tmp_path, "v1").publish([verified])
     assert folder_bytes(tmp_path) == before
-    publisher(tmp_path, "v2").publish(verified)
+    publisher(tmp_path, "v2").publish([verified])
     assert (tmp_path / "nf4-adapter/latest").readlink() == Path("v2")
 
 
 def test_a_folder_that_is_no_registry_is_left_alone(verified: Verified, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="no registry of ours"):
-        publisher(tmp_path).publish(verified)
+        publisher(tmp_path).publish([verified])
     assert folder_bytes(tmp_path) == {"thesis.txt": b"precious"}
     (tmp_path / "registry.json").write_text('{"schema": 2}')
     with pytest.raises(UsageError, match="not the marker"):
-        publisher(tmp_path).publish(verified)
+        publisher(tmp_path).publish([verified])
 
 
 def test_an_artifact_that_changed_after_the_gate_is_not_published(verified: Verified, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     copy = Path(shutil.copytree(verified.artifact.path, tmp_path / "copy"))
     (copy / "config.json").write_text("{}")
     changed = replace(verified, artifact=replace(verified.artifact, path=copy))
     with pytest.raises(VerifyMismatch, match="changed while it was published"):
-        publisher(tmp_path / "registry").publish(changed)
+        publisher(tmp_path / "registry", "v1").publish([changed])
     assert (
         not list((tmp_path / "registry").glob("nf4-adapter/[!.]*/manifest.json"))
         or not (tmp_path / "registry/nf4-adapter/latest").exists()
@@ -127,7 +126,7 @@ module.sync_folder = dying(module.sync_folder)
 module._point = dying(module._point)
 module._write_whole = dying(module._write_whole)
 verified = Verified(read_artifact(Path(source)), Verdict("pass"), Drift(*([1.0] * 14)))
-module.FolderPublisher(place, "v1", Path()).publish(verified)
+module.FolderPublisher(place, "v1", Path()).publish([verified])
 """
 
 
@@ -140,6 +139,43 @@ def test_a_publication_killed_at_any_step_is_finished_by_the_next(
     shelf = tmp_path / "registry/nf4-adapter"
     if os.path.lexists(shelf / "latest"):
         assert folder_bytes(shelf / "latest") == folder_bytes(verified.artifact.path)
-    publisher(tmp_path / "registry", "v1").publish(verified)
+    publisher(tmp_path / "registry", "v1").publish([verified])
     assert folder_bytes(shelf / "v1") == folder_bytes(verified.artifact.path), child.stderr.decode()
     assert {path.name for path in shelf.iterdir()} == {"v1", "v1.receipt.json", "latest"}
+
+
+def test_latest_does_not_go_back_when_an_old_version_is_published_again(verified: Verified, tmp_path: Path) -> None:
+    for version in ("v1", "v2", "v1"):
+        publisher(tmp_path, version).publish([verified])
+    assert (tmp_path / "nf4-adapter/latest").readlink() == Path("v2")
+
+
+def test_all_or_nothing(verified: Verified, tmp_path: Path) -> None:
+    """A conflict of the second artifact keeps the first one out, too."""
+    publisher(tmp_path, "v1").publish([verified])
+    other = replace(verified, artifact=replace(verified.artifact, name="other"))
+    (tmp_path / "nf4-adapter/v1/config.json").unlink()
+    with pytest.raises(RemoteConflict):
+        publisher(tmp_path, "v1").publish([other, verified])
+    assert not (tmp_path / "other/v1").exists()
+    assert not (tmp_path / "other/latest").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b'{"schema": 2}'])
+def test_a_marker_that_is_not_ours(verified: Verified, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "registry.json").write_bytes(content)
+    for attempt in (lambda: publisher(tmp_path).publish([verified]), lambda: publisher(tmp_path).require_ready([])):
+        with pytest.raises(UsageError, match="not the marker"):
+            attempt()
+
+
+def test_a_marker_killed_half_way_is_written_again(verified: Verified, tmp_path: Path) -> None:
+    (tmp_path / ".registry.json.partial").write_text("{")
+    publisher(tmp_path, "v1").publish([verified])
+    assert (tmp_path / "nf4-adapter/v1").is_dir()
+
+
+def test_a_registry_in_a_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(UsageError, match="lies in the source"):
+        publisher(tmp_path / "base/registry").require_ready([tmp_path / "base"])
