@@ -48,7 +48,8 @@ class Journal:
             return
         if records[0].get("plan") != plan_digest:
             raise UsageError(
-                f"{folder}: left behind by a run of another plan", f"remove {folder} or choose another --out"
+                f"{folder}: left behind by a run of another plan",
+                f"`qlora-export clean {folder.parent} --yes` removes it; or choose another --out",
             )
         for record in records[1:]:
             self.sources |= record.get("source", {})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from qlora_export import catalog
 from qlora_export.contracts import Drift, Verdict, Verified
 from qlora_export.engine import BuildOptions, build
-from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
+from qlora_export.errors import EnvironmentProblem, RemoteConflict, UsageError, VerifyMismatch
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from tests.conftest import folder_bytes
@@ -179,3 +180,18 @@ def test_a_registry_in_a_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(UsageError, match="lies in the source"):
         publisher(tmp_path / "base/registry").require_ready([tmp_path / "base"])
+
+
+def test_a_full_disk_publishes_nothing(verified: Verified, tmp_path: Path) -> None:
+    """A real limit on the size of files stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(EnvironmentProblem, match="no space for"):
+            publisher(tmp_path, "v1").publish([verified])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "nf4-adapter/v1").exists()
+    assert not (tmp_path / "nf4-adapter/latest").exists()
+    publisher(tmp_path, "v1").publish([verified])
+    assert {path.name for path in (tmp_path / "nf4-adapter").iterdir()} == {"v1", "v1.receipt.json", "latest"}
