@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,10 +69,15 @@ def finish(outcome: Outcome, as_json: bool, output: Path | None = None) -> None:
     text = json.dumps(data, indent=2)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        print(text)
-    else:
-        show()
+    try:
+        if as_json:
+            print(text)
+        else:
+            show()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has read enough; the exit code still says what came of the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise typer.Exit(code)
 
 

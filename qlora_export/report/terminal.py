@@ -105,10 +105,17 @@ def print_ledger(run: Run) -> None:
     _print_assumptions(console, run)
 
 
+class _Stdout(Console):
+    """A console that leaves a closed pipe to the caller instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise again what rich has caught."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """Stdout; wide enough for the tables, since a number cut short is worse than a line that wraps."""
-    console = Console()
-    return console if console.width >= TABLE_COLUMNS else Console(width=TABLE_COLUMNS)
+    return _Stdout(width=max(Console().width, TABLE_COLUMNS))
 
 
 def _table(title: str) -> Table:

@@ -242,3 +242,14 @@ def test_release_publishes_and_says_where(recipe: Path, tmp_path: Path) -> None:
     assert f"published bf16 to {tmp_path / 'registry/bf16'}" in found.stdout
     assert "| `bf16` |" in (tmp_path / "out/report.md").read_text()
     assert command("release", recipe, "--out", tmp_path / "out").returncode == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_who_stops_reading_changes_no_exit_code(recipe: Path, flags: list[str]) -> None:
+    words = [sys.executable, "-m", "qlora_export", "plan", str(recipe), *flags]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
