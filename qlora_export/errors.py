@@ -49,12 +49,6 @@ class GateFailed(ExportError):
     exit_code = ExitCode.GATE_FAILED
 
 
-class GateInconclusive(ExportError):
-    """The measurement's interval straddles a limit."""
-
-    exit_code = ExitCode.GATE_INCONCLUSIVE
-
-
 class Refused(ExportError):
     """The input is understood and unsafe or unsupported to process."""
 

@@ -237,7 +237,7 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
         size = inputs.adapter.weights.stat().st_size
     facts = {
         "version": __version__,
-        "source": source.digest if source else inputs.adapter and inputs.adapter.digest(),
+        "source": source.digest if source else inputs.adapter and inputs.adapter.sha256,
         "base": inputs.checkpoint.headers_sha256,
         "base_id": inputs.recipe.base_id,
         "training": repr(inputs.training),
@@ -274,7 +274,7 @@ def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:
         "base": inputs.checkpoint.headers_sha256,
         "base_id": inputs.recipe.base_id,
         "base_files": {path.name: path.stat().st_size for path in inputs.checkpoint.files},
-        "adapter": inputs.adapter.digest() if inputs.adapter else None,
+        "adapter": inputs.adapter.sha256 if inputs.adapter else None,
         "training": repr(inputs.training),
         "format": plan.form.name,
         "onto": plan.onto,

@@ -132,13 +132,17 @@ def artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised:
     ]
 
 
+def allocated_bytes(folder: Path) -> int:
+    """Disk space that the files below a folder hold; 0 when there is none."""
+    return sum(path.lstat().st_blocks * SECTOR_BYTES for path in folder.rglob("*"))
+
+
 def disk_problems(out: Path, sizes: Mapping[str, int]) -> list[Problem]:
     """A problem when the artifacts that are not finished yet, by name and bytes, do not fit the disk."""
     needed = 0
     for name, size in sizes.items():
         if not (out / name).exists():
-            partial = (out / f"{name}.partial").glob("*")
-            needed += max(0, size - sum(path.lstat().st_blocks * SECTOR_BYTES for path in partial))
+            needed += max(0, size - allocated_bytes(out / f"{name}.partial"))
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if needed <= free:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 def build(recipe: Recipe, options: RunOptions) -> Outcome:
     """Merge, encode and export all artifacts, in one pass over the base; finished ones are verified and kept."""
     from qlora_export import pipeline
-    from qlora_export.report.data import report, write_report
+    from qlora_export.report.data import REPORT_NAME, report, write_report
     from qlora_export.report.terminal import print_artifacts
 
     run = pipeline.build(recipe, options)
-    if not all(artifact.reused for artifact in run.artifacts):
+    built = not all(artifact.reused for artifact in run.artifacts)
+    if built or not (options.out / REPORT_NAME).exists():
         write_report(run, options.out)
     return report(run), lambda: print_artifacts(run), 0

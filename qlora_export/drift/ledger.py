@@ -34,6 +34,11 @@ class Entry:
         """Whether the verdict is the one that the recipe expects."""
         return self.verdict.outcome == self.recipe.expect
 
+    @property
+    def withheld(self) -> bool:
+        """Whether it is not as expected and the recipe says that the others go on without it."""
+        return not self.as_expected and self.recipe.on_failure == "withhold"
+
 
 @dataclass(frozen=True)
 class Ledger:

@@ -120,6 +120,7 @@ class Pass:
                     self._makers.append(partial(TensorJob, plan, tensor, files, writers))
                     self._subjects.append(tensor)
         self._unsynced: list[StoredTensor] = []
+        self._unsynced_bytes = 0
 
     def run(self) -> None:
         """Run all jobs; raises the first error, after which only journalled tensors count."""
@@ -134,20 +135,24 @@ class Pass:
             return
         self._done += subject.bytes
         self._unsynced.append(subject)
-        if sum(tensor.bytes for tensor in self._unsynced) >= self._options.checkpoint_bytes:
+        self._unsynced_bytes += subject.bytes
+        if self._unsynced_bytes >= self._options.checkpoint_bytes:
             self._checkpoint()
         self._options.progress(self._done, self._total)
 
     def _checkpoint(self) -> None:
         """Sync, then journal the tensors whose source has been hashed; the others wait for the next time."""
-        ready = [tensor for tensor in self._unsynced if tensor.path.name in self._digests.facts]
+        hashed = self._digests.facts.keys()
+        ready = [tensor.spec.name for tensor in self._unsynced if tensor.path.name in hashed]
         if not ready:
             return
         for folder in self._folders:
             folder.writer.sync()
         for folder in self._folders:
-            folder.journal.add([tensor.spec.name for tensor in ready])
-        self._unsynced = [tensor for tensor in self._unsynced if tensor not in ready]
+            folder.journal.add(ready)
+        written = set(ready)
+        self._unsynced = [tensor for tensor in self._unsynced if tensor.spec.name not in written]
+        self._unsynced_bytes = sum(tensor.bytes for tensor in self._unsynced)
 
 
 def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:

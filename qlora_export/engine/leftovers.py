@@ -10,8 +10,7 @@ from qlora_export.engine.building import locked
 from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
 from qlora_export.errors import UsageError
-
-SECTOR_BYTES = 512
+from qlora_export.preflight import allocated_bytes
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,7 @@ def find_leftovers(out: Path) -> list[Leftover]:
     if not out.is_dir():
         raise UsageError(f"{out}: no such folder", "give the folder that --out named")
     with locked(out):
-        return [
-            Leftover(path, sum(file.lstat().st_blocks * SECTOR_BYTES for file in path.rglob("*")))
-            for path in sorted(out.glob("*.partial"))
-            if is_ours(path)
-        ]
+        return [Leftover(path, allocated_bytes(path)) for path in sorted(out.glob("*.partial")) if is_ours(path)]
 
 
 def remove_leftovers(out: Path, leftovers: Sequence[Leftover]) -> None:

@@ -75,7 +75,7 @@ def origin(plan: Plan, base_files: FileFacts) -> dict[str, Any]:
                 "headers_sha256": plan.checkpoint.headers_sha256,
                 "files": base_files,
             },
-            "adapter": {"id": adapter.folder.resolve().name, "sha256": adapter.digest()} if adapter else None,
+            "adapter": {"id": adapter.folder.resolve().name, "sha256": adapter.sha256} if adapter else None,
         },
     }
 

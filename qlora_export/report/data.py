@@ -23,17 +23,12 @@ def exit_code(run: Run) -> ExitCode:
     if run.failure is not None:
         return run.failure
     entries = run.ledger.entries if run.ledger else ()
-    if any(withheld(entry) for entry in entries) and not any(entry.verified for entry in entries):
+    if any(entry.withheld for entry in entries) and not any(entry.verified for entry in entries):
         return ExitCode.GATE_FAILED
-    surprises = [entry for entry in entries if not entry.as_expected and not withheld(entry)]
+    surprises = [entry for entry in entries if not entry.as_expected and not entry.withheld]
     if any(entry.verdict.outcome != "inconclusive" for entry in surprises):
         return ExitCode.GATE_FAILED
     return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
-
-
-def withheld(entry: Entry) -> bool:
-    """Whether an artifact failed and the recipe says that the others go on without it."""
-    return not entry.as_expected and entry.recipe.on_failure == "withhold"
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
         "schema": 1,
         "recipe_digest": plan.recipe.digest,
         "base": {"path": str(plan.checkpoint.folder), "headers_sha256": plan.checkpoint.headers_sha256},
-        "adapter": {"path": str(plan.adapter.folder), "sha256": plan.adapter.digest()} if plan.adapter else None,
+        "adapter": {"path": str(plan.adapter.folder), "sha256": plan.adapter.sha256} if plan.adapter else None,
         "adapted_tensors": len(plan.adaptations),
         "quantised_in_training": len(plan.quantised),
         "assumptions": list(plan.assumptions),

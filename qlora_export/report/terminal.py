@@ -142,7 +142,7 @@ def _verdict(entry: Entry) -> str:
     outcome = entry.verdict.outcome
     if not entry.as_expected and entry.recipe.expect == "fail":
         return f"[red]{outcome}, expected to fail[/]"
-    if not entry.as_expected and entry.recipe.on_failure == "withhold":
+    if entry.withheld:
         return f"[yellow]{outcome}, withheld[/]"
     if outcome == "fail" and entry.as_expected:
         return "[green]fail, as expected[/]"

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,8 @@ class Adapter:
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def digest(self) -> str:
+    @cached_property
+    def sha256(self) -> str:
         """sha256 over the raw bytes of config and weights."""
         digest = hashlib.sha256()
         for name in (CONFIG_NAME, WEIGHTS_NAME):

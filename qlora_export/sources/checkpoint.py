@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
 
-    @property
+    @cached_property
     def headers_sha256(self) -> str:
         """sha256 over the sorted names, shapes and dtypes: which base this is, whatever its sharding."""
         facts = sorted(

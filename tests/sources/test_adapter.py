@@ -98,9 +98,9 @@ def test_pickled_weights_are_refused(adapter_copy: Path) -> None:
 
 
 def test_pickles_beside_the_weights_are_ignored(adapter_copy: Path) -> None:
-    before = open_adapter(adapter_copy).digest()
+    before = open_adapter(adapter_copy).sha256
     (adapter_copy / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    assert open_adapter(adapter_copy).digest() == before
+    assert open_adapter(adapter_copy).sha256 == before
 
 
 def test_a_folder_that_is_no_adapter(pico_base: Path, tmp_path: Path) -> None:
