@@ -21,6 +21,11 @@ Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
 Takes = Literal["dense", "adapter"]
 Onto = Literal["as-trained", "original"]
+OntoChoice = Literal["as-trained", "original", "auto"]
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FROM_TORCH_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+Provenance = Literal["sidecar", "base", "stated", "assumed"]
 # Told how much is done and how much there is in all, and what opens one for a named stage.
 Progress = Callable[[int, int], None]
 Track = Callable[[str], AbstractContextManager[Progress]]
@@ -72,7 +77,8 @@ class TrainingQuantization:
 
     `storage_dtype` is the dtype the base was loaded in (bitsandbytes' `quant_state.dtype`); `weight_roundings` are the
     dtypes that a de-quantised weight is rounded to, in order, before it is multiplied. `exact_nested` says that the
-    nearest absmax code was searched exactly (CUDA) instead of by bitsandbytes' CPU table.
+    nearest absmax code was searched exactly (CUDA) instead of by bitsandbytes' CPU table. `quant_type` is `nf4`, `fp4`,
+    `int8`, or `none` for an adapter that was trained on 16-bit weights; `skip` names modules that stayed dense.
     """
 
     quant_type: str = "nf4"
@@ -85,7 +91,13 @@ class TrainingQuantization:
     base_sha256: str | None = None
     modules: Mapping[str, TrainedModule] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    recorded: bool = False
+    provenance: Provenance = "assumed"
+    skip: tuple[str, ...] = ()
+
+    @property
+    def recorded(self) -> bool:
+        """Whether training itself wrote this down."""
+        return self.provenance == "sidecar"
 
 
 @dataclass(frozen=True)

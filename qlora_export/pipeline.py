@@ -28,6 +28,7 @@ from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.data import write_report
 from qlora_export.report.run import Run
+from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.text import read_text
 
 
@@ -129,7 +130,7 @@ def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunO
 
     from qlora_export.runtimes.as_trained import open_as_trained
 
-    live = open_as_trained(plan.checkpoint, plan.adapter.folder, plan.training)
+    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training)
     with options.track("measure as trained") as progress:
         keep_reference(live.tuned(), store, progress)
     with live.base() as session, options.track("measure the base") as progress:
@@ -161,7 +162,7 @@ def _opened(runtime: str, artifact: Artifact, plan: Plan) -> Iterator[Session]:
     if runtime == "as-trained":
         from qlora_export.runtimes.as_trained import open_as_trained
 
-        yield open_as_trained(plan.checkpoint, artifact.path, plan.training).tuned()
+        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training).tuned()
         return
     with catalog.load_runtime(runtime).open(artifact.path) as session:
         yield session

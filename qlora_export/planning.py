@@ -9,22 +9,25 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qlora_export import __version__, catalog
+from qlora_export.assumptions import assumptions_of
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
+from qlora_export.merge.base_rows import Training
 from qlora_export.merge.carried import (
     CarriedFile,
     beside_sha256,
     carried_files,
-    differing_tokenizer_files,
     edited_config,
 )
-from qlora_export.merge.homes import Adaptation, match_adapter
-from qlora_export.merge.trained_base import quantised_modules
+from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.merged_model import MergedModel, Output, unmerged_model
+from qlora_export.merge.names import names_of
+from qlora_export.merge.training_facts import TrainingFacts, training_facts
 from qlora_export.preflight import (
     artifact_problems,
     base_problems,
@@ -32,11 +35,13 @@ from qlora_export.preflight import (
     opened,
     place_problems,
     training_problems,
+    value_problems,
 )
 from qlora_export.recipe import ArtifactRecipe, Recipe
-from qlora_export.sources.adapter import Adapter, open_adapter, variant_problems
+from qlora_export.sources.adapter import Adapter, is_lora, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
-from qlora_export.tensors.dtypes import FLOATS, TORCH_NAMES
+from qlora_export.sources.weights import Weight
+from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 
 # Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
@@ -48,8 +53,18 @@ INTERPRETER_BYTES = 220_000_000
 class Route:
     """The way of one tensor into one artifact: the format that encodes it, or None when its bytes are copied."""
 
-    spec: TensorSpec
+    output: Output
     form: Format | None
+
+    @property
+    def turned(self) -> bool:
+        """Whether the layer's [out, in] goes back to the [in, out] it is stored in; a quantising format does not."""
+        return self.output.transposed and self.form is not None and not self.form.quantises
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that the format sees."""
+        return self.output.spec if self.turned else self.output.layer_spec
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,11 @@ class ArtifactPlan:
     def name(self) -> str:
         """Name of the artifact and of its folder."""
         return self.recipe.name
+
+    @property
+    def needs_trained_base(self) -> bool:
+        """Whether the weights of training are merged into."""
+        return self.onto == "as-trained" and self.form.consumes == "merged"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -103,14 +123,17 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build will do; `assumptions` are choices that nobody stated."""
+    """What a build will do; `training` speaks of stored modules, `live_training` of those of the live model.
+
+    `assumptions` are choices that nobody stated.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     adapter: Adapter | None
-    training: TrainingQuantization
-    adaptations: Mapping[str, Adaptation]
-    quantised: AbstractSet[str]
+    model: MergedModel
+    training: Training
+    live_training: TrainingQuantization
     artifacts: tuple[ArtifactPlan, ...]
     exports: tuple[ExportPlan, ...]
     assumptions: tuple[str, ...]
@@ -125,13 +148,30 @@ class Plan:
         """Bytes of every artifact by name, those of exports estimated."""
         return {item.name: item.bytes for item in self.artifacts} | {item.name: item.bytes for item in self.exports}
 
+    @property
+    def sources(self) -> tuple[Weight, ...]:
+        """Every stored weight that an artifact is made from, the base's in their order before the adapter's."""
+        found = {id(weight): weight for weight in self.checkpoint.weights.values()}
+        for artifact in self.artifacts:
+            found |= {id(route.output.source): route.output.source for route in artifact.routes.values()}
+        return tuple(found.values())
+
+    def from_adapter(self, source: Weight) -> bool:
+        """Whether a weight was saved with the adapter."""
+        return self.checkpoint.weights.get(source.spec.name) is not source
+
     def peak_memory_bytes(self, workers: int) -> int:
         """Estimate of resident memory: the interpreter, row blocks in work, and the state of the largest tensors."""
-        largest = max(tensor.spec.size for tensor in self.checkpoint.tensors.values())
-        widest = max(tensor.spec.columns for tensor in self.checkpoint.tensors.values())
-        factors = [a.a.spec.size + a.b.spec.size for a in self.adaptations.values()]
-        block = max(BLOCK_WEIGHTS, widest * self.training.block_size) * 4 * (4 + len(self.artifacts))
-        state = largest // self.training.block_size * 4 * (2 + len(self.artifacts))
+        block_size = self.training.quantization.block_size
+        largest = max(weight.spec.size for weight in self.sources)
+        widest = max(weight.spec.columns for weight in self.sources)
+        factors = [
+            sum(tensor.spec.size for change in output.changes for tensor in change.tensors)
+            for output in self.model.outputs.values()
+        ]
+        turned = [output.spec.size for output in self.model.outputs.values() if output.transposed]
+        block = max(BLOCK_WEIGHTS, widest * block_size, *turned, 0) * 4 * (4 + len(self.artifacts))
+        state = largest // block_size * 4 * (2 + len(self.artifacts))
         return INTERPRETER_BYTES + workers * block + 2 * (state + 4 * max(factors, default=0))
 
 
@@ -142,26 +182,31 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     adapter = opened(open_adapter, sources[1]) if recipe.adapter else None
     problems = [found for found in (checkpoint, adapter) if isinstance(found, Problem)]
     problems += place_problems(out, sources)
-    if problems or isinstance(checkpoint, Problem) or isinstance(adapter, Problem):
+    if isinstance(adapter, Adapter):
+        problems += variant_problems(adapter)
+    if isinstance(checkpoint, Problem) or isinstance(adapter, Problem) or (adapter and not is_lora(adapter)):
         raise PlanRefused(problems)
-    problems = base_problems(checkpoint)
-    training = TrainingQuantization(storage_dtype=checkpoint.dtype, compute_dtype=checkpoint.dtype)
-    adaptations: dict[str, Adaptation] = {}
+    problems += base_problems(checkpoint)
+    match = match_adapter(adapter, checkpoint) if adapter else None
+    if adapter is not None and match is not None:
+        problems += [*match.problems, *value_problems(adapter)]
+    names = match.names if match else names_of(checkpoint, False, ())
+    facts = opened(partial(training_facts, adapter, recipe.stated_training), names)
+    if isinstance(facts, Problem):
+        raise PlanRefused([*problems, facts])
     if adapter is not None:
-        training = adapter.training
-        adaptations, misfits = match_adapter(adapter, checkpoint)
-        problems += [*variant_problems(adapter), *training_problems(adapter, checkpoint), *misfits]
-    quantised = quantised_modules(checkpoint, training)
-    problems += artifact_problems(recipe, training, quantised)
+        problems += training_problems(adapter, checkpoint, facts)
+    problems += artifact_problems(recipe, facts)
     if problems:
-        raise PlanRefused(problems)
-    inputs = Inputs(recipe, checkpoint, adapter, training, quantised)
+        raise PlanRefused(list(dict.fromkeys(problems)))
+    model = match.model if match else unmerged_model(checkpoint, names.input_major)
+    inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(checkpoint, names.input_major), facts)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
-    assumptions = _assumptions(checkpoint, adapter)
-    plan = Plan(recipe, checkpoint, adapter, training, adaptations, quantised, artifacts, exports, assumptions)
+    assumptions = assumptions_of(recipe, checkpoint, adapter, names, model, facts)
+    plan = Plan(recipe, checkpoint, adapter, model, facts.stored, facts.live, artifacts, exports, assumptions)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
     return plan
@@ -169,55 +214,44 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an artifact is planned from."""
+    """What an artifact is planned from: the merged model, and the base as it is."""
 
     recipe: Recipe
     checkpoint: Checkpoint
     adapter: Adapter | None
-    training: TrainingQuantization
-    quantised: AbstractSet[str]
+    model: MergedModel
+    unmerged: MergedModel
+    facts: TrainingFacts
+
+    @property
+    def training(self) -> TrainingQuantization:
+        """How the base was quantised, by stored names."""
+        return self.facts.stored.quantization
 
     def onto(self, item: ArtifactRecipe) -> Onto:
         """The merge base of one artifact; without an adapter there is nothing to merge, and the weights stay."""
         return self.recipe.onto(item) if self.adapter else "original"
 
 
-def _assumptions(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[str, ...]:
-    found = []
-    training = adapter.training if adapter else None
-    if training is None:
-        found.append("no adapter: the base is released as it is, and is its own reference")
-    elif not training.recorded:
-        found.append(
-            f"no sidecar: assumed {training.quant_type} in blocks of {training.block_size} with double quantisation, "
-            f"loaded in {TORCH_NAMES[training.storage_dtype]}, computed in {TORCH_NAMES[training.compute_dtype]}, "
-            "every linear layer quantised but the output head"
-        )
-    elif training.base_sha256 is None:
-        found.append("the sidecar does not say which base it was: only the hashes of its weights are checked")
-    if checkpoint.tied:
-        found.append("the output head is tied to the embedding, and stays so")
-    if adapter is not None and (names := differing_tokenizer_files(checkpoint, adapter)):
-        found.append(f"taken from the adapter, where they differ from the base's: {', '.join(names)}")
-    return tuple(found)
-
-
 def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
-    checkpoint, quantised = inputs.checkpoint, inputs.quantised
+    checkpoint = inputs.checkpoint
     form = catalog.load_format(item.format, inputs.training)
     dense = form
     if form.quantises:
         dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
-    dropped = {name for pattern in item.keep for name in fnmatch.filter(quantised, pattern)}
-    encoded = quantised - dropped if form.quantises else frozenset()
+    model = inputs.unmerged if form.consumes == "base" else inputs.model
+    dropped = {name for pattern in item.keep for name in fnmatch.filter(inputs.facts.encodable, pattern)}
+    encoded = inputs.facts.encodable - dropped if form.quantises else frozenset()
     routes = {}
-    for name, tensor in checkpoint.tensors.items():
-        chosen = form if tensor.spec.module in encoded and name.endswith(".weight") else dense
-        routes[name] = Route(tensor.spec, chosen if tensor.spec.dtype in FLOATS else None)
+    for name, output in model.outputs.items():
+        as_stored = form.consumes == "base" and output.source.storage in ("nf4", "fp4")
+        chosen = form if output.spec.module in encoded and name.endswith(".weight") else dense
+        routes[name] = Route(output, chosen if output.spec.dtype in FLOATS and not as_stored else None)
     layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
-    matrices = {spec.module for spec in (route.spec for route in routes.values()) if len(spec.shape) == 2}
+    matrices = {spec.module for spec in (output.spec for output in model.outputs.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | (matrices - encoded)))
-    carried = carried_files(checkpoint, inputs.adapter, form, edited_config(checkpoint.config, form, kept))
+    config = edited_config(checkpoint.config, form, kept, model.settings)
+    carried = carried_files(checkpoint, inputs.adapter, form, config)
     if (index := layout.index()) is not None:
         carried += (CarriedFile(INDEX_NAME, content=index),)
     onto: Onto = "as-trained" if form.keeps_adapter else inputs.onto(item)
@@ -231,10 +265,10 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
     source = _dense_source(inputs, item, artifacts) if exporter.takes == "dense" else None
     if exporter.takes == "adapter" and inputs.adapter is None:
         raise UsageError(f"artifact {item.name}: the recipe has no adapter", "name one, or drop the artifact")
-    weights = sum(tensor.spec.size for tensor in inputs.checkpoint.tensors.values())
+    weights = sum(output.spec.size for output in inputs.model.outputs.values())
     size = int(weights * exporter.bytes_per_weight)
     if source is None and inputs.adapter is not None:
-        size = inputs.adapter.weights.stat().st_size
+        size = sum(path.stat().st_size for path in inputs.adapter.files)
     facts = {
         "version": __version__,
         "source": source.digest if source else inputs.adapter and inputs.adapter.sha256,
@@ -263,7 +297,7 @@ def _dense_source(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifac
 def route_parts(route: Route) -> tuple[Part, ...]:
     """The parts that a routed tensor becomes."""
     if route.form is None:
-        return (Part(route.spec.name, route.spec.dtype, route.spec.shape),)
+        return tuple(Part(part.spec.name, part.spec.dtype, part.spec.shape) for part in route.output.source.stored)
     return route.form.parts(route.spec)
 
 

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from qlora_export import catalog
-from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, ExportError, Problem
+from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.quant.floats import all_finite
 from qlora_export.recipe import Recipe
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
+from qlora_export.tensors.reading import SourceFiles
 
 SECTOR_BYTES = 512
+DECODED_METHODS = ("bitsandbytes", "fp8")
+FACTOR_NAME = re.compile(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?$")
 Source = TypeVar("Source")
+Opened = TypeVar("Opened")
 
 
-def opened(opener: Callable[[Path], Source], folder: Path) -> Source | Problem:
-    """What the opener opens, or the problem that keeps it from opening."""
+def opened(opener: Callable[[Source], Opened], source: Source) -> Opened | Problem:
+    """What the opener makes of a source, or the problem that keeps it from that."""
     try:
-        return opener(folder)
+        return opener(source)
     except ExportError as error:
         return Problem.of(error)
 
@@ -32,45 +39,34 @@ def opened(opener: Callable[[Path], Source], folder: Path) -> Source | Problem:
 def base_problems(checkpoint: Checkpoint) -> list[Problem]:
     """A base that cannot be merged onto."""
     sections = {"config.json": checkpoint.config, **checkpoint.config}
-    stored = {
-        name: section["quantization_config"]
-        for name, section in sections.items()
-        if isinstance(section, dict) and section.get("quantization_config")
-    }
-    problems = [
-        Problem(
-            ExitCode.REFUSED,
-            f"{checkpoint.folder}: the base is stored in "
-            f"{how.get('quant_method', 'an unnamed method') if isinstance(how, dict) else how} ({name}), "
-            "which cannot be merged onto yet",
-            "give the 16-bit base",
-        )
-        for name, how in stored.items()
-    ]
-    odd = [tensor for tensor in checkpoint.tensors.values() if tensor.spec.dtype[0] == "F"]
+    problems = []
+    for name, section in sections.items():
+        stored = section.get("quantization_config") if isinstance(section, dict) else None
+        if not stored:
+            continue
+        how = str(stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else stored)
+        if how not in DECODED_METHODS:
+            message = f"{checkpoint.folder}: the base is stored in {how} ({name}), which cannot be merged onto"
+            hint = f"give the 16-bit base, or one stored by {' or '.join(DECODED_METHODS)}"
+            problems.append(Problem(ExitCode.REFUSED, message, hint))
     return problems + [
         Problem(
             ExitCode.REFUSED,
-            f"{tensor.path}: tensor {tensor.spec.name} has dtype {tensor.spec.dtype}",
-            "only 16 and 32-bit floats can be merged yet",
+            f"{weight.stored[0].path}: tensor {weight.spec.name} has dtype {weight.spec.dtype} and no scales",
+            "16 and 32-bit floats can be merged, and FP8 with weight_scale_inv",
         )
-        for tensor in odd
-        if tensor.spec.dtype not in FLOATS
+        for weight in checkpoint.weights.values()
+        if weight.spec.dtype[0] == "F" and weight.spec.dtype not in FLOATS
     ]
 
 
-def training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]:
+def training_problems(adapter: Adapter, checkpoint: Checkpoint, facts: TrainingFacts) -> list[Problem]:
     """A base that is not the one of the sidecar, or a training that cannot be reproduced."""
-    training = adapter.training
+    training = facts.live
     problems = []
-    if training.quant_type != "nf4":
-        problems.append(
-            Problem(
-                ExitCode.REFUSED,
-                f"{adapter.folder}: the base was trained on as {training.quant_type}, which cannot be reproduced yet",
-                "this version reproduces nf4",
-            )
-        )
+    if training.provenance != "base" and training.quant_type not in ("nf4", "none"):
+        message = f"{adapter.folder}: the base was trained on as {training.quant_type}, which cannot be reproduced"
+        problems.append(Problem(ExitCode.REFUSED, message, "nf4 can, and any base that is itself stored that way"))
     if training.base_sha256 not in (None, checkpoint.headers_sha256):
         problems.append(
             Problem(
@@ -80,7 +76,7 @@ def training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]
                 "give the base that the adapter was trained on",
             )
         )
-    missing = [name for name in training.modules if f"{name}.weight" not in checkpoint.tensors]
+    missing = [name for name in facts.stored.quantization.modules if f"{name}.weight" not in checkpoint.weights]
     if missing:
         problems.append(
             Problem(
@@ -90,6 +86,26 @@ def training_problems(adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]
                 "give the base that the adapter was trained on",
             )
         )
+    return problems
+
+
+def value_problems(adapter: Adapter) -> list[Problem]:
+    """Tensors of the adapter that are NaN, infinite, or a factor of zeros; the whole file is read."""
+    problems = []
+    with SourceFiles() as files:
+        for name, tensor in adapter.tensors.items():
+            if tensor.spec.dtype not in FLOATS:
+                continue
+            values = files.values(tensor).reshape(-1)
+            if not all_finite(values.view(np.uint32)):
+                count = int((~np.isfinite(values)).sum())
+                message = f"{tensor.path}: tensor {name} has {count} values that are NaN or infinite"
+                hint = "training diverged or the file is damaged; take an earlier checkpoint"
+                problems.append(Problem(ExitCode.BAD_INPUT, message, hint))
+            elif FACTOR_NAME.search(name) and not values.any():
+                message = f"{tensor.path}: tensor {name} is all zero, so nothing was learned there"
+                hint = "train longer, or drop the module from the adapter"
+                problems.append(Problem(ExitCode.REFUSED, message, hint))
     return problems
 
 
@@ -103,9 +119,10 @@ def place_problems(out: Path, sources: list[Path]) -> list[Problem]:
     ]
 
 
-def artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised: AbstractSet[str]) -> list[Problem]:
+def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
     """What an artifact is told that its format cannot do."""
     problems = []
+    training = facts.live
     for artifact in recipe.artifacts:
         if artifact.format in catalog.EXPORTERS:
             if artifact.keep:
@@ -114,12 +131,14 @@ def artifact_problems(recipe: Recipe, training: TrainingQuantization, quantised:
         form = catalog.load_format(artifact.format, training)
         if artifact.options:
             problems.append((artifact, f"{artifact.format} has no options"))
-        unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(quantised, pattern)]
+        unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(facts.encodable, pattern)]
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
         if artifact.keep and not form.quantises:
             problems.append((artifact, f"{artifact.format} quantises nothing, so there is nothing to keep"))
         if form.keeps_adapter and not recipe.adapter:
             problems.append((artifact, f"{artifact.format} ships an adapter, the recipe has none"))
+        if form.keeps_adapter and training.quant_type != "nf4":
+            problems.append((artifact, f"{artifact.format} ships an NF4 base, training had {training.quant_type}"))
         if not recipe.adapter and artifact.onto == "as-trained":
             problems.append((artifact, "there is no training without an adapter"))
         if form.keeps_adapter and (artifact.keep or artifact.onto == "original"):

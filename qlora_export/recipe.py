@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
-from qlora_export.contracts import Onto
+from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -46,7 +46,7 @@ class Limits(_Facts):
 class Merge(_Facts):
     """Which base the adapter is added to."""
 
-    onto: Onto = "as-trained"
+    onto: OntoChoice = "as-trained"
 
 
 class ArtifactRecipe(_Facts):
@@ -119,6 +119,7 @@ class Recipe(_Facts):
     base_id: str | None = None
     adapter: str | None = Field(None, min_length=1)
     merge: Merge = Merge()
+    training_quantization: str | None = None
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
     drift: DriftRecipe | None = None
     publish: PublishRecipe | None = None
@@ -133,6 +134,18 @@ class Recipe(_Facts):
                 raise ValueError(f"two artifacts are called {name!r}: give one of them a name of its own")
         return self
 
+    @field_validator("training_quantization")
+    @classmethod
+    def _states_a_quantisation(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_training(text)
+        return text
+
+    @property
+    def stated_training(self) -> TrainingQuantization | None:
+        """How the base was quantised in training, where the recipe says so."""
+        return parse_training(self.training_quantization) if self.training_quantization else None
+
     @property
     def digest(self) -> str:
         """sha256 of the recipe's facts, wherever it is published to."""
@@ -143,8 +156,33 @@ class Recipe(_Facts):
         return self.folder / Path(text).expanduser()
 
     def onto(self, artifact: ArtifactRecipe) -> Onto:
-        """The merge base of one artifact."""
-        return artifact.onto or self.merge.onto
+        """The merge base of one artifact; `auto` is settled before anything is built, and plans as as-trained."""
+        if artifact.onto is not None:
+            return artifact.onto
+        return "as-trained" if self.merge.onto == "auto" else self.merge.onto
+
+
+def parse_training(text: str) -> TrainingQuantization:
+    """`nf4,block=64,double,storage=bfloat16,compute=bfloat16,skip=lm_head` or `none`; raises ValueError."""
+    kind, *rest = text.split(",")
+    if kind not in ("nf4", "fp4", "none"):
+        raise ValueError(f"{kind!r} is no training quantisation; known: nf4, fp4, none")
+    facts: dict[str, Any] = {"quant_type": kind, "double_quant": False, "provenance": "stated"}
+    skip = []
+    for item in rest:
+        key, _, value = item.partition("=")
+        if item == "double":
+            facts["double_quant"] = True
+        elif key == "block" and value.isdigit() and int(value) in BLOCK_SIZES:
+            facts["block_size"] = int(value)
+        elif key in ("storage", "compute") and value in FROM_TORCH_NAMES:
+            facts[f"{key}_dtype"] = FROM_TORCH_NAMES[value]
+        elif key == "skip" and value:
+            skip.append(value)
+        else:
+            raise ValueError(f"{item!r} is no part of a training quantisation, as in nf4,block=64,double,skip=lm_head")
+    roundings = (facts.get("compute_dtype", "BF16"),)
+    return TrainingQuantization(**facts, weight_roundings=roundings, skip=tuple(skip))
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:

@@ -20,12 +20,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_export.contracts import TrainingQuantization
+from qlora_export.contracts import FROM_TORCH_NAMES, TrainingQuantization
 from qlora_export.errors import ExportError, UsageError
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.live_model import Repacked, trained_module
 from qlora_export.sources.sidecar import write_sidecar
-from qlora_export.tensors.dtypes import FROM_TORCH_NAMES
 
 RECORDED_PACKAGES = ("transformers", "bitsandbytes", "peft", "torch")
 
@@ -64,7 +63,7 @@ def training_quantization(model: Any, base: str | Path | None = None) -> Trainin
         base_sha256=_base_sha256(model, base),
         modules=modules,
         versions={name: found for name in RECORDED_PACKAGES if (found := _version(name))},
-        recorded=True,
+        provenance="sidecar",
     )
 
 

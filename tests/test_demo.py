@@ -42,7 +42,7 @@ def test_the_demo_shows_the_point(report: dict[str, Any]) -> None:
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in report["artifacts"]}
     assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass", "onnx-int4": "pass"}
     assert [item["artifact"] for item in report["published"]] == ["bf16", "nf4-adapter", "onnx-int4"]
-    assert report["reference"]["training_quantization"] == "recorded"
+    assert report["reference"]["training_quantization"] == "sidecar"
     assert drift["nf4"]["survival_min"] < 0.6
     assert drift["nf4"]["gain_kept"] < 0.9
     assert drift["nf4-adapter"]["mean_kl"] == 0

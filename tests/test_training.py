@@ -130,7 +130,7 @@ def test_the_trainer_writes_it_with_every_checkpoint(pico_base: Path, tmp_path: 
     )
     run = build(recipe, RunOptions(tmp_path / "out"))
     assert (tmp_path / "out/bf16/manifest.json").is_file()
-    assert run.plan.training.recorded
+    assert run.plan.live_training.recorded
 
 
 def test_the_callback_refuses_a_model_that_is_not_quantised(pico_base: Path) -> None:

@@ -17,98 +17,121 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import Artifact, Float32
+from qlora_export.merge.base_rows import BaseRows
 from qlora_export.merge.carried import ADAPTER_FOLDER
-from qlora_export.merge.delta import LowRankDelta, load_delta
-from qlora_export.merge.homes import Adaptation, match_adapter
-from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan
+from qlora_export.merge.changes import Changes
+from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.merged_model import Output
+from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
 from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.sources.adapter import open_adapter
-from qlora_export.tensors.dtypes import round_to, widen
-from qlora_export.tensors.header import StoredTensor, read_header
+from qlora_export.tensors.dtypes import round_to
+from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
+
+Shipped = Mapping[str, NDArray[np.uint8]]
 
 
 def survival(plan: Plan, item: ArtifactPlan, artifact: Artifact) -> dict[str, float]:
-    """Survival of the delta by adapted tensor."""
+    """Survival of the delta by adapted matrix that the format encodes."""
+    shipped = _shipped(item, artifact)
+    beside = _beside(plan, artifact) if item.form.keeps_adapter else plan.model.changed
+    found = {}
+    with SourceFiles() as files:
+        for name, output in plan.model.changed.items():
+            route = item.routes.get(name)
+            matrix = len(output.spec.shape) > 1 and not plan.from_adapter(output.source)
+            if route is not None and route.form is not None and matrix:
+                found[name] = _Survival(plan, item, route, output, beside[name], files).of(shipped)
+    return found
+
+
+def _shipped(item: ArtifactPlan, artifact: Artifact) -> Shipped:
+    """The raw bytes of every part of a finished folder."""
     shipped: dict[str, NDArray[np.uint8]] = {}
     for shard in item.layout.shards:
         path = artifact.path / shard.file
         for name, stored in read_header(path).items():
             shipped[name] = np.memmap(path, np.uint8, "r", stored.offset, (stored.bytes,)) if stored.bytes else _EMPTY
-    with SourceFiles() as files:
-        beside = _adaptations_beside(plan, artifact) if item.form.keeps_adapter else {}
-        return {
-            name: _survival(
-                plan, item, shipped, load_delta(adaptation, files), _delta_beside(beside, name, files), files, name
-            )
-            for name, adaptation in plan.adaptations.items()
-        }
+    return shipped
 
 
 _EMPTY: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 
-def _adaptations_beside(plan: Plan, artifact: Artifact) -> dict[str, Adaptation]:
-    """The adapter that the artifact itself holds."""
-    adaptations, _ = match_adapter(open_adapter(artifact.path / ADAPTER_FOLDER), plan.checkpoint)
-    return adaptations
+def _beside(plan: Plan, artifact: Artifact) -> dict[str, Output]:
+    """What the adapter that the artifact itself holds makes of the base."""
+    return match_adapter(open_adapter(artifact.path / ADAPTER_FOLDER), plan.checkpoint).model.changed
 
 
-def _delta_beside(beside: Mapping[str, Adaptation], name: str, files: SourceFiles) -> LowRankDelta | None:
-    return load_delta(beside[name], files) if name in beside else None
+class _Survival:
+    """One tensor: the change that was trained, and the change that is found in the shipped bytes."""
 
+    def __init__(
+        self, plan: Plan, item: ArtifactPlan, route: Route, output: Output, beside: Output, files: SourceFiles
+    ) -> None:
+        self._item, self._route = item, route
+        self._compute = plan.training.quantization.compute_dtype
+        original = item.onto == "original" and item.form.consumes == "merged"
+        self._base = BaseRows(output, plan.training, files, own=False, trained=not original)
+        self._original = original
+        self._changes = Changes(output.changes, files, self._base.spec.columns)
+        self._beside = Changes(beside.changes, files, self._base.spec.columns) if item.form.keeps_adapter else None
+        self._blocks = _blocks(self._base, route, plan.training.quantization.block_size, output.transposed)
 
-def _survival(
-    plan: Plan,
-    item: ArtifactPlan,
-    shipped: Mapping[str, NDArray[np.uint8]],
-    delta: LowRankDelta,
-    beside: LowRankDelta | None,
-    files: SourceFiles,
-    name: str,
-) -> float:
-    tensor, form = plan.checkpoint.tensors[name], item.routes[name].form
-    if form is None:
-        return 0.0
-    base = _MergeBase(plan, item, tensor, files)
-    kept, whole = 0.0, 0.0
-    for rows in base.blocks:
-        change = delta.rows(rows.start, len(rows))
-        found = form.decode(tensor.spec, shipped, rows)
+    def of(self, shipped: Shipped) -> float:
+        """<found, trained> / |trained|^2."""
+        self._observe()
+        kept, whole = 0.0, 0.0
+        for rows in self._blocks:
+            base = self._rows(rows)
+            trained = _changed(self._changes, base, rows) - base
+            difference = (self._found(shipped, rows) - base).astype(np.float64)
+            kept += float(difference @ trained)
+            whole += float(trained.astype(np.float64) @ trained)
+        return kept / whole if whole else 1.0
+
+    def _observe(self) -> None:
+        if self._base.observes:
+            for rows in self._blocks:
+                self._base.observe(rows.start, len(rows))
+            self._base.settle()
+        for changes in (self._changes, self._beside):
+            if changes is not None and changes.observes:
+                for rows in self._blocks:
+                    changes.observe(self._rows(rows), rows.start)
+                changes.settle()
+
+    def _rows(self, rows: range) -> Float32:
+        taken = self._base.take(rows.start, len(rows))
+        return taken.original if self._original else taken.trained
+
+    def _found(self, shipped: Shipped, rows: range) -> Float32:
+        form = self._route.form
+        if form is None:
+            raise ValueError(f"{self._route.spec.name}: nothing encodes it")
+        if self._route.turned:
+            stored = form.decode(self._route.spec, shipped, range(self._route.spec.rows))
+            turned = stored.reshape(self._route.spec.shape).T[rows.start : rows.stop]
+            found = np.ascontiguousarray(turned).reshape(-1)
+        else:
+            found = form.decode(self._route.spec, shipped, rows)
         if form.quantises:
-            found = round_to(found, plan.training.compute_dtype)
-        if beside is not None:
-            beside.add(found, rows.start)
-        difference = (found - base.rows(rows)).astype(np.float64)
-        kept += float(difference @ change)
-        whole += float(change.astype(np.float64) @ change)
-    return kept / whole
+            found = round_to(found, self._compute)
+        return found if self._beside is None else _changed(self._beside, found, rows)
 
 
-class _MergeBase:
-    """The base that an artifact was merged onto, one tensor, by row blocks."""
+def _changed(changes: Changes, values: Float32, rows: range) -> Float32:
+    changed = values.copy()
+    changes.apply(changed, rows.start)
+    return changed
 
-    def __init__(self, plan: Plan, item: ArtifactPlan, tensor: StoredTensor, files: SourceFiles) -> None:
-        self._tensor, self._files, self._storage = tensor, files, plan.training.storage_dtype
-        self._original = item.onto == "original" and item.form.consumes == "merged"
-        trained = tensor.spec.module in plan.quantised and not self._original
-        self._trained = TrainedBase(tensor.spec, plan.training) if trained else None
-        form = item.routes[tensor.spec.name].form
-        multiple = rows_of_whole_blocks(tensor.spec.columns, plan.training.block_size)
-        multiple = math.lcm(multiple, form.row_multiple(tensor.spec) if form else 1)
-        height = max(multiple, BLOCK_WEIGHTS // tensor.spec.columns // multiple * multiple)
-        starts = range(0, tensor.spec.rows, height)
-        self.blocks = [range(start, min(start + height, tensor.spec.rows)) for start in starts]
-        if self._trained is not None:
-            for rows in self.blocks:
-                self._trained.observe(self._stored(rows), rows.start)
-            self._trained.settle()
 
-    def rows(self, rows: range) -> Float32:
-        values = self._stored(rows)
-        return values if self._trained is None else self._trained.rows(values, rows.start)
-
-    def _stored(self, rows: range) -> Float32:
-        values = widen(self._files.read(self._tensor, rows.start, len(rows)), self._tensor.spec.dtype)
-        return values if self._original else round_to(values, self._storage)
+def _blocks(base: BaseRows, route: Route, training_block: int, whole: bool) -> list[range]:
+    spec = base.spec
+    if whole:
+        return [range(spec.rows)]
+    multiple = rows_of_whole_blocks(spec.columns, training_block)
+    multiple = math.lcm(multiple, base.row_multiple, route.form.row_multiple(spec) if route.form else 1)
+    height = max(multiple, BLOCK_WEIGHTS // spec.columns // multiple * multiple)
+    return [range(start, min(start + height, spec.rows)) for start in range(0, spec.rows, height)]

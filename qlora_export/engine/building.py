@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,7 @@ from qlora_export.engine.tensor_job import TensorJob
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
-from qlora_export.tensors.header import StoredTensor
+from qlora_export.sources.weights import Weight, weight_bytes
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import disk_full
 
@@ -106,21 +107,27 @@ class Pass:
         self._digests = digests
         written = set.intersection(*(folder.journal.finished for folder in folders))
         writers = [(folder.item, folder.writer) for folder in folders]
-        self._total = sum(tensor.bytes for tensor in plan.checkpoint.tensors.values())
+        self._total = sum(weight_bytes(source) for source in plan.sources)
         self._done = 0
         self._makers: list[Callable[[], StagedJob]] = []
-        self._subjects: list[Path | StoredTensor] = []
+        self._subjects: list[Path | Weight] = []
+        make = partial(TensorJob, plan, files=files, writers=writers)
         for path in plan.checkpoint.files:
             self._makers.append(partial(HashJob, digests, path))
             self._subjects.append(path)
-            for tensor in plan.checkpoint.tensors.values():
-                if tensor.path == path and tensor.spec.name in written:
-                    self._done += tensor.bytes
-                elif tensor.path == path:
-                    self._makers.append(partial(TensorJob, plan, tensor, files, writers))
-                    self._subjects.append(tensor)
-        self._unsynced: list[StoredTensor] = []
+            self._add([source for source in plan.sources if source.stored[0].path == path], written, make)
+        self._own = [source for source in plan.sources if plan.from_adapter(source)]
+        self._add(self._own, written, make)
+        self._unsynced: list[Weight] = []
         self._unsynced_bytes = 0
+
+    def _add(self, sources: Sequence[Weight], written: AbstractSet[str], make: Callable[..., StagedJob]) -> None:
+        for source in sources:
+            if source.spec.name in written:
+                self._done += weight_bytes(source)
+            else:
+                self._makers.append(partial(make, source=source))
+                self._subjects.append(source)
 
     def run(self) -> None:
         """Run all jobs; raises the first error, after which only journalled tensors count."""
@@ -133,9 +140,9 @@ class Pass:
             for folder in self._folders:
                 folder.journal.add_source(subject.name, self._digests.facts[subject.name]["sha256"])
             return
-        self._done += subject.bytes
+        self._done += weight_bytes(subject)
         self._unsynced.append(subject)
-        self._unsynced_bytes += subject.bytes
+        self._unsynced_bytes += weight_bytes(subject)
         if self._unsynced_bytes >= self._options.checkpoint_bytes:
             self._checkpoint()
         self._options.progress(self._done, self._total)
@@ -143,7 +150,11 @@ class Pass:
     def _checkpoint(self) -> None:
         """Sync, then journal the tensors whose source has been hashed; the others wait for the next time."""
         hashed = self._digests.facts.keys()
-        ready = [tensor.spec.name for tensor in self._unsynced if tensor.path.name in hashed]
+        ready = [
+            source.spec.name
+            for source in self._unsynced
+            if source in self._own or hashed >= {tensor.path.name for tensor in source.stored}
+        ]
         if not ready:
             return
         for folder in self._folders:
@@ -151,8 +162,8 @@ class Pass:
         for folder in self._folders:
             folder.journal.add(ready)
         written = set(ready)
-        self._unsynced = [tensor for tensor in self._unsynced if tensor.spec.name not in written]
-        self._unsynced_bytes = sum(tensor.bytes for tensor in self._unsynced)
+        self._unsynced = [source for source in self._unsynced if source.spec.name not in written]
+        self._unsynced_bytes = sum(weight_bytes(source) for source in self._unsynced)
 
 
 def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:

@@ -16,10 +16,9 @@ import numba
 import numpy as np
 
 from qlora_export import __version__
-from qlora_export.contracts import Artifact
+from qlora_export.contracts import TORCH_NAMES, Artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.planning import ArtifactPlan, Plan
-from qlora_export.tensors.dtypes import TORCH_NAMES
 
 MANIFEST_NAME = "manifest.json"
 FileFacts = dict[str, dict[str, Any]]
@@ -55,11 +54,11 @@ def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files:
 
 def origin(plan: Plan, base_files: FileFacts) -> dict[str, Any]:
     """What every manifest says of where its artifact comes from."""
-    training = plan.training
+    training = plan.live_training
     adapter = plan.adapter
     return {
         "training_quantization": {
-            "recorded": training.recorded,
+            "provenance": training.provenance,
             "quant_type": training.quant_type,
             "block_size": training.block_size,
             "double_quant": training.double_quant,

@@ -1,9 +1,10 @@
-"""One tensor on its way through the engine: observe, settle, encode every row block, seal.
+"""One stored tensor on its way through the engine: observe, settle, encode every row block, seal.
 
-    raw rows -> float32 -> [round to the training's storage dtype -> NF4 and back] -> + delta -> encode -> write
+    raw rows -> float32 -> [round to the training's storage dtype -> NF4 and back] -> changes -> encode -> write
 
 Blocks are independent, so any thread may take any of them in any order: the bytes come out the same. What needs the
-whole tensor first (the mean of the absmax) is observed in a pass of its own; what needs it last is written by the seal.
+whole tensor first (the mean of the absmax, the column norms of DoRA) is observed in a pass of its own; what needs it
+last is written by the seal. A weight that is stored [in, out] moves as a whole, transposed.
 """
 
 from __future__ import annotations
@@ -14,27 +15,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Piece, TensorEncoder
-from qlora_export.errors import InputError
-from qlora_export.merge.delta import load_delta
-from qlora_export.merge.trained_base import TrainedBase
+from qlora_export.contracts import Onto, Piece, TensorEncoder
+from qlora_export.errors import Refused
+from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
+from qlora_export.merge.changes import Changes
 from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
-from qlora_export.quant.floats import Float32, UInt8, all_finite
+from qlora_export.quant.floats import Float32
 from qlora_export.quant.nf4 import rows_of_whole_blocks
-from qlora_export.tensors.dtypes import FLOATS, ITEM_BYTES, round_to, widen
+from qlora_export.sources.weights import Weight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter
 
+COPY_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Destination:
-    """An artifact that receives this tensor."""
+    """A tensor of an artifact that is made from this one; without an encoder the stored bytes are copied."""
 
     plan: ArtifactPlan
     writer: ShardWriter
     route: Route
     encoder: TensorEncoder | None
+
+    @property
+    def merge(self) -> tuple[str, Onto]:
+        """Destinations with the same one receive the same values."""
+        return (self.route.output.name if self.route.output.changes else "", self.plan.onto)
 
 
 @dataclass(frozen=True)
@@ -46,119 +54,129 @@ class RowBlock:
 
 
 class TensorJob:
-    """The work on one tensor for all artifacts that receive it."""
+    """The work on one stored tensor for all artifacts that are made from it."""
 
     def __init__(
-        self, plan: Plan, tensor: StoredTensor, files: SourceFiles, writers: Sequence[tuple[ArtifactPlan, ShardWriter]]
+        self, plan: Plan, source: Weight, files: SourceFiles, writers: Sequence[tuple[ArtifactPlan, ShardWriter]]
     ) -> None:
-        self._plan = plan
-        self._tensor = tensor
+        self._source = source
         self._files = files
-        self._destinations = [_destination(artifact, writer, tensor) for artifact, writer in writers]
-        merged = [d.plan.onto for d in self._destinations if d.plan.form.consumes == "merged"]
-        adaptation = plan.adaptations.get(tensor.spec.name)
-        self._delta = load_delta(adaptation, files) if adaptation else None
-        quantised = tensor.spec.name.endswith(".weight") and tensor.spec.module in plan.quantised
-        needed = "as-trained" in merged or plan.training.recorded
-        self._base = TrainedBase(tensor.spec, plan.training) if quantised and needed else None
-        self.blocks = _blocks(tensor, self._row_multiple())
+        self._destinations = [
+            _destination(artifact, writer, route)
+            for artifact, writer in writers
+            for route in artifact.routes.values()
+            if route.output.source is source
+        ]
+        self._encoded = [found for found in self._destinations if found.encoder is not None]
+        recorded = plan.training.quantization.recorded
+        trained = recorded or any(found.plan.needs_trained_base for found in self._encoded)
+        own = plan.from_adapter(source)
+        self._rows = None
+        self._changes: dict[tuple[str, Onto], Changes] = {}
+        if self._encoded:
+            self._rows = BaseRows(self._encoded[0].route.output, plan.training, files, own, trained)
+            spec = self._rows.spec
+            for found in self._encoded:
+                if found.route.output.changes and found.merge not in self._changes:
+                    self._changes[found.merge] = Changes(found.route.output.changes, files, spec.columns)
+        self._observing = [(merge, changes) for merge, changes in self._changes.items() if changes.observes]
+        if self._observing and self._rows is not None and self._rows.observes:
+            raise Refused(
+                f"tensor {source.spec.name}: DoRA on an embedding that was quantised in training cannot be merged",
+                "give the adapter's training quantisation again",
+            )
+        self.blocks = self._blocks(plan.training.quantization.block_size)
 
     @property
     def observes(self) -> bool:
         """Whether every block must be observed before the first is encoded."""
-        return self._base is not None
+        return bool(self._observing) or (self._rows is not None and self._rows.observes)
 
     def observe(self, block: RowBlock) -> None:
         """First pass over a block."""
-        if self._base is not None:
-            values = self._require_finite(self._read(block), block)
-            self._base.observe(self._stored(values, block), block.first)
+        if self._rows is None:
+            return
+        self._rows.observe(block.first, block.count)
+        if self._observing:
+            rows = self._rows.take(block.first, block.count)
+            for (_, onto), changes in self._observing:
+                changes.observe(_base(rows, onto), block.first)
 
     def settle(self) -> None:
         """End of the first pass."""
-        if self._base is not None:
-            self._base.settle()
+        if self._rows is not None:
+            self._rows.settle()
+        for _, changes in self._observing:
+            changes.settle()
 
     def encode(self, block: RowBlock) -> None:
         """Second pass over a block: merge, encode and write it."""
-        if self._tensor.spec.dtype not in FLOATS:
-            self._copy(self._files.read(self._tensor, block.first, block.count), block)
+        if self._rows is None:
             return
-        original = self._require_finite(self._read(block), block)
-        stored = self._stored(original, block)
-        trained = stored if self._base is None else self._base.rows(stored, block.first)
-        merged: dict[str, Float32] = {}
-        for destination in self._destinations:
-            onto = destination.plan.onto
-            values = stored
-            if destination.plan.form.consumes == "merged":
-                if onto not in merged:
-                    merged[onto] = self._merge(original if onto == "original" else trained, block)
-                values = merged[onto]
-            if destination.encoder is not None:
-                for piece in destination.encoder.encode(values, block.first):
-                    destination.writer.write(piece)
+        rows = self._rows.take(block.first, block.count)
+        merged: dict[tuple[str, Onto], Float32] = {}
+        for found in self._encoded:
+            values = rows.stored
+            if found.plan.form.consumes == "merged":
+                if found.merge not in merged:
+                    merged[found.merge] = self._merge(_base(rows, found.plan.onto), found, block)
+                values = merged[found.merge]
+            self._write(found, values, block)
 
     def seal(self) -> None:
-        """Write what only the whole tensor decides, and compare the base with the sidecar."""
-        if self._base is not None:
-            self._base.require_recorded()
-        for destination in self._destinations:
-            if destination.encoder is not None:
-                for piece in destination.encoder.seal():
-                    destination.writer.write(piece)
+        """Write what only the whole tensor decides, copy what is carried, and compare the base with the sidecar."""
+        if self._rows is not None and self._rows.base is not None:
+            self._rows.base.require_recorded()
+        for found in self._destinations:
+            if found.encoder is None:
+                self._copy(found)
+                continue
+            for piece in found.encoder.seal():
+                found.writer.write(piece)
 
-    def _stored(self, values: Float32, block: RowBlock) -> Float32:
-        """The values in the dtype that training loaded them in."""
-        storage = self._plan.training.storage_dtype
-        if self._tensor.spec.dtype == storage:
-            return values
-        return self._require_finite(round_to(values.copy(), storage), block)
-
-    def _merge(self, values: Float32, block: RowBlock) -> Float32:
-        if self._delta is None:
+    def _merge(self, values: Float32, found: Destination, block: RowBlock) -> Float32:
+        changes = self._changes.get(found.merge)
+        if changes is None:
             return values
         merged = values.copy()
-        self._delta.add(merged, block.first)
-        return self._require_finite(merged, block)
+        changes.apply(merged, block.first)
+        return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
 
-    def _row_multiple(self) -> int:
-        multiples = [d.route.form.row_multiple(self._tensor.spec) for d in self._destinations if d.route.form]
-        block = self._plan.training.block_size
-        multiples.append(rows_of_whole_blocks(self._tensor.spec.columns, block))
-        return math.lcm(*multiples)
+    def _write(self, found: Destination, values: Float32, block: RowBlock) -> None:
+        if found.encoder is None:
+            return
+        if found.route.turned:
+            values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
+        for piece in found.encoder.encode(values, block.first):
+            found.writer.write(piece)
 
-    def _read(self, block: RowBlock) -> Float32:
-        return widen(self._files.read(self._tensor, block.first, block.count), self._tensor.spec.dtype)
+    def _copy(self, found: Destination) -> None:
+        for tensor in found.route.output.source.stored:
+            _copy_tensor(tensor, self._files, found.writer)
 
-    def _copy(self, raw: UInt8, block: RowBlock) -> None:
-        offset = block.first * self._tensor.spec.columns * ITEM_BYTES[self._tensor.spec.dtype]
-        for destination in self._destinations:
-            destination.writer.write(Piece(self._tensor.spec.name, offset, raw))
-
-    def _require_finite(self, values: Float32, block: RowBlock) -> Float32:
-        if not all_finite(values.view(np.uint32)):
-            bad = int(np.flatnonzero(~np.isfinite(values))[0])
-            row, column = divmod(bad, self._tensor.spec.columns)
-            raise InputError(
-                f"{self._tensor.path}: tensor {self._tensor.spec.name} is {values[bad]} in row {block.first + row}, "
-                f"column {column}",
-                "a model with NaN or infinite weights cannot be released; take an earlier checkpoint",
-            )
-        return values
-
-
-def _destination(artifact: ArtifactPlan, writer: ShardWriter, tensor: StoredTensor) -> Destination:
-    route = artifact.routes[tensor.spec.name]
-    return Destination(artifact, writer, route, route.form.open(tensor.spec) if route.form else None)
+    def _blocks(self, training_block: int) -> tuple[RowBlock, ...]:
+        """Whole multiples of rows, about `BLOCK_WEIGHTS` values each; all rows where the weight is turned."""
+        if self._rows is None or not self._source.spec.size:
+            return ()
+        spec = self._rows.spec
+        if self._encoded[0].route.output.transposed:
+            return (RowBlock(0, spec.rows),)
+        multiples = [found.route.form.row_multiple(spec) for found in self._encoded if found.route.form]
+        multiples += [rows_of_whole_blocks(spec.columns, training_block), self._source.row_multiple]
+        multiple = math.lcm(*multiples)
+        height = max(multiple, BLOCK_WEIGHTS // max(spec.columns, 1) // multiple * multiple)
+        return tuple(RowBlock(first, min(height, spec.rows - first)) for first in range(0, spec.rows, height))
 
 
-def _blocks(tensor: StoredTensor, multiple: int) -> tuple[RowBlock, ...]:
-    """Cut a tensor into blocks of whole multiples of rows, about `BLOCK_WEIGHTS` values each."""
-    rows, columns = tensor.spec.rows, max(tensor.spec.columns, 1)
-    height = max(multiple, BLOCK_WEIGHTS // columns // multiple * multiple)
-    return (
-        tuple(RowBlock(first, min(height, rows - first)) for first in range(0, rows, height))
-        if tensor.spec.size
-        else ()
-    )
+def _base(rows: Rows, onto: Onto) -> Float32:
+    return rows.original if onto == "original" else rows.trained
+
+
+def _destination(artifact: ArtifactPlan, writer: ShardWriter, route: Route) -> Destination:
+    return Destination(artifact, writer, route, route.form.open(route.spec) if route.form else None)
+
+
+def _copy_tensor(tensor: StoredTensor, files: SourceFiles, writer: ShardWriter) -> None:
+    for first in range(0, tensor.bytes, COPY_BYTES):
+        count = min(COPY_BYTES, tensor.bytes - first)
+        writer.write(Piece(tensor.spec.name, first, files.read_bytes(tensor, first, count)))

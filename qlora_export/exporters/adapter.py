@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_export.contracts import Options, Takes
 from qlora_export.errors import UsageError
-from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME
+from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, open_adapter
 from qlora_export.sources.sidecar import SIDECAR_NAME
 
 
@@ -33,7 +33,8 @@ class AdapterExporter:
 
     def export(self, source: Path, destination: Path) -> None:
         """Copy what peft reads, and the sidecar."""
-        for name in (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME):
+        weights = [path.name for path in open_adapter(source).files]
+        for name in (CONFIG_NAME, *weights, SHARD_INDEX_NAME, SIDECAR_NAME):
             if (source / name).exists():
                 shutil.copyfile(source / name, destination / name)
 

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
 from qlora_export.quant import nested, nf4
-from qlora_export.tensors.dtypes import TORCH_NAMES
 
 STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 LONGEST_OFFSET = -1.2345678901234567e-100
@@ -81,7 +80,7 @@ class NF4:
             scales = nested.decode(codes, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
         else:
             scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
-        nf4.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, out)
+        nf4.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, nf4.CODEBOOK, out)
         return out
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:

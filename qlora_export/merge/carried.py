@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Format
-from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from qlora_export.contracts import TORCH_NAMES, Format
+from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, Adapter
 from qlora_export.sources.checkpoint import Checkpoint, require_contained
 from qlora_export.sources.sidecar import SIDECAR_NAME
-from qlora_export.tensors.dtypes import TORCH_NAMES
 
 TOKENIZER_NAME = re.compile(
     r"tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
@@ -30,6 +29,7 @@ COMPANION_NAME = re.compile(
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
 )
 ADAPTER_FOLDER = "adapter"
+STALE_KEYS = ("quantization_config", "_name_or_path", "auto_map", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,34 @@ def differing_tokenizer_files(checkpoint: Checkpoint, adapter: Adapter) -> list[
     )
 
 
-def edited_config(config: Mapping[str, Any], form: Format, kept: tuple[str, ...]) -> bytes:
-    """config.json of an artifact, as bytes."""
-    edited = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
-    key = "torch_dtype" if "torch_dtype" in edited and "dtype" not in edited else "dtype"
-    edited[key] = TORCH_NAMES[form.dense_dtype]
+def edited_config(config: Mapping[str, Any], form: Format, kept: tuple[str, ...], settings: Mapping[str, Any]) -> bytes:
+    """config.json of an artifact, as bytes; `settings` are keys that changed with the weights."""
+    dtype = TORCH_NAMES[form.dense_dtype]
+    edited = _cleaned(config, dtype)
+    if not {"dtype", "torch_dtype"} & edited.keys():
+        edited["dtype"] = dtype
+    text = edited["text_config"] if isinstance(edited.get("text_config"), dict) else edited
+    for key, value in settings.items():
+        place = text if key == "vocab_size" and key not in edited else edited
+        place[key] = value
+        if key in text:
+            text[key] = value
     if quantization := form.quantization_config(kept):
         edited["quantization_config"] = quantization
     return json.dumps(edited, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _cleaned(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config and its sub-configs without stale keys: where it was saved, how it was quantised, whose code it ran."""
+    cleaned = {
+        key: _cleaned(value, dtype) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in STALE_KEYS
+    }
+    for key in ("dtype", "torch_dtype"):
+        if key in cleaned:
+            cleaned[key] = dtype
+    return cleaned
 
 
 def _kept_adapter(adapter: Adapter) -> list[CarriedFile]:
@@ -106,8 +126,10 @@ def _kept_adapter(adapter: Adapter) -> list[CarriedFile]:
     config = {**adapter.config, "base_model_name_or_path": ".."}
     files = [
         CarriedFile(f"{ADAPTER_FOLDER}/{CONFIG_NAME}", content=json.dumps(config, indent=2).encode() + b"\n"),
-        CarriedFile(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", adapter.weights),
+        *(CarriedFile(f"{ADAPTER_FOLDER}/{path.name}", path) for path in adapter.files),
     ]
+    if (index := adapter.folder / SHARD_INDEX_NAME).exists() and len(adapter.files) > 1:
+        files.append(CarriedFile(f"{ADAPTER_FOLDER}/{SHARD_INDEX_NAME}", index))
     if adapter.training.recorded:
         files.append(CarriedFile(f"{ADAPTER_FOLDER}/{SIDECAR_NAME}", adapter.folder / SIDECAR_NAME))
     return files

@@ -9,9 +9,7 @@ the whole tensor before the first row can be decoded, so every tensor is passed 
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
-from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -19,25 +17,8 @@ from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantizati
 from qlora_export.errors import InputError
 from qlora_export.quant import nested, nf4
 from qlora_export.quant.floats import Float32, UInt8
-from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.sidecar import absmax_sha256
 from qlora_export.tensors.dtypes import round_to
-
-# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
-DENSE_BY_DEFAULT = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
-)
-
-
-def quantised_modules(checkpoint: Checkpoint, training: TrainingQuantization) -> AbstractSet[str]:
-    """Modules whose weight was in NF4 during training: as recorded, or every linear layer but the output head."""
-    if training.recorded:
-        return set(training.modules)
-    return {
-        tensor.spec.module
-        for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight") and len(tensor.spec.shape) == 2 and not DENSE_BY_DEFAULT.search(tensor.spec.module)
-    }
 
 
 class TrainedBase:
@@ -72,7 +53,8 @@ class TrainedBase:
         nf4.encode(values, self._blocks(self._absmax, values, first_row), self._training.block_size, codes)
         self._codes_digest.update(first_row * self._spec.columns // 2, codes)
         out = np.empty_like(values)
-        nf4.decode(codes, self._blocks(self._scales, values, first_row), self._training.block_size, out)
+        scales = self._blocks(self._scales, values, first_row)
+        nf4.decode(codes, scales, self._training.block_size, nf4.CODEBOOK, out)
         for dtype in self._training.weight_roundings:
             out = round_to(out, dtype)
         return out

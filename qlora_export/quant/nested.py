@@ -138,8 +138,10 @@ def encode(absmax: Float32, offset: np.float32, exact: bool = False) -> tuple[UI
     return codes.reshape(-1)[: centred.size].copy(), nested_absmax
 
 
-def decode(codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0) -> Float32:
+def decode(
+    codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0, codebook: Float32 | None = None
+) -> Float32:
     """The float32 absmax that the codes stand for; `codes` begins at absmax number `first` of the tensor."""
     scales = nested_absmax[np.arange(first, first + codes.size) // BLOCK]
-    absmax: Float32 = dynamic_map()[codes] * scales + offset
+    absmax: Float32 = (dynamic_map() if codebook is None else codebook)[codes] * scales + offset
     return absmax

@@ -97,9 +97,8 @@ def encode(values: Float32, absmax: Float32, block: int, out: UInt8) -> None:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def decode(codes: UInt8, scales: Float32, block: int, out: Float32) -> None:
-    """Unpack codes into flat float32 `out`; `scales` holds one float32 per block."""
-    codebook = CODEBOOK
+def decode(codes: UInt8, scales: Float32, block: int, codebook: Float32, out: Float32) -> None:
+    """Unpack codes into flat float32 `out`; `scales` holds one float32 per block, `codebook` the 16 values."""
     for index in range(scales.size):
         start = index * block
         stop = min(start + block, out.size)

@@ -55,8 +55,8 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
         "recipe_digest": plan.recipe.digest,
         "base": {"path": str(plan.checkpoint.folder), "headers_sha256": plan.checkpoint.headers_sha256},
         "adapter": {"path": str(plan.adapter.folder), "sha256": plan.adapter.sha256} if plan.adapter else None,
-        "adapted_tensors": len(plan.adaptations),
-        "quantised_in_training": len(plan.quantised),
+        "adapted_tensors": len(plan.model.changed),
+        "quantised_in_training": len(plan.training.quantised),
         "assumptions": list(plan.assumptions),
         "bytes": plan.bytes,
         "peak_memory_bytes": plan.peak_memory_bytes(workers),
@@ -107,12 +107,12 @@ def _tokens(ledger: Ledger | None) -> dict[str, Any] | None:
 def _reference(run: Run) -> dict[str, Any] | None:
     if run.ledger is None:
         return None
-    training = run.plan.training
+    training = run.plan.live_training
     return {
         "model": "4-bit base with live adapter" if run.plan.adapter else "the model itself",
         "runtime": "transformers",
         "activations": "float32",
-        "training_quantization": ("recorded" if training.recorded else "assumed") if run.plan.adapter else None,
+        "training_quantization": training.provenance if run.plan.adapter else None,
         "perplexity": run.ledger.reference.perplexity,
         "perplexity_stderr": run.ledger.reference.perplexity_stderr,
         "base": asdict(run.ledger.base) if run.ledger.base else None,

@@ -41,7 +41,7 @@ def print_plan(run: Run, workers: int) -> None:
     """The plan as a table."""
     console = _console()
     plan = run.plan
-    table = _table(f"{len(plan.checkpoint.tensors)} tensors, {len(plan.adaptations)} adapted")
+    table = _table(f"{len(plan.model.outputs)} tensors, {len(plan.model.changed)} adapted")
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for export in plan.exports:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -22,7 +21,7 @@ import torch
 import transformers
 
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
-from qlora_export.errors import InputError
+from qlora_export.errors import InputError, Refused
 from qlora_export.quant import nested, nf4
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
@@ -33,6 +32,7 @@ from qlora_export.runtimes.loading import (
     pin_weights,
     widen_dense,
 )
+from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
 from qlora_export.tensors.dtypes import round_to
@@ -58,47 +58,93 @@ class AsTrained:
 
     @contextmanager
     def merged(self) -> Iterator[Session]:
-        """With every delta added to its decoded weight and rounded once to the storage dtype."""
-        layers = [module for module in self.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-        for layer in layers:
-            layer.forward = partial(_merged_forward, layer, self.training)
+        """With every linear layer's delta added to its weight and rounded once to the storage dtype."""
+        before = {layer: layer.__dict__.get("forward") for layer in _linear_layers(self.model)}
+        for layer in before:
+            layer.forward = partial(_merged_forward, layer, self.training, TORCH_DTYPES[self.training.storage_dtype])
         try:
             yield ModelSession(self.model)
         finally:
-            for layer in layers:
+            for layer, forward in before.items():
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
 
-def open_as_trained(base: Checkpoint, adapter: Path, training: TrainingQuantization) -> AsTrained:
+def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuantization) -> AsTrained:
     """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar."""
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=training.quant_type,
-        bnb_4bit_use_double_quant=training.double_quant,
-        bnb_4bit_compute_dtype=TORCH_DTYPES[training.compute_dtype],
-    )
+    if adapter.classifier:
+        raise Refused(f"{adapter.folder}: the drift of a classifier is not measured yet", "use build, which merges it")
+    if any(weight.storage == "fp8" for weight in base.weights.values()):
+        raise Refused(
+            f"{base.folder}: transformers has no FP8 kernels for a CPU, so the reference cannot run",
+            "use build, or give the 16-bit base",
+        )
+    options: dict[str, Any] = {}
+    if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=training.quant_type,
+            bnb_4bit_use_double_quant=training.double_quant,
+            bnb_4bit_compute_dtype=TORCH_DTYPES[training.compute_dtype],
+            llm_int8_skip_modules=list(training.skip) or None,
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = load_causal_lm(
-            base.folder, quantization_config=quantization, dtype=TORCH_DTYPES[training.storage_dtype]
-        )
+        model = load_causal_lm(base.folder, dtype=TORCH_DTYPES[training.storage_dtype], **options)
     finally:
         torch.set_num_threads(threads)
-    _give_recorded_state(model, base, training)
-    model = attach_adapter(model, adapter)
+    if _plain(base):
+        _give_recorded_state(model, base, training)
+    model = attach_adapter(model, adapter.folder)
     widen_dense(model)
     pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])
+    for layer in _linear_layers(model):
+        if isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit) and any(layer.use_dora.values()):
+            # peft takes the norms of DoRA from a weight that it decodes by itself, in 16 bits.
+            layer.forward = partial(_merged_forward, layer, training, torch.float32)
     return AsTrained(model, training)
 
 
-def _merged_forward(layer: Any, training: TrainingQuantization, inputs: torch.Tensor) -> torch.Tensor:
+def _plain(base: Checkpoint) -> bool:
+    return all(weight.storage == "plain" for weight in base.weights.values())
+
+
+def _linear_layers(model: Any) -> list[Any]:
+    """The adapted linear layers, whose base has a weight [out, in]."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+        and isinstance(module.base_layer, torch.nn.Linear)
+        and not isinstance(module, peft.tuners.lora.layer.ParamWrapper)
+    ]
+
+
+def _merged_forward(
+    layer: Any, training: TrainingQuantization, rounding: torch.dtype, inputs: torch.Tensor
+) -> torch.Tensor:
     roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
     weight = decoded_weight(layer.base_layer, roundings)
-    for name in layer.active_adapters:
-        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
     bias = layer.base_layer.bias.float() if layer.base_layer.bias is not None else None
-    return torch.nn.functional.linear(inputs.float(), weight.to(TORCH_DTYPES[training.storage_dtype]).float(), bias)
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        weight = weight + layer.scaling[name] * (_factor(layer.lora_B[name]) @ _factor(layer.lora_A[name]))
+        if layer.use_dora[name]:
+            magnitude = layer.lora_magnitude_vector[name].weight.float()
+            weight = weight * (magnitude / weight.norm(dim=1))[:, None]
+        if bias is not None and layer.lora_B[name].bias is not None:
+            bias = bias + layer.scaling[name] * layer.lora_B[name].bias.float()
+    return torch.nn.functional.linear(inputs.float(), weight.to(rounding).float(), bias)
+
+
+def _factor(module: Any) -> torch.Tensor:
+    """A factor as a whole matrix; peft stores a block-diagonal one without its zeros."""
+    whole = getattr(module, "weight_as_blockdiagonal_matrix", None)
+    weight: torch.Tensor = whole() if whole is not None else module.weight
+    return weight.float()
 
 
 def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantization) -> None:

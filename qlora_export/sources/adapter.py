@@ -19,37 +19,34 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
-from qlora_export.sources.checkpoint import contained_file, pickles, read_json, require_folder
+from qlora_export.sources.checkpoint import contained_file, pickles, read_json, require_folder, weight_map
 from qlora_export.sources.sidecar import read_sidecar
 from qlora_export.tensors.header import StoredTensor, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+SHARD_INDEX_NAME = "adapter_model.safetensors.index.json"
 CONFIG_NAME = "adapter_config.json"
 
-# Settings under which the trained function is no plain `W + scale * B @ A`.
-VARIANTS = {
-    "use_dora": "DoRA",
-    "lora_bias": "LoRA with bias",
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
-    "modules_to_save": "whole saved modules (modules_to_save)",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on parameters (target_parameters)",
-    "use_bdlora": "block-diagonal LoRA",
-    "layer_replication": "layer replication",
-    "alora_invocation_tokens": "aLoRA",
-    "use_qalora": "QA-LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
+# Settings under which the trained function is no weight that could be written down.
+REFUSED = {
+    "layer_replication": ("layer replication", "it repeats layers of the base, with other deltas in each copy"),
+    "alora_invocation_tokens": ("aLoRA", "its delta begins at a token of the text, no weight can do that"),
+    "use_qalora": ("QA-LoRA", "it pools the inputs of a base that is quantised by groups"),
+    "arrow_config": ("Arrow", "it routes every token to other adapters"),
+    "kasa_config": ("KaSA", "it truncates the base before training"),
 }
-# Settings that leave the trained function plain; any other that is set is one this version does not know.
-PLAIN_SETTINGS = {
+# Settings that are merged, or that leave the trained function as it is; any other that is set is not known here.
+MERGED_SETTINGS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "qalora_group_size",
-    "runtime_config", "ensure_weight_tying", "bias", "init_lora_weights",
+    "runtime_config", "ensure_weight_tying", "bias", "init_lora_weights", "use_dora", "lora_bias", "fan_in_fan_out",
+    "modules_to_save", "trainable_token_indices", "target_parameters", "use_bdlora",
 }  # fmt: skip
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CLASSIFIERS = ("SEQ_CLS",)
+LANGUAGE_MODELS = ("CAUSAL_LM",)
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,18 @@ class Adapter:
 
     @property
     def weights(self) -> Path:
-        """The file that holds the tensors."""
-        return self.folder / WEIGHTS_NAME
+        """The file that holds the tensors; the first of several."""
+        return self.files[0] if self.files else self.folder / WEIGHTS_NAME
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold tensors, sorted."""
+        return tuple(sorted({tensor.path for tensor in self.tensors.values()}))
+
+    @property
+    def classifier(self) -> bool:
+        """Whether it was trained as a sequence classifier."""
+        return self.config.get("task_type") in CLASSIFIERS
 
     def rank(self, module: str) -> int:
         """The rank that the config states for a module."""
@@ -76,12 +83,24 @@ class Adapter:
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
+    def diagonal_blocks(self, module: str) -> tuple[int, int]:
+        """How many blocks lie on the diagonals of a module's A and B; 1 for whole matrices."""
+        stated = self.config.get("use_bdlora")
+        if not isinstance(stated, dict):
+            return (1, 1)
+        blocks = int(stated.get("nblocks", 1))
+        a, b = (
+            any(pattern in module for pattern in stated.get(key) or [])
+            for key in ("target_modules_bd_a", "target_modules_bd_b")
+        )
+        return (blocks if a else 1, blocks if b else 1)
+
     @cached_property
     def sha256(self) -> str:
         """sha256 over the raw bytes of config and weights."""
         digest = hashlib.sha256()
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            with (self.folder / name).open("rb") as file:
+        for path in (self.folder / CONFIG_NAME, *self.files):
+            with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
@@ -98,30 +117,60 @@ def open_adapter(folder: Path) -> Adapter:
     require_folder(folder, "adapter")
     config = read_json(folder / CONFIG_NAME)
     _check_config(folder / CONFIG_NAME, config)
-    if not (folder / WEIGHTS_NAME).exists():
+    tensors = _tensors(folder)
+    return Adapter(folder, config, tensors, read_sidecar(folder))
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the one file, or of the shards that an index names."""
+    names: tuple[str, ...] = (WEIGHTS_NAME,)
+    if (folder / SHARD_INDEX_NAME).exists() and not (folder / WEIGHTS_NAME).exists():
+        names = tuple(sorted(set(weight_map(folder / SHARD_INDEX_NAME).values())))
+    elif not (folder / WEIGHTS_NAME).exists():
         if found := pickles(folder, "adapter_model"):
             raise Refused(
                 f"{folder}: its only weights are pickles ({', '.join(found)})",
                 "a pickle can run code; save the adapter as safetensors where you trust it",
             )
         raise InputError(f"{folder / WEIGHTS_NAME}: missing", "is this an adapter folder that PEFT saved?")
-    tensors = read_header(contained_file(folder, WEIGHTS_NAME))
-    return Adapter(folder, config, tensors, read_sidecar(folder))
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        for tensor in read_header(contained_file(folder, name)).values():
+            if tensor.spec.name in tensors:
+                first = tensors[tensor.spec.name].path.name
+                raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
+            tensors[tensor.spec.name] = tensor
+    return tensors
 
 
-class _Numbers(BaseModel):
-    """The settings that the maths reads."""
+class _Blocks(BaseModel):
+    """The settings of a block-diagonal LoRA that the maths reads."""
+
+    nblocks: int = Field(1, ge=1)
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+
+
+class _Settings(BaseModel):
+    """The settings that the maths and the matching read."""
 
     r: int = Field(8, ge=1)
     lora_alpha: float = 8
     use_rslora: bool | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, float] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_bdlora: _Blocks | None = None
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     try:
-        numbers = _Numbers.model_validate(config)
+        numbers = _Settings.model_validate(config)
         for pattern in (*(numbers.rank_pattern or ()), *(numbers.alpha_pattern or ())):
             re.compile(pattern)
     except ValidationError as error:
@@ -132,26 +181,34 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         raise InputError(f"{path}: {error.pattern!r} is no regular expression ({error})") from None
 
 
+def is_lora(adapter: Adapter) -> bool:
+    """Whether its tensors are those of LoRA or a variant of it."""
+    return str(adapter.config.get("peft_type", "LORA")).upper() == "LORA"
+
+
 def variant_problems(adapter: Adapter) -> list[Problem]:
-    """Why this adapter is no plain LoRA, one problem for each reason."""
+    """Why this adapter cannot be merged whatever its base is, one problem for each reason."""
     path = adapter.folder / CONFIG_NAME
-    hint = "this version merges LoRA and rsLoRA with rank and alpha patterns"
     found = []
-    kind = str(adapter.config.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        found.append(f"{path}: peft_type {kind} cannot be merged")
-    for key, name in VARIANTS.items():
+    if not is_lora(adapter):
+        kind = adapter.config["peft_type"]
+        found.append((f"peft_type {kind} cannot be merged", "only LoRA and its variants can"))
+    for key, (name, reason) in REFUSED.items():
         if adapter.config.get(key):
-            found.append(f"{path}: {name} cannot be merged yet ({key} = {adapter.config[key]!r})")
-    unknown = sorted(set(adapter.config) - PLAIN_SETTINGS - set(VARIANTS))
-    found += [
-        f"{path}: the setting {key} = {adapter.config[key]!r} is unknown, so it cannot be merged"
-        for key in unknown
-        if adapter.config[key]
-    ]
-    if (bias := adapter.config.get("bias", "none")) != "none":
-        found.append(f"{path}: trained biases cannot be merged yet (bias = {bias!r})")
+            found.append((f"{name} cannot be merged ({key} = {adapter.config[key]!r})", reason))
+    for key in sorted(set(adapter.config) - MERGED_SETTINGS - set(REFUSED)) if is_lora(adapter) else ():
+        if adapter.config[key]:
+            reason = "a setting that is not known may change the trained function; see docs/adapters.md"
+            found.append((f"the setting {key} = {adapter.config[key]!r} is unknown, so it cannot be merged", reason))
     init = adapter.config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        found.append(f"{path}: {init} changed the base before training; convert the adapter to plain LoRA first")
-    return [Problem(ExitCode.REFUSED, message, hint) for message in found]
+        found.append(
+            (
+                f"{init} changed the base before training",
+                "save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+            )
+        )
+    task = adapter.config.get("task_type")
+    if task is not None and task not in CLASSIFIERS + LANGUAGE_MODELS:
+        found.append((f"task_type {task} cannot be merged", "causal language models and sequence classifiers can"))
+    return [Problem(ExitCode.REFUSED, f"{path}: {message}", hint) for message, hint in found]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import InputError, Refused
+from qlora_export.sources.weights import Weight, weights_of
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor, read_header
 from qlora_export.tensors.layout import INDEX_NAME
@@ -43,19 +44,31 @@ class Checkpoint:
         )
         return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
+    @cached_property
+    def weights(self) -> Mapping[str, Weight]:
+        """The weights that the tensors make up, in their order; raises InputError where one is incomplete."""
+        return weights_of(self.tensors, self.config)
+
     @property
     def dtype(self) -> str:
         """The floating dtype that holds most of the weights; BF16 when there is none."""
-        bytes_by_dtype = Counter({"BF16": 0})
-        for tensor in self.tensors.values():
-            if tensor.spec.dtype in FLOATS:
-                bytes_by_dtype[tensor.spec.dtype] += tensor.bytes
-        return bytes_by_dtype.most_common(1)[0][0]
+        values_by_dtype = Counter({"BF16": 0})
+        for weight in self.weights.values():
+            if weight.spec.dtype in FLOATS:
+                values_by_dtype[weight.spec.dtype] += weight.spec.size
+        return values_by_dtype.most_common(1)[0][0]
 
     @property
-    def tied(self) -> bool:
-        """Whether the output head shares the embedding's weight."""
-        return bool(self.config.get("tie_word_embeddings", False))
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the language model: all of it but in multimodal wrappers."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def states_tying(self) -> bool | None:
+        """What config.json says of tied embeddings; None where it leaves that to the model's default."""
+        stated = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        return None if stated is None else bool(stated)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -71,7 +84,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
             tensors[tensor.spec.name] = tensor
     _check_index(folder, tensors)
-    return Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
+    checkpoint = Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
+    _ = checkpoint.weights
+    return checkpoint
 
 
 def require_folder(folder: Path, role: str) -> None:
@@ -125,7 +140,7 @@ def _weight_files(folder: Path) -> tuple[str, ...]:
             f"{folder}: holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is stale: loaders do not agree"
         )
     if (folder / INDEX_NAME).exists():
-        return tuple(sorted(set(_weight_map(folder).values())))
+        return tuple(sorted(set(weight_map(folder / INDEX_NAME).values())))
     if (folder / SINGLE_NAME).exists():
         return (SINGLE_NAME,)
     if found := pickles(folder, "pytorch_model") + pickles(folder, "model"):
@@ -136,23 +151,23 @@ def _weight_files(folder: Path) -> tuple[str, ...]:
     raise InputError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}", "is this a model folder?")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_NAME
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def weight_map(path: Path) -> dict[str, str]:
+    """File by tensor, from an index file; raises InputError or Refused when it is none or names other places."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
         raise InputError(f"{path}: no weight_map", "restore the index from where the model came")
-    for name, file in weight_map.items():
+    for name, file in table.items():
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise Refused(f"{path}: tensor {name} points to {file!r}", "a weight_map may only name files beside it")
-    return weight_map
+    return table
 
 
 def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     if not (folder / INDEX_NAME).exists():
         return
-    weight_map = _weight_map(folder)
-    for name, file in weight_map.items():
+    table = weight_map(folder / INDEX_NAME)
+    for name, file in table.items():
         if name not in tensors or tensors[name].path.name != file:
             raise InputError(f"{folder / INDEX_NAME}: tensor {name} is not in {file}", "index and shards do not agree")
-    if extra := next((name for name in tensors if name not in weight_map), None):
+    if extra := next((name for name in tensors if name not in table), None):
         raise InputError(f"{folder / INDEX_NAME}: tensor {extra} of {tensors[extra].path.name} is not listed")

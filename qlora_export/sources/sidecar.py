@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import TrainedModule, TrainingQuantization
+from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, TORCH_NAMES, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.sources.checkpoint import read_json
-from qlora_export.tensors.dtypes import FROM_TORCH_NAMES, TORCH_NAMES
 
 SIDECAR_NAME = "qlora_export.json"
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def read_sidecar(folder: Path) -> TrainingQuantization:
@@ -122,5 +120,5 @@ def _parse(data: dict[str, Any]) -> TrainingQuantization:
             for name, module in data["modules"].items()
         },
         versions=dict(data["versions"]),
-        recorded=True,
+        provenance="sidecar",
     )

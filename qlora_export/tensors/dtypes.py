@@ -14,8 +14,6 @@ ITEM_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FROM_TORCH_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 def widen(raw: UInt8, dtype: str) -> Float32:

@@ -36,16 +36,20 @@ class SourceFiles:
     def read(self, tensor: StoredTensor, first_row: int, rows: int) -> UInt8:
         """Raw bytes of `rows` rows from `first_row` on, flat uint8."""
         row_bytes = tensor.spec.columns * ITEM_BYTES[tensor.spec.dtype]
-        out = np.empty(rows * row_bytes, np.uint8)
-        view, position = out.data, tensor.offset + first_row * row_bytes
+        return self.read_bytes(tensor, first_row * row_bytes, rows * row_bytes)
+
+    def read_bytes(self, tensor: StoredTensor, first: int, count: int) -> UInt8:
+        """`count` raw bytes of a tensor from its byte `first` on."""
+        out = np.empty(count, np.uint8)
+        view, position = out.data, tensor.offset + first
         while view:
-            count = os.preadv(self._descriptor(tensor.path), [view], position)
-            if count == 0:
+            done = os.preadv(self._descriptor(tensor.path), [view], position)
+            if done == 0:
                 raise InputError(
                     f"{tensor.path}: tensor {tensor.spec.name} ends early, at byte {position}",
                     "the file became shorter while it was read; restore it and run again",
                 )
-            view, position = view[count:], position + count
+            view, position = view[done:], position + done
         return out
 
     def values(self, tensor: StoredTensor) -> Float32:

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
+from qlora_export.errors import EnvironmentProblem, InputError, PlanRefused, Refused, UsageError, VerifyMismatch
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.training import record
@@ -364,7 +364,7 @@ def test_the_sidecar_is_checked_whatever_is_built(
 
 def test_a_nan_in_a_kept_adapter_is_named(pico_recipe: RecipeMaker, adapter_copy: Path, tmp_path: Path) -> None:
     edit_tensors(adapter_copy / "adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(float("nan")))
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with pytest.raises(PlanRefused, match="NaN or infinite"):
         run(pico_recipe("nf4-adapter", adapter=str(adapter_copy)), tmp_path / "out")
 
 

@@ -55,7 +55,7 @@ def test_the_length_of_the_state_does_not_depend_on_the_weights() -> None:
 def test_the_recorded_mean_of_training_is_used_for_its_base_alone() -> None:
     values = random_values(64, 64).reshape(-1)
     recorded = TrainedModule("", "", 0.0421)
-    training = TrainingQuantization(modules={"x": recorded}, recorded=True)
+    training = TrainingQuantization(modules={"x": recorded}, provenance="sidecar")
     spec = TensorSpec("x.weight", "BF16", (64, 64))
 
     def offset(name: str) -> float:

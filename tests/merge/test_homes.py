@@ -17,10 +17,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 def test_every_linear_layer_is_found(pico_base: Path, pico_adapter: Path) -> None:
-    found, problems = match_adapter(open_adapter(pico_adapter), open_checkpoint(pico_base))
-    assert problems == []
-    assert len(found) == 14
-    assert all(adaptation.scale == 2.0 for adaptation in found.values())
+    match = match_adapter(open_adapter(pico_adapter), open_checkpoint(pico_base))
+    assert match.problems == ()
+    assert len(match.model.changed) == 14
+    scales = [change.scale for output in match.model.changed.values() for change in output.changes]  # type: ignore[attr-defined]
+    assert set(scales) == {2.0}
 
 
 def foreign(tensors: Tensors) -> None:
@@ -56,7 +57,7 @@ def integers(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (foreign, "lora_magnitude_vector has no home"),
+        (foreign, "lora_magnitude_vector is there, use_dora is not set"),
         (unknown_module, "layers.7.self_attn.q_proj.lora_A.weight has no home"),
         (lonely, "q_proj.lora_B.weight is missing, its partner is there"),
         (narrow, r"q_proj.lora_A.weight is [4, 63], the base and r need [4, 64]"),
@@ -69,12 +70,12 @@ def test_what_does_not_fit_is_a_problem(
     pico_base: Path, adapter_copy: Path, change: Callable[[Tensors], None], says: str
 ) -> None:
     edit_tensors(adapter_copy / "adapter_model.safetensors", change)
-    _, (problem,) = match_adapter(open_adapter(adapter_copy), open_checkpoint(pico_base))
+    (problem,) = match_adapter(open_adapter(adapter_copy), open_checkpoint(pico_base)).problems
     assert says in problem.message
     assert problem.exit_code == ExitCode.BAD_INPUT
 
 
 def test_a_rank_that_the_config_denies_is_a_problem(pico_base: Path, adapter_copy: Path) -> None:
     edit_json(adapter_copy / "adapter_config.json", rank_pattern={"layers.1.mlp.up_proj": 3})
-    _, (problem,) = match_adapter(open_adapter(adapter_copy), open_checkpoint(pico_base))
+    (problem,) = match_adapter(open_adapter(adapter_copy), open_checkpoint(pico_base)).problems
     assert "layers.1.mlp.up_proj.lora_A.weight is [4, 64], the base and r need [3, 64]" in problem.message

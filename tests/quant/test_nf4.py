@@ -35,7 +35,7 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes(shape: tuple[int, int
     assert absmax.tobytes() == state.absmax.numpy().tobytes()
     state.dtype, state.shape = torch.float32, torch.Size((1, weight.numel()))
     out = np.empty(weight.numel(), np.float32)
-    nf4.decode(codes, absmax, block, out)
+    nf4.decode(codes, absmax, block, nf4.CODEBOOK, out)
     np.testing.assert_array_equal(out, bnb.dequantize_4bit(packed, state).numpy().reshape(-1))
 
 
@@ -53,7 +53,7 @@ def test_its_own_output_is_a_fixed_point() -> None:
     values = random_values(4096)
     codes, absmax = encode(values, 64)
     out = np.empty_like(values)
-    nf4.decode(codes, absmax, 64, out)
+    nf4.decode(codes, absmax, 64, nf4.CODEBOOK, out)
     again, again_absmax = encode(out, 64)
     assert again.tobytes() == codes.tobytes()
     assert again_absmax.tobytes() == absmax.tobytes()

@@ -17,6 +17,7 @@ from qlora_export.planning import make_plan
 from qlora_export.quant import nested, nf4
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
+from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import absmax_sha256, read_sidecar, write_sidecar
 from qlora_export.tensors.reading import SourceFiles
@@ -28,7 +29,7 @@ TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77]
 
 @pytest.fixture(scope="module")
 def live(pico_base: Path, pico_adapter: Path) -> AsTrained:
-    return open_as_trained(open_checkpoint(pico_base), pico_adapter, read_sidecar(pico_adapter))
+    return open_as_trained(open_checkpoint(pico_base), open_adapter(pico_adapter), read_sidecar(pico_adapter))
 
 
 def test_it_is_the_training_step_in_float32(live: AsTrained, pico_base: Path, pico_adapter: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_base_stored_otherwise_than_computed(tmp_path: Path, storage: torch.dt
         {"base": str(base), "adapter": str(adapter), "artifacts": [{"format": "nf4-adapter"}]}
     )
     build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
-    live = open_as_trained(open_checkpoint(base), adapter, training)
+    live = open_as_trained(open_checkpoint(base), open_adapter(adapter), training)
     with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
     config = json.loads((tmp_path / "out/nf4-adapter/config.json").read_text())
@@ -108,7 +109,7 @@ def test_an_adapter_that_a_gpu_trained(pico_base: Path, adapter_copy: Path, tmp_
     artifacts = [{"format": "nf4-adapter"}, {"format": "bf16"}]
     recipe = Recipe.model_validate({"base": str(pico_base), "adapter": str(adapter_copy), "artifacts": artifacts})
     build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
-    live = open_as_trained(checkpoint, adapter_copy, read_sidecar(adapter_copy))
+    live = open_as_trained(checkpoint, open_adapter(adapter_copy), read_sidecar(adapter_copy))
     with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
 
@@ -117,7 +118,7 @@ def test_another_base_than_in_training_is_refused(base_copy: Path, pico_adapter:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[name].neg_())
     with pytest.raises(InputError, match="layers.0.mlp.up_proj: bitsandbytes quantises this base"):
-        open_as_trained(open_checkpoint(base_copy), pico_adapter, read_sidecar(pico_adapter))
+        open_as_trained(open_checkpoint(base_copy), open_adapter(pico_adapter), read_sidecar(pico_adapter))
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path) -> None:

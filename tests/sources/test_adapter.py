@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Refused
-from qlora_export.sources.adapter import PLAIN_SETTINGS, VARIANTS, Adapter, open_adapter, variant_problems
+from qlora_export.sources.adapter import MERGED_SETTINGS, REFUSED, Adapter, open_adapter, variant_problems
 from tests.conftest import edit_json
 
 
@@ -48,15 +48,17 @@ def test_what_peft_saves_by_default_is_plain(pico_adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "LoRA with bias"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [3]}, "trainable tokens"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
+        ({"arrow_config": {"top_k": 2}}, "Arrow"),
+        ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"peft_type": "ADALORA"}, "peft_type ADALORA"),
+        ({"peft_type": "XLORA"}, "peft_type XLORA"),
+        ({"init_lora_weights": "corda"}, "corda changed the base"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga changed the base"),
+        ({"init_lora_weights": "loftq"}, "loftq changed the base"),
+        ({"task_type": "TOKEN_CLS"}, "task_type TOKEN_CLS"),
         ({"layer_replication": [[0, 2]]}, "layer replication"),
         ({"use_qalora": True}, "QA-LoRA"),
-        ({"fan_in_fan_out": True}, "transposed"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed the base"),
         ({"init_lora_weights": "olora"}, "olora changed the base"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
@@ -71,7 +73,7 @@ def test_what_cannot_be_merged_is_refused_by_name(config: dict[str, Any], says: 
 
 def test_every_switch_of_this_peft_is_known_or_harmless() -> None:
     """A new variant in peft must be looked at before it is merged as if it were plain."""
-    assert set(peft.LoraConfig().to_dict()) <= PLAIN_SETTINGS | set(VARIANTS)
+    assert set(peft.LoraConfig().to_dict()) <= MERGED_SETTINGS | set(REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +136,4 @@ def test_impossible_facts_of_a_sidecar_are_named(adapter_copy: Path, key: str, v
 
 def test_without_a_sidecar_the_documented_default_is_assumed(adapter_copy: Path) -> None:
     (adapter_copy / "qlora_export.json").unlink()
-    assert open_adapter(adapter_copy).training == TrainingQuantization(recorded=False)
+    assert open_adapter(adapter_copy).training == TrainingQuantization()

@@ -1,0 +1,71 @@
+"""What a plan takes for granted or does unasked, in sentences: no silent choice."""
+
+from __future__ import annotations
+
+from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
+from qlora_export.merge.carried import differing_tokenizer_files
+from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.names import Names
+from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.recipe import Recipe
+from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.tensors.dtypes import ITEM_BYTES
+
+
+def assumptions_of(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    names: Names,
+    model: MergedModel,
+    facts: TrainingFacts,
+) -> tuple[str, ...]:
+    """Every choice that nobody stated, and everything done beyond adding deltas."""
+    found = list(model.notes)
+    if adapter is None:
+        found.append("no adapter: the base is released as it is, and is its own reference")
+    else:
+        found += _training(recipe, facts.live)
+        if differing := differing_tokenizer_files(checkpoint, adapter):
+            found.append(f"taken from the adapter, where they differ from the base's: {', '.join(differing)}")
+    if not model.settings.keys() & {"tie_word_embeddings"} and names.tied and checkpoint.states_tying is not False:
+        found.append("the output head is tied to the embedding, and stays so")
+    found += [f"{name} is left out: {reason}" for name, reason in model.dropped.items()]
+    if "auto_map" in checkpoint.config:
+        found.append(
+            "auto_map is left out of config.json: no remote code is shipped, transformers has the model itself"
+        )
+    found += _dense_experts(recipe, checkpoint, facts)
+    return tuple(found)
+
+
+def _training(recipe: Recipe, training: TrainingQuantization) -> list[str]:
+    described = (
+        f"{training.quant_type} in blocks of {training.block_size}"
+        f"{' with double quantisation' if training.double_quant else ''}, "
+        f"loaded in {TORCH_NAMES[training.storage_dtype]}, computed in {TORCH_NAMES[training.compute_dtype]}"
+    )
+    if training.quant_type in ("none", "int8"):
+        described = {"none": "16-bit weights", "int8": "int8 as stored"}[training.quant_type]
+    unused = training.provenance in ("sidecar", "base") and recipe.training_quantization is not None
+    found = [f"the stated training quantisation is not used: the {training.provenance} knows"] if unused else []
+    if training.provenance == "assumed":
+        found.append(f"no sidecar: assumed {described}, every linear layer quantised but the output head")
+    elif training.provenance == "base":
+        found.append(f"no sidecar: taken from the base, which is stored in {described}")
+    elif training.provenance == "stated":
+        found.append(f"no sidecar: stated {described}")
+    elif training.base_sha256 is None:
+        found.append("the sidecar does not say which base it was: only the hashes of its weights are checked")
+    return found
+
+
+def _dense_experts(recipe: Recipe, checkpoint: Checkpoint, facts: TrainingFacts) -> list[str]:
+    quantising = [item.name for item in recipe.artifacts if item.format == "nf4"]
+    if not facts.experts or not quantising:
+        return []
+    weights = [weight for weight in checkpoint.weights.values() if weight.spec.module in facts.experts]
+    size = sum(weight.spec.size * ITEM_BYTES[facts.live.storage_dtype] for weight in weights)
+    dense = f"{', '.join(quantising)}: {len(weights)} expert weights stay dense ({size} bytes)"
+    return [f"{dense}, since transformers does not load NF4 experts; bf16 serves a mixture of experts as well"]

@@ -1,0 +1,120 @@
+"""Rows of one tensor before anything is merged, as the layer sees them: [out, in].
+
+original   the stored values; of a quantised base, decoded and rounded as it was multiplied with
+stored     rounded to the dtype that training loaded them in
+trained    quantised to 4 bits and back, as training saw them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_export.contracts import TensorSpec, TrainingQuantization
+from qlora_export.errors import InputError
+from qlora_export.merge.merged_model import Output
+from qlora_export.merge.trained_base import TrainedBase
+from qlora_export.quant.floats import Float32, all_finite
+from qlora_export.tensors.dtypes import round_to
+from qlora_export.tensors.reading import SourceFiles
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training made of the base: its quantisation, and the stored modules that were quantised."""
+
+    quantization: TrainingQuantization
+    quantised: AbstractSet[str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows three times, flat; arrays may be shared and are not changed."""
+
+    original: Float32
+    stored: Float32
+    trained: Float32
+
+
+class BaseRows:
+    """One tensor: with `trained`, observe every row, settle, then take each row once; else take rows at once.
+
+    `own` says that the values come from the adapter: they were trained as they are, and nothing is rounded.
+    """
+
+    def __init__(self, output: Output, training: Training, files: SourceFiles, own: bool, trained: bool) -> None:
+        self._output = output
+        self._files = files
+        self._own = own
+        self._training = training.quantization
+        spec = output.layer_spec
+        quantised = spec.module in training.quantised and spec.name.endswith(".weight") and not own
+        requantised = quantised and output.source.storage in ("plain", "fp8") and trained
+        self.spec: TensorSpec = spec
+        self.base = TrainedBase(spec, training.quantization) if requantised else None
+
+    @property
+    def row_multiple(self) -> int:
+        """Fewest rows that can be read alone."""
+        return self._output.source.row_multiple
+
+    @property
+    def observes(self) -> bool:
+        """Whether every row must be observed first."""
+        return self.base is not None
+
+    def observe(self, first: int, count: int) -> None:
+        """First pass over some rows."""
+        if self.base is not None:
+            self.base.observe(self.stored(self.original(first, count), first), first)
+
+    def settle(self) -> None:
+        """End of the first pass."""
+        if self.base is not None:
+            self.base.settle()
+
+    def take(self, first: int, count: int) -> Rows:
+        """The rows; with a trained base, each exactly once."""
+        original = self.original(first, count)
+        stored = self.stored(original, first)
+        return Rows(original, stored, stored if self.base is None else self.base.rows(stored, first))
+
+    def original(self, first: int, count: int) -> Float32:
+        """The stored values."""
+        source = self._output.source
+        if self._output.transposed:
+            whole = source.rows(self._files, 0, source.spec.rows).reshape(source.spec.shape)
+            values = np.ascontiguousarray(whole.T[first : first + count]).reshape(-1)
+        else:
+            values = source.rows(self._files, first, count)
+        roundings: tuple[str, ...] = ()
+        if source.storage in ("nf4", "fp4"):
+            roundings = self._training.weight_roundings
+        elif source.storage == "fp8":
+            roundings = (source.spec.dtype,)
+        for dtype in roundings:
+            values = round_to(values, dtype)
+        return require_finite(values, self.spec, str(source.stored[0].path), first)
+
+    def stored(self, values: Float32, first: int) -> Float32:
+        """The values in the dtype that training loaded them in."""
+        storage = self._training.storage_dtype
+        if self._own or self._output.source.storage not in ("plain", "fp8") or self.spec.dtype == storage:
+            return values
+        return require_finite(
+            round_to(values.copy(), storage), self.spec, str(self._output.source.stored[0].path), first
+        )
+
+
+def require_finite(values: Float32, spec: TensorSpec, place: str, first_row: int) -> Float32:
+    """The flat values themselves; raises InputError naming the first that is NaN or infinite."""
+    if not all_finite(values.view(np.uint32)):
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        row, column = divmod(bad, spec.columns)
+        raise InputError(
+            f"{place}: tensor {spec.name} is {values[bad]} in row {first_row + row}, column {column}",
+            "a model with NaN or infinite weights cannot be released; take an earlier checkpoint",
+        )
+    return values

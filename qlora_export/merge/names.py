@@ -1,0 +1,120 @@
+"""Which stored tensors a module of the live model has, by their names, or by transformers where names do not tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from qlora_export.sources.architecture import Architecture, Home, read_architecture
+from qlora_export.sources.checkpoint import Checkpoint
+
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+# Models whose layers are transformers' Conv1D: weights stored [in, out].
+INPUT_MAJOR_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+INPUT_MAJOR_MODULE = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a checkpoint; `parameters` are those that an adapter or a sidecar speaks of."""
+
+    checkpoint: Checkpoint
+    classifier: bool
+    parameters: tuple[str, ...]
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What transformers knows; costs an import. Raises InputError or Refused when it does not know the model."""
+        modules = [name.rpartition(".")[0] for name in self.parameters]
+        return read_architecture(self.checkpoint, self.classifier, modules)
+
+    @cached_property
+    def direct(self) -> bool:
+        """Whether every parameter is stored under its own name."""
+        return all(name in self.checkpoint.weights for name in self.parameters)
+
+    def parameter(self, name: str) -> tuple[Home, ...]:
+        """Where a parameter of the live model is stored; empty when nowhere."""
+        if self.direct:
+            return (Home(name),) if name in self.checkpoint.weights else ()
+        module, _, last = name.rpartition(".")
+        live = self.architecture.module(module)
+        return self.architecture.homes.get(f"{live}.{last}", ())
+
+    def stored_module(self, module: str) -> str | None:
+        """The stored name of a module that has one weight of its own."""
+        homes = self.parameter(f"{module}.weight")
+        if len(homes) != 1 or homes[0].window is not None:
+            return None
+        return homes[0].tensor.removesuffix(".weight")
+
+    def live_module(self, module: str) -> str:
+        """The name of a module in the live model of today's transformers."""
+        return module if self.direct else self.architecture.module(module)
+
+    @cached_property
+    def live_matrices(self) -> tuple[str, ...]:
+        """Modules of the live model whose weight is one stored matrix."""
+        weights = self.checkpoint.weights
+        if self.direct:
+            named = {name: name for name in weights}
+        else:
+            homes = self.architecture.homes.items()
+            named = {name: found[0].tensor for name, found in homes if len(found) == 1 and found[0].window is None}
+        return tuple(
+            name.removesuffix(".weight")
+            for name, stored in named.items()
+            if name.endswith(".weight") and len(weights[stored].spec.shape) == 2
+        )
+
+    @cached_property
+    def input_major(self) -> frozenset[str]:
+        """Stored weights of Conv1D layers, [in, out]."""
+        if self.checkpoint.config.get("model_type") not in INPUT_MAJOR_MODELS:
+            return frozenset()
+        return frozenset(
+            name
+            for name, weight in self.checkpoint.weights.items()
+            if len(weight.spec.shape) == 2 and INPUT_MAJOR_MODULE.search(weight.spec.module)
+        )
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The live name of the input embedding."""
+        return self._one(EMBEDDING) or self.architecture.embedding
+
+    @cached_property
+    def head(self) -> str | None:
+        """The live name of the output head; a classifier has none."""
+        if self.classifier:
+            return None
+        if self.direct and self.tied and self._one(HEAD) is None:
+            return "lm_head"
+        return self._one(HEAD) or self.architecture.head
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output head shares the embedding's weight: no head is stored, or config.json says so."""
+        if self.classifier:
+            return False
+        if not any(HEAD.search(weight.spec.module) for weight in self.checkpoint.weights.values()):
+            return True
+        stated = self.checkpoint.states_tying
+        return bool(self.architecture.tied) if stated is None else stated
+
+    def _one(self, pattern: re.Pattern[str]) -> str | None:
+        """The only stored module of that name, where live and stored names are the same."""
+        if not self.direct:
+            return None
+        found = [
+            weight.spec.module for weight in self.checkpoint.weights.values() if pattern.search(weight.spec.module)
+        ]
+        return found[0] if len(found) == 1 else None
+
+
+def names_of(checkpoint: Checkpoint, classifier: bool, parameters: Iterable[str]) -> Names:
+    """The names of a checkpoint, as far as these live parameters are concerned."""
+    return Names(checkpoint, classifier, tuple(dict.fromkeys(parameters)))

@@ -1,0 +1,59 @@
+"""Every variant on every architecture against PEFT itself: the merged tensors, and the logits of the written folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import make_plan
+from qlora_export.recipe import make_recipe
+from tests.conftest import half_step
+from tests.zoo import CELLS, PEFT_IS_WRONG, TOKENS, oracle, reload_logits, save_architecture, save_variant
+
+
+@pytest.fixture(scope="session")
+def zoo_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A float32 base of every architecture."""
+    folder = tmp_path_factory.mktemp("zoo")
+    return {name: save_architecture(name, folder / name, seed=3) for name in sorted({name for name, _ in CELLS})}
+
+
+def built(base: Path, adapter: Path, out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Our tensors of both dense formats."""
+    data: dict[str, Any] = {"base": str(base), "adapter": str(adapter), "merge": {"onto": "original"}}
+    recipe = make_recipe({**data, "artifacts": ["fp32", "bf16"]}, Path(), "test")
+    build(make_plan(recipe, out), out, BuildOptions())
+    return {name: load_file(out / name / "model.safetensors") for name in ("fp32", "bf16")}
+
+
+@pytest.mark.parametrize(("architecture", "variant"), CELLS)
+def test_the_merge_is_pefts(zoo_bases: dict[str, Path], tmp_path: Path, architecture: str, variant: str) -> None:
+    adapter = save_variant(zoo_bases[architecture], architecture, variant, tmp_path / "adapter", seed=4)
+    expected = oracle(zoo_bases[architecture], adapter, architecture, TOKENS)
+    ours = built(zoo_bases[architecture], adapter, tmp_path / "out")
+    assert ours["fp32"].keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert ours["fp32"][name].shape == tensor.shape, name
+        largest = max(float(tensor.abs().max()), 1e-3)
+        assert (ours["fp32"][name] - tensor).abs().max() <= 2e-6 * largest, name
+        assert ((ours["bf16"][name].float() - tensor).abs() <= half_step(tensor)).all(), name
+    logits = reload_logits(tmp_path / "out/fp32", architecture, TOKENS)
+    assert np.abs(logits - expected.logits).max() < 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "variant"), PEFT_IS_WRONG)
+def test_the_merge_is_the_live_model_where_pefts_is_not(
+    zoo_bases: dict[str, Path], tmp_path: Path, architecture: str, variant: str
+) -> None:
+    """PEFT merges both sides of a tied pair, or one of them twice; the live model is the oracle."""
+    adapter = save_variant(zoo_bases[architecture], architecture, variant, tmp_path / "adapter", seed=4)
+    expected = oracle(zoo_bases[architecture], adapter, architecture, TOKENS)
+    built(zoo_bases[architecture], adapter, tmp_path / "out")
+    logits = reload_logits(tmp_path / "out/fp32", architecture, TOKENS)
+    assert np.abs(logits - expected.logits).max() < 1e-5
