@@ -22,8 +22,11 @@ from qlora_export.sources.weights import FourBitWeight, Int8Weight
 DENSE_BY_DEFAULT = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
 )
+# Families whose every other matrix is a plain nn.Linear or Conv1D; transformers is asked about the rest.
+PLAIN_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
+)  # fmt: skip
 EXPERT = re.compile(r"\.experts\.(\d+\.)?")
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,7 @@ def _packed(adapter: Adapter) -> bool:
 def linear_modules(names: Names) -> frozenset[str]:
     """Stored modules that bitsandbytes quantises: linear layers but the output head, not packed experts."""
     checkpoint = names.checkpoint
-    sections = [checkpoint.config, checkpoint.text_config]
-    plain = names.direct and "text_config" not in checkpoint.config
-    if plain and not any(section.get(key) for section in sections for key in EXPERT_COUNTS):
+    if names.direct and checkpoint.config.get("model_type") in PLAIN_FAMILIES:
         return frozenset(
             weight.spec.module
             for name, weight in checkpoint.weights.items()

@@ -39,6 +39,9 @@ from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
 
 
+TRANSFORMERS_BLOCK = 64
+
+
 @dataclass(frozen=True)
 class AsTrained:
     """The live model of training."""
@@ -80,6 +83,12 @@ def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuanti
             f"{base.folder}: transformers has no FP8 kernels for a CPU, so the reference cannot run",
             "use build, or give the 16-bit base",
         )
+    if training.block_size != TRANSFORMERS_BLOCK and _plain(base) and training.quant_type != "none":
+        raise Refused(
+            f"{adapter.folder}: the base was trained on in blocks of {training.block_size}; transformers quantises in "
+            f"blocks of {TRANSFORMERS_BLOCK}, so the reference cannot run",
+            "use build, which reproduces any block size",
+        )
     options: dict[str, Any] = {}
     if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -87,7 +96,7 @@ def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuanti
             bnb_4bit_quant_type=training.quant_type,
             bnb_4bit_use_double_quant=training.double_quant,
             bnb_4bit_compute_dtype=TORCH_DTYPES[training.compute_dtype],
-            llm_int8_skip_modules=list(training.skip) or None,
+            llm_int8_skip_modules=[*training.skip, "lm_head"] if training.skip else None,
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,6 +106,8 @@ def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuanti
         torch.set_num_threads(threads)
     if _plain(base):
         _give_recorded_state(model, base, training)
+    # peft loads saved modules into copies of the base's: wide ones, so that nothing the adapter holds is rounded.
+    widen_dense(model)
     model = attach_adapter(model, adapter.folder)
     widen_dense(model)
     pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])

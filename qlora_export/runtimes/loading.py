@@ -51,6 +51,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # transformers 5.23 deprecates a property that peft 0.21 still asks for.
             warnings.simplefilter("ignore", FutureWarning)
+            # peft 0.21 rewrites the patterns of packed experts, and no longer knows them when it loads them.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             return peft.PeftModel.from_pretrained(model, folder, local_files_only=True).eval()
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(
@@ -66,8 +68,11 @@ def widen_dense(model: Any) -> None:
 
 
 def decoded_weight(layer: Any, roundings: Sequence[torch.dtype]) -> torch.Tensor:
-    """The float32 weight of a linear layer, decoded from 4 bits if need be and rounded to each dtype in turn."""
+    """The float32 weight of a linear layer, decoded from 4 or 8 bits if need be and rounded to each dtype in turn."""
     weight = layer.weight.data
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+        return bitsandbytes.functional.int8_vectorwise_dequant(weight, scales)
     state = getattr(layer.weight, "quant_state", None)
     if state is not None:
         # Decoded as one row: bitsandbytes 0.50 on AVX512 takes the wrong absmax when a row ends inside a block.
@@ -80,8 +85,10 @@ def decoded_weight(layer: Any, roundings: Sequence[torch.dtype]) -> torch.Tensor
 
 
 def pin_weights(model: Any, roundings: Sequence[torch.dtype] | None = None) -> None:
-    """Make every Linear4bit multiply in float32 with its decoded weight; rounded to its compute dtype by default."""
+    """Make quantised layers multiply in float32 with decoded weights; 4-bit ones rounded to their compute dtype."""
     for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.forward = partial(_forward, module, ())
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
             chosen = roundings if roundings is not None else [module.compute_dtype or torch.float32]

@@ -1,7 +1,8 @@
 """The runtime `transformers`: the folder opened by `AutoModelForCausalLM`, with its `adapter/` by peft, on the CPU.
 
-Activations are float32; quantised weights are decoded in float32 and rounded to the folder's compute dtype, the values
-that serving multiplies with.
+The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
+be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
+folder's compute dtype, the values that serving multiplies with.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from qlora_export.contracts import Session
 from qlora_export.runtimes.loading import ModelSession, attach_adapter, load_causal_lm, pin_weights, widen_dense
@@ -26,7 +25,7 @@ class TransformersRuntime:
     @contextmanager
     def open(self, folder: Path) -> Iterator[Session]:
         """Load the folder; raises InputError when it does not load."""
-        model = load_causal_lm(folder, dtype=torch.float32)
+        model = load_causal_lm(folder, dtype="auto")
         if (folder / ADAPTER_FOLDER).is_dir():
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         widen_dense(model)
