@@ -16,18 +16,17 @@ from typing import Any
 
 import bitsandbytes
 import numpy as np
-import peft
 import torch
 import transformers
 
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError, Refused
 from qlora_export.quant import nested, nf4
+from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
     ModelSession,
     attach_adapter,
-    decoded_weight,
     load_causal_lm,
     pin_weights,
     widen_dense,
@@ -37,7 +36,6 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
-
 
 TRANSFORMERS_BLOCK = 64
 
@@ -62,9 +60,10 @@ class AsTrained:
     @contextmanager
     def merged(self) -> Iterator[Session]:
         """With every linear layer's delta added to its weight and rounded once to the storage dtype."""
-        before = {layer: layer.__dict__.get("forward") for layer in _linear_layers(self.model)}
+        before = {layer: layer.__dict__.get("forward") for layer in adapted_layers(self.model)}
+        roundings = [TORCH_DTYPES[dtype] for dtype in self.training.weight_roundings]
         for layer in before:
-            layer.forward = partial(_merged_forward, layer, self.training, TORCH_DTYPES[self.training.storage_dtype])
+            layer.forward = partial(merged_forward, layer, roundings, TORCH_DTYPES[self.training.storage_dtype])
         try:
             yield ModelSession(self.model)
         finally:
@@ -110,52 +109,14 @@ def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuanti
     widen_dense(model)
     model = attach_adapter(model, adapter.folder)
     widen_dense(model)
-    pin_weights(model, [TORCH_DTYPES[dtype] for dtype in training.weight_roundings])
-    for layer in _linear_layers(model):
-        if isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit) and any(layer.use_dora.values()):
-            # peft takes the norms of DoRA from a weight that it decodes by itself, in 16 bits.
-            layer.forward = partial(_merged_forward, layer, training, torch.float32)
+    roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
+    pin_weights(model, roundings)
+    pin_dora(model, roundings)
     return AsTrained(model, training)
 
 
 def _plain(base: Checkpoint) -> bool:
     return all(weight.storage == "plain" for weight in base.weights.values())
-
-
-def _linear_layers(model: Any) -> list[Any]:
-    """The adapted linear layers, whose base has a weight [out, in]."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-        and isinstance(module.base_layer, torch.nn.Linear)
-        and not isinstance(module, peft.tuners.lora.layer.ParamWrapper)
-    ]
-
-
-def _merged_forward(
-    layer: Any, training: TrainingQuantization, rounding: torch.dtype, inputs: torch.Tensor
-) -> torch.Tensor:
-    roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
-    weight = decoded_weight(layer.base_layer, roundings)
-    bias = layer.base_layer.bias.float() if layer.base_layer.bias is not None else None
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        weight = weight + layer.scaling[name] * (_factor(layer.lora_B[name]) @ _factor(layer.lora_A[name]))
-        if layer.use_dora[name]:
-            magnitude = layer.lora_magnitude_vector[name].weight.float()
-            weight = weight * (magnitude / weight.norm(dim=1))[:, None]
-        if bias is not None and layer.lora_B[name].bias is not None:
-            bias = bias + layer.scaling[name] * layer.lora_B[name].bias.float()
-    return torch.nn.functional.linear(inputs.float(), weight.to(rounding).float(), bias)
-
-
-def _factor(module: Any) -> torch.Tensor:
-    """A factor as a whole matrix; peft stores a block-diagonal one without its zeros."""
-    whole = getattr(module, "weight_as_blockdiagonal_matrix", None)
-    weight: torch.Tensor = whole() if whole is not None else module.weight
-    return weight.float()
 
 
 def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantization) -> None:

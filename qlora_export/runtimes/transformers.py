@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_export.contracts import Session
+from qlora_export.runtimes.adapted import pin_dora
 from qlora_export.runtimes.loading import ModelSession, attach_adapter, load_causal_lm, pin_weights, widen_dense
 
 ADAPTER_FOLDER = "adapter"
@@ -30,4 +31,5 @@ class TransformersRuntime:
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         widen_dense(model)
         pin_weights(model)
+        pin_dora(model)
         yield ModelSession(model)

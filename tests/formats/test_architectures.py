@@ -1,0 +1,44 @@
+"""4-bit folders of every architecture load in transformers and compute what they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qlora_export import catalog
+from qlora_export.drift.survival import survival
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import make_plan
+from qlora_export.recipe import make_recipe
+from qlora_export.runtimes.as_trained import open_as_trained
+from tests.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"llama_classifier"}))
+def test_folders_load_and_keep_what_was_trained(tmp_path: Path, architecture: str, variant: str) -> None:
+    base = save_architecture(architecture, tmp_path / "base", seed=3, dtype=torch.bfloat16)
+    adapter = save_variant(base, architecture, variant, tmp_path / "adapter", seed=5)
+    data = {"base": str(base), "adapter": str(adapter), "artifacts": ["bf16", "nf4", "nf4-adapter"]}
+    plan = make_plan(make_recipe(data, Path(), "test"), tmp_path / "out")
+    artifacts = {artifact.name: artifact for artifact in build(plan, tmp_path / "out", BuildOptions())}
+    assert plan.adapter is not None
+    reference = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned().log_probabilities(TOKENS)
+    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+        assert np.abs(session.log_probabilities(TOKENS) - reference).max() < 1e-5
+    for item in plan.artifacts:
+        kept = survival(plan, item, artifacts[item.name])
+        assert set(kept) == set(plan.model.changed)
+        low, high = {"bf16": (0.95, 1.05), "nf4": (0.2, 1.6), "nf4-adapter": (1 - 1e-6, 1 + 1e-6)}[item.name]
+        assert all(low <= value <= high for value in kept.values()), kept
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/nf4", device_map={"": "cpu"})
+    live = {name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(live) == len(plan.training.quantised)
+    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4") as session:
+        found = session.log_probabilities(TOKENS)
+    assert (np.exp(reference) * (reference - found)).sum(axis=1).mean() < 1.0
