@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
+from qlora_export.inputs import Inputs
 from qlora_export.merge.carried import differing_tokenizer_files
-from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.combining import Weighted
 from qlora_export.merge.names import Names
 from qlora_export.merge.training_facts import TrainingFacts
-from qlora_export.recipe import Recipe
-from qlora_export.sources.adapter import Adapter
+from qlora_export.recipe import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.locate import identity
 from qlora_export.tensors.dtypes import ITEM_BYTES
 
 
-def assumptions_of(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    adapter: Adapter | None,
-    names: Names,
-    model: MergedModel,
-    facts: TrainingFacts,
-) -> tuple[str, ...]:
+def assumptions_of(inputs: Inputs, names: Names) -> tuple[str, ...]:
     """Every choice that nobody stated, and everything done beyond adding deltas."""
+    recipe, checkpoint, adapter = inputs.recipe, inputs.checkpoint, inputs.adapter
+    model, facts = inputs.model, inputs.facts
     found = list(model.notes)
     if adapter is None:
         found.append("no adapter: the base is released as it is, and is its own reference")
@@ -38,6 +36,17 @@ def assumptions_of(
         )
     found += _dense_experts(recipe, checkpoint, facts)
     return tuple(found)
+
+
+def combination_notes(combined: Sequence[Weighted], merge: Merge) -> tuple[str, ...]:
+    """How several adapters became one."""
+    if not combined:
+        return ()
+    described = ", ".join(f"{identity(item.adapter.folder)} x {item.weight:g}" for item in combined)
+    how: str = merge.combine
+    if how not in ("sum", "linear", "svd"):
+        how += f" with density {merge.density:g}"
+    return (f"adapters combined by {how}: {described}",)
 
 
 def _training(recipe: Recipe, training: TrainingQuantization) -> list[str]:

@@ -67,6 +67,18 @@ class EnvironmentProblem(ExportError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+class RemoteProblem(ExportError):
+    """A remote did not answer, or not as it should; running the same command again is safe."""
+
+    exit_code = ExitCode.REMOTE
+
+
+class NotAuthorised(ExportError):
+    """A remote does not let this user in."""
+
+    exit_code = ExitCode.NOT_AUTHORISED
+
+
 class RemoteConflict(ExportError):
     """The destination holds something else than we may replace."""
 

@@ -87,7 +87,7 @@ def release(recipe: Recipe, options: RunOptions) -> Run:
     if recipe.publish is None:
         raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
     publisher = catalog.load_publisher(recipe.publish.to, recipe.publish.version, recipe.folder)
-    publisher.require_ready([recipe.path(text) for text in (recipe.base, recipe.adapter) if text])
+    publisher.require_ready([recipe.path(text) for text in recipe.sources])
     run = check(recipe, options)
     write_report(run, options.out)
     entries = run.ledger.entries if run.ledger else ()

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 
 from qlora_export import __version__, catalog
-from qlora_export.assumptions import assumptions_of
+from qlora_export.assumptions import assumptions_of, combination_notes
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
+from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
 from qlora_export.merge.carried import (
     CarriedFile,
@@ -27,19 +28,19 @@ from qlora_export.merge.carried import (
 from qlora_export.merge.homes import match_adapter
 from qlora_export.merge.merged_model import MergedModel, Output, unmerged_model
 from qlora_export.merge.names import names_of
-from qlora_export.merge.training_facts import TrainingFacts, training_facts
+from qlora_export.merge.training_facts import training_facts
+from qlora_export.opening import Sources, open_sources
 from qlora_export.preflight import (
     artifact_problems,
     base_problems,
     disk_problems,
     opened,
-    place_problems,
     training_problems,
     value_problems,
 )
 from qlora_export.recipe import ArtifactRecipe, Recipe
-from qlora_export.sources.adapter import Adapter, is_lora, open_adapter, variant_problems
-from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
+from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
@@ -129,14 +130,25 @@ class Plan:
     """
 
     recipe: Recipe
-    checkpoint: Checkpoint
-    adapter: Adapter | None
+    opened: Sources
     model: MergedModel
     training: Training
     live_training: TrainingQuantization
     artifacts: tuple[ArtifactPlan, ...]
     exports: tuple[ExportPlan, ...]
     assumptions: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base."""
+        if self.opened.checkpoint is None:
+            raise ValueError("a plan has a base")
+        return self.opened.checkpoint
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter, or what several were combined into."""
+        return self.opened.adapter
 
     @property
     def bytes(self) -> int:
@@ -177,14 +189,9 @@ class Plan:
 
 def make_plan(recipe: Recipe, out: Path) -> Plan:
     """Plan a recipe; raises PlanRefused with every problem that the headers show."""
-    sources = [recipe.path(text) for text in (recipe.base, recipe.adapter) if text]
-    checkpoint = opened(open_checkpoint, sources[0])
-    adapter = opened(open_adapter, sources[1]) if recipe.adapter else None
-    problems = [found for found in (checkpoint, adapter) if isinstance(found, Problem)]
-    problems += place_problems(out, sources)
-    if isinstance(adapter, Adapter):
-        problems += variant_problems(adapter)
-    if isinstance(checkpoint, Problem) or isinstance(adapter, Problem) or (adapter and not is_lora(adapter)):
+    sources = open_sources(recipe, out)
+    checkpoint, adapter, problems = sources.checkpoint, sources.adapter, list(sources.problems)
+    if checkpoint is None or (adapter is None and recipe.adapters):
         raise PlanRefused(problems)
     problems += base_problems(checkpoint)
     match = match_adapter(adapter, checkpoint) if adapter else None
@@ -205,32 +212,11 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
-    assumptions = assumptions_of(recipe, checkpoint, adapter, names, model, facts)
-    plan = Plan(recipe, checkpoint, adapter, model, facts.stored, facts.live, artifacts, exports, assumptions)
+    assumptions = (*combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs, names))
+    plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
     return plan
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What an artifact is planned from: the merged model, and the base as it is."""
-
-    recipe: Recipe
-    checkpoint: Checkpoint
-    adapter: Adapter | None
-    model: MergedModel
-    unmerged: MergedModel
-    facts: TrainingFacts
-
-    @property
-    def training(self) -> TrainingQuantization:
-        """How the base was quantised, by stored names."""
-        return self.facts.stored.quantization
-
-    def onto(self, item: ArtifactRecipe) -> Onto:
-        """The merge base of one artifact; without an adapter there is nothing to merge, and the weights stay."""
-        return self.recipe.onto(item) if self.adapter else "original"
 
 
 def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:

@@ -135,11 +135,11 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
         if artifact.keep and not form.quantises:
             problems.append((artifact, f"{artifact.format} quantises nothing, so there is nothing to keep"))
-        if form.keeps_adapter and not recipe.adapter:
+        if form.keeps_adapter and not recipe.adapters:
             problems.append((artifact, f"{artifact.format} ships an adapter, the recipe has none"))
         if form.keeps_adapter and training.quant_type != "nf4":
             problems.append((artifact, f"{artifact.format} ships an NF4 base, training had {training.quant_type}"))
-        if not recipe.adapter and artifact.onto == "as-trained":
+        if not recipe.adapters and artifact.onto == "as-trained":
             problems.append((artifact, "there is no training without an adapter"))
         if form.keeps_adapter and (artifact.keep or artifact.onto == "original"):
             problems.append((artifact, f"{artifact.format} ships the base of training as it was"))

@@ -21,6 +21,10 @@ from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoi
 from qlora_export.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+Combination = Literal[
+    "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+    "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
+]  # fmt: skip
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,9 +48,29 @@ class Limits(_Facts):
 
 
 class Merge(_Facts):
-    """Which base the adapter is added to."""
+    """Which base the adapter is added to, and how several adapters become one.
+
+    `density` is the fraction of values that pruning keeps, `seed` that of DARE's random pruning.
+    """
 
     onto: OntoChoice = "as-trained"
+    combine: Combination = "sum"
+    density: float = Field(0.5, gt=0, le=1)
+    majority_sign: Literal["total", "frequency"] = "total"
+    svd_rank: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class WeightedAdapter(_Facts):
+    """One of several adapters and its weight."""
+
+    path: str = Field(min_length=1)
+    weight: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
 
 
 class ArtifactRecipe(_Facts):
@@ -117,7 +141,7 @@ class Recipe(_Facts):
 
     base: str = Field(min_length=1)
     base_id: str | None = None
-    adapter: str | None = Field(None, min_length=1)
+    adapter: str | tuple[WeightedAdapter, ...] | None = Field(None, min_length=1)
     merge: Merge = Merge()
     training_quantization: str | None = None
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
@@ -140,6 +164,18 @@ class Recipe(_Facts):
         if text is not None:
             parse_training(text)
         return text
+
+    @property
+    def adapters(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters with their weights; none, one, or several to combine."""
+        if isinstance(self.adapter, str):
+            return (WeightedAdapter(path=self.adapter),)
+        return self.adapter or ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Base and adapters, as they are named."""
+        return (self.base, *(item.path for item in self.adapters))
 
     @property
     def stated_training(self) -> TrainingQuantization | None:
@@ -265,6 +301,7 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Known keys at a place in the recipe."""
     sections: dict[str, type[BaseModel]] = {
         "merge": Merge,
+        "adapter": WeightedAdapter,
         "artifacts": ArtifactRecipe,
         "drift": DriftRecipe,
         "limits": Limits,

@@ -19,6 +19,7 @@ from qlora_export import __version__
 from qlora_export.contracts import TORCH_NAMES, Artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.sources.locate import identity
 
 MANIFEST_NAME = "manifest.json"
 FileFacts = dict[str, dict[str, Any]]
@@ -70,11 +71,15 @@ def origin(plan: Plan, base_files: FileFacts) -> dict[str, Any]:
         "assumptions": list(plan.assumptions),
         "sources": {
             "base": {
-                "id": plan.recipe.base_id or plan.checkpoint.folder.resolve().name,
+                "id": plan.recipe.base_id or identity(plan.checkpoint.folder),
                 "headers_sha256": plan.checkpoint.headers_sha256,
                 "files": base_files,
             },
-            "adapter": {"id": adapter.folder.resolve().name, "sha256": adapter.sha256} if adapter else None,
+            "adapter": {"id": identity(adapter.folder), "sha256": adapter.sha256} if adapter else None,
+            "combined_from": [
+                {"id": identity(item.adapter.folder), "sha256": item.adapter.sha256, "weight": item.weight}
+                for item in plan.opened.combined
+            ],
         },
     }
 

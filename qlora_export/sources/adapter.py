@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +56,7 @@ class Adapter:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    training: TrainingQuantization
+    training: TrainingQuantization = field(default_factory=TrainingQuantization)
 
     @property
     def weights(self) -> Path:
@@ -114,11 +114,16 @@ class Adapter:
 
 def open_adapter(folder: Path) -> Adapter:
     """Open an adapter folder; raises InputError or Refused."""
+    config = adapter_config(folder)
+    return Adapter(folder, config, _tensors(folder), read_sidecar(folder))
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter folder, its settings checked; raises InputError."""
     require_folder(folder, "adapter")
     config = read_json(folder / CONFIG_NAME)
     _check_config(folder / CONFIG_NAME, config)
-    tensors = _tensors(folder)
-    return Adapter(folder, config, tensors, read_sidecar(folder))
+    return config
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -20,9 +20,8 @@ from qlora_export.errors import InputError, Refused
 from qlora_export.sources.weights import Weight, weights_of
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor, read_header
-from qlora_export.tensors.layout import INDEX_NAME
+from qlora_export.tensors.layout import INDEX_NAME, SINGLE_NAME
 
-SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 

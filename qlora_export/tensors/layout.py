@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from qlora_export.contracts import Part
 from qlora_export.tensors.dtypes import ITEM_BYTES
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -64,8 +65,11 @@ def part_bytes(part: Part) -> int:
     return math.prod(part.shape) * ITEM_BYTES[part.dtype]
 
 
-def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int) -> Layout:
-    """Assign the parts of all tensors, given tensor by tensor in source order, to files of about `shard_bytes`."""
+def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int, single: str = SINGLE_NAME) -> Layout:
+    """Assign the parts of all tensors, given tensor by tensor in source order, to files of about `shard_bytes`.
+
+    `single` is the name of the only file where one is enough.
+    """
     groups: list[list[Part]] = [[]]
     filled = 0
     for parts in tensors:
@@ -78,7 +82,7 @@ def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int) -> Layout:
     places: dict[str, Place] = {}
     shards = []
     for number, group in enumerate(groups, 1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        name = single if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shards.append(_shard(name, group, places))
     return Layout(tuple(shards), places)
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qlora_export.contracts import Piece
+import numpy as np
+
+from qlora_export.contracts import Part, Piece
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.tensors.layout import Layout, ShardLayout
+from qlora_export.quant.floats import Float32
+from qlora_export.tensors.layout import Layout, ShardLayout, lay_out
 
 
 class ShardWriter:
@@ -54,6 +59,16 @@ class ShardWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Float32]) -> None:
+    """Write float32 arrays as one small safetensors file, sorted by name, and bring it to the disk."""
+    parts = [[Part(name, "F32", tensor.shape)] for name, tensor in sorted(tensors.items())]
+    layout = lay_out(parts, sys.maxsize, path.name)
+    with ShardWriter(path.parent, layout) as writer:
+        for name, tensor in tensors.items():
+            writer.write(Piece(name, 0, np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+        writer.sync()
 
 
 def disk_full(path: Path, needed_bytes: int) -> EnvironmentProblem:

@@ -146,7 +146,7 @@ def test_an_fp8_base_is_decoded_by_its_block_scales(tmp_path: Path, variant: str
 
 
 def to_fp8(base: Path, block: tuple[int, int]) -> Path:
-    """Store the linear layers of a base in FP8 blocks; a plain base with the values that they then have lies beside it."""
+    """Store the linear layers of a base in FP8 blocks, and beside it a plain base with the values they then have."""
     tensors = load_file(base / "model.safetensors")
     stored, decoded = dict(tensors), dict(tensors)
     for name, tensor in tensors.items():

@@ -1,0 +1,33 @@
+"""What artifacts are planned from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_export.contracts import Onto, TrainingQuantization
+from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an artifact is planned from: the merged model, and the base as it is."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    model: MergedModel
+    unmerged: MergedModel
+    facts: TrainingFacts
+
+    @property
+    def training(self) -> TrainingQuantization:
+        """How the base was quantised, by stored names."""
+        return self.facts.stored.quantization
+
+    def onto(self, item: ArtifactRecipe) -> Onto:
+        """The merge base of one artifact; without an adapter there is nothing to merge, and the weights stay."""
+        return self.recipe.onto(item) if self.adapter else "original"
