@@ -20,7 +20,7 @@ def assumptions_of(inputs: Inputs, names: Names) -> tuple[str, ...]:
     """Every choice that nobody stated, and everything done beyond adding deltas."""
     recipe, checkpoint, adapter = inputs.recipe, inputs.checkpoint, inputs.adapter
     model, facts = inputs.model, inputs.facts
-    found = list(model.notes)
+    found = [*_auto(recipe), *model.notes]
     if adapter is None:
         found.append("no adapter: the base is released as it is, and is its own reference")
     else:
@@ -29,6 +29,10 @@ def assumptions_of(inputs: Inputs, names: Names) -> tuple[str, ...]:
             found.append(f"taken from the adapter, where they differ from the base's: {', '.join(differing)}")
     if not model.settings.keys() & {"tie_word_embeddings"} and names.tied and checkpoint.states_tying is not False:
         found.append("the output head is tied to the embedding, and stays so")
+    if carried := sorted(name for name, output in model.outputs.items() if output.carried):
+        found.append(
+            f"{len(carried)} tensors that the model does not have are carried along, the first is {carried[0]}"
+        )
     found += [f"{name} is left out: {reason}" for name, reason in model.dropped.items()]
     if "auto_map" in checkpoint.config:
         found.append(
@@ -47,6 +51,12 @@ def combination_notes(combined: Sequence[Weighted], merge: Merge) -> tuple[str, 
     if how not in ("sum", "linear", "svd"):
         how += f" with density {merge.density:g}"
     return (f"adapters combined by {how}: {described}",)
+
+
+def _auto(recipe: Recipe) -> list[str]:
+    if recipe.merge.onto != "auto":
+        return []
+    return ["merge.onto auto is settled when it is built, by measuring both; planned as as-trained"]
 
 
 def _training(recipe: Recipe, training: TrainingQuantization) -> list[str]:

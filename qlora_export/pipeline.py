@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from qlora_export import catalog, engine
@@ -28,6 +29,7 @@ from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.data import write_report
 from qlora_export.report.run import Run
+from qlora_export.settling import Settled, settle
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.text import read_text
 
@@ -48,13 +50,22 @@ class RunOptions:
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
-    """Plan only."""
+    """Plan only; where the merge base is `auto`, as if it were as-trained."""
     return Run(make_plan(recipe, options.out))
 
 
 def build(recipe: Recipe, options: RunOptions) -> Run:
     """Plan and build."""
-    plan = make_plan(recipe, options.out)
+    return _build(settle(recipe, options.out, partial(_trial, options)), options)
+
+
+def _trial(options: RunOptions, recipe: Recipe, out: Path) -> Ledger | None:
+    return check(recipe, replace(options, out=out)).ledger
+
+
+def _build(settled: Settled, options: RunOptions) -> Run:
+    recipe = settled.recipe
+    plan = make_plan(recipe, options.out, settled.notes)
     with options.track("build") as progress:
         built = engine.build(plan, options.out, engine.BuildOptions(options.workers, progress=progress))
     made = {artifact.name: artifact for artifact in built}

@@ -37,6 +37,7 @@ from qlora_export.preflight import (
     opened,
     training_problems,
     value_problems,
+    vocabulary_problems,
 )
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter
@@ -187,8 +188,8 @@ class Plan:
         return INTERPRETER_BYTES + workers * block + 2 * (state + 4 * max(factors, default=0))
 
 
-def make_plan(recipe: Recipe, out: Path) -> Plan:
-    """Plan a recipe; raises PlanRefused with every problem that the headers show."""
+def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
+    """Plan a recipe; `notes` say what was settled before. Raises PlanRefused with every problem there is."""
     sources = open_sources(recipe, out)
     checkpoint, adapter, problems = sources.checkpoint, sources.adapter, list(sources.problems)
     if checkpoint is None or (adapter is None and recipe.adapters):
@@ -196,7 +197,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     problems += base_problems(checkpoint)
     match = match_adapter(adapter, checkpoint) if adapter else None
     if adapter is not None and match is not None:
-        problems += [*match.problems, *value_problems(adapter)]
+        problems += [*match.problems, *value_problems(adapter), *vocabulary_problems(adapter, match.model)]
     names = match.names if match else names_of(checkpoint, False, ())
     facts = opened(partial(training_facts, adapter, recipe.stated_training), names)
     if isinstance(facts, Problem):
@@ -206,13 +207,13 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     problems += artifact_problems(recipe, facts)
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
-    model = match.model if match else unmerged_model(checkpoint, names.input_major)
-    inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(checkpoint, names.input_major), facts)
+    model = match.model if match else unmerged_model(names)
+    inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
-    assumptions = (*combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs, names))
+    assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs, names))
     plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
@@ -232,7 +233,9 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
     for name, output in model.outputs.items():
         as_stored = form.consumes == "base" and output.source.storage in ("nf4", "fp4")
         chosen = form if output.spec.module in encoded and name.endswith(".weight") else dense
-        routes[name] = Route(output, chosen if output.spec.dtype in FLOATS and not as_stored else None)
+        routes[name] = Route(
+            output, chosen if output.spec.dtype in FLOATS and not (as_stored or output.carried) else None
+        )
     layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
     matrices = {spec.module for spec in (output.spec for output in model.outputs.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | (matrices - encoded)))

@@ -13,11 +13,13 @@ import numpy as np
 
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, ExportError, Problem
+from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.names import EMBEDDING
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.quant.floats import all_finite
 from qlora_export.recipe import Recipe
 from qlora_export.sources.adapter import Adapter
-from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.checkpoint import Checkpoint, read_json
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.reading import SourceFiles
 
@@ -117,6 +119,31 @@ def place_problems(out: Path, sources: list[Path]) -> list[Problem]:
         for source in sources
         if source.resolve() in (place, *place.parents)
     ]
+
+
+def vocabulary_problems(adapter: Adapter, model: MergedModel) -> list[Problem]:
+    """A tokenizer that came with the adapter and knows tokens which the embedding has no row for."""
+    path = adapter.folder / "tokenizer.json"
+    embeddings = [output.spec for output in model.outputs.values() if EMBEDDING.search(output.spec.module)]
+    if not path.is_file() or len(embeddings) != 1:
+        return []
+    highest, rows = _highest_token(path), embeddings[0].shape[0]
+    if highest < rows:
+        return []
+    message = f"{path}: token {highest} has no row in {embeddings[0].name} of {rows} rows"
+    hint = "the vocabulary was resized in training: save the adapter with save_embedding_layers=True"
+    return [Problem(ExitCode.BAD_INPUT, message, hint)]
+
+
+def _highest_token(path: Path) -> int:
+    """The highest token id of a tokenizer.json; -1 when it has none that can be read."""
+    data = read_json(path)
+    model = data.get("model") or {}
+    vocabulary = model.get("vocab") or {} if isinstance(model, dict) else {}
+    added = data.get("added_tokens") or []
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token.get("id") for token in added if isinstance(token, dict)]
+    return max((number for number in ids if isinstance(number, int)), default=-1)
 
 
 def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:

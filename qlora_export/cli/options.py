@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from qlora_export.recipe import Recipe
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe file; or use the flags instead.", metavar="[RECIPE]")]
-Base = Annotated[str | None, typer.Option("--base", help="Folder of the base model.")]
-AdapterFolder = Annotated[str | None, typer.Option("--adapter", help="Folder of the adapter.")]
+Base = Annotated[str | None, typer.Option("--base", help="Folder of the base model, or its Hub id.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="Folder or Hub id of the adapter; repeat to combine, PATH=WEIGHT to weight."),
+]
+Training = Annotated[
+    str | None,
+    typer.Option("--training-quantization", help="Where no sidecar tells: nf4,block=64,double,skip=lm_head, or none."),
+]
 Formats = Annotated[list[str] | None, typer.Option("--format", help="A format to make; repeat for several.")]
-OntoName = Annotated[str | None, typer.Option("--onto", help="Merge base: as-trained (default) or original.")]
+OntoName = Annotated[str | None, typer.Option("--onto", help="Merge base: as-trained (default), original or auto.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text to measure drift on: .jsonl or .txt.")]
 Settings = Annotated[
     list[str] | None,
@@ -43,9 +50,10 @@ def command_of(verb: Verb) -> Callable[..., None]:
     def command(
         recipe: RecipePath = None,
         base: Base = None,
-        adapter: AdapterFolder = None,
+        adapter: Adapters = None,
         formats: Formats = None,
         onto: OntoName = None,
+        training: Training = None,
         text: Text = None,
         settings: Settings = None,
         out: Out = None,
@@ -55,7 +63,14 @@ def command_of(verb: Verb) -> Callable[..., None]:
     ) -> None:
         if output is not None and not output.absolute().parent.is_dir():
             raise UsageError(f"{output}: its folder does not exist", "make the folder, or choose another file")
-        flags = {"--base": base, "--adapter": adapter, "--format": formats, "--onto": onto, "--text": text}
+        flags = {
+            "--base": base,
+            "--adapter": adapter,
+            "--format": formats,
+            "--onto": onto,
+            "--training-quantization": training,
+            "--text": text,
+        }
         facts = recipe_from(recipe, flags, settings or [])
         finish(verb(facts, run_options(recipe, out, workers)), as_json, output)
 
@@ -93,14 +108,30 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
     if not (flags["--base"] and flags["--format"]):
         raise UsageError("no recipe", "give a recipe file, or --base, --adapter and at least one --format")
     data: dict[str, Any] = {"base": flags["--base"]}
-    if flags["--adapter"] is not None:
-        data["adapter"] = flags["--adapter"]
+    if flags["--adapter"]:
+        data["adapter"] = _adapters(flags["--adapter"])
+    if flags["--training-quantization"] is not None:
+        data["training_quantization"] = flags["--training-quantization"]
     data["artifacts"] = [{"format": name} for name in flags["--format"]]
     if flags["--onto"]:
         data["merge"] = {"onto": flags["--onto"]}
     if flags["--text"]:
         data["drift"] = {"text": flags["--text"]}
     return make_recipe(data, Path(), "flags", settings)
+
+
+def _adapters(given: list[str]) -> str | list[dict[str, Any]]:
+    """One adapter by its name, or several, each PATH or PATH=WEIGHT."""
+    items = [_weighted(text) for text in given]
+    return given[0] if len(items) == 1 and items[0]["weight"] == 1 else items
+
+
+def _weighted(text: str) -> dict[str, Any]:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return {"path": path, "weight": float(weight)} if equals and path else {"path": text, "weight": 1.0}
+    except ValueError:
+        return {"path": text, "weight": 1.0}
 
 
 def run_options(recipe: Path | None, out: Path | None, workers: int | None) -> RunOptions:

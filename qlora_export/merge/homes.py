@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.adapter_keys import NESTED, PREFIX, AdapterTensors, ModuleTensors, factor_modules, sort_tensors
 from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
-from qlora_export.merge.merged_model import MergedModel, unmerged_model
+from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import Names, names_of
 from qlora_export.merge.targets import CLASSIFIER_HEADS, untouched_problems
 from qlora_export.merge.tying import settle_model
@@ -71,7 +71,7 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
             return Match(model, names, ())
     except ExportError as error:
         draft.problems.append(Problem.of(error))
-    return Match(unmerged_model(checkpoint), names, tuple(draft.problems))
+    return Match(MergedModel({}), names, tuple(draft.problems))
 
 
 def _match_all(draft: Draft, found: AdapterTensors) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_export.contracts import TensorSpec
 from qlora_export.merge.changes import Change
-from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.merge.names import Names
 from qlora_export.sources.weights import Weight
 
 
@@ -18,13 +17,14 @@ class Output:
     """One tensor of a model: `source` gives its values, of the base or of the adapter, `changes` are made in order.
 
     `transposed` says that the weight is stored [in, out] and belongs to a linear layer all the same (Conv1D): changes
-    and quantisation see its transpose.
+    and quantisation see its transpose. `carried` tensors belong to no parameter of the model and keep their bytes.
     """
 
     name: str
     source: Weight
     changes: tuple[Change, ...] = ()
     transposed: bool = False
+    carried: bool = False
 
     @property
     def spec(self) -> TensorSpec:
@@ -57,8 +57,11 @@ class MergedModel:
         return {name: output for name, output in self.outputs.items() if output.changes}
 
 
-def unmerged_model(checkpoint: Checkpoint, transposed: AbstractSet[str] = frozenset()) -> MergedModel:
+def unmerged_model(names: Names) -> MergedModel:
     """The base as it is."""
     return MergedModel(
-        {name: Output(name, weight, (), name in transposed) for name, weight in checkpoint.weights.items()}
+        {
+            name: Output(name, weight, (), name in names.input_major, name in names.carried)
+            for name, weight in names.checkpoint.weights.items()
+        }
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from qlora_export.errors import ExportError
 from qlora_export.sources.architecture import Architecture, Home, read_architecture
 from qlora_export.sources.checkpoint import Checkpoint
 
@@ -14,6 +15,13 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_em
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 # Models whose layers are transformers' Conv1D: weights stored [in, out].
 INPUT_MAJOR_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# The names that decoders usually have, from the root of the model on.
+STEM = r"((model|transformer|gpt_neox|decoder|language_model)\.)*"
+LAYER = re.compile(rf"{STEM}(layers|h|blocks)\.(?P<number>\d+)\..+")
+BESIDE_LAYERS = re.compile(
+    rf"{STEM}(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|norm|ln_f|final_layer_norm|wpe"
+    r"|embed_positions|project_in|project_out|score|classifier)"
+)
 INPUT_MAJOR_MODULE = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
@@ -69,6 +77,32 @@ class Names:
             for name, stored in named.items()
             if name.endswith(".weight") and len(weights[stored].spec.shape) == 2
         )
+
+    @cached_property
+    def carried(self) -> frozenset[str]:
+        """Stored tensors that the model does not have, such as heads that predict several tokens (`mtp.*`).
+
+        Names tell for layers and what is usual around them; transformers is asked about anything else, and where it
+        does not know the model either, what is unusual is taken for carried.
+        """
+        odd = frozenset(name for name, weight in self.checkpoint.weights.items() if not self._usual(weight.spec.module))
+        if not odd:
+            return odd
+        try:
+            known = {home.tensor for homes in self.architecture.homes.values() for home in homes}
+            rearranged = bool(self.architecture.rearranged)
+        except ExportError:
+            return odd
+        live = {*self.architecture.homes} & {*self.architecture.parameters}
+        used = {home.tensor for name in live for home in self.architecture.homes[name]}
+        return frozenset() if rearranged or not known else odd - used
+
+    def _usual(self, module: str) -> bool:
+        stem = module.removesuffix(".bias")
+        if (layer := LAYER.fullmatch(stem)) is not None:
+            count = self.checkpoint.text_config.get("num_hidden_layers") or self.checkpoint.config.get("n_layer")
+            return isinstance(count, int) and int(layer["number"]) < count
+        return BESIDE_LAYERS.fullmatch(stem) is not None
 
     @cached_property
     def input_major(self) -> frozenset[str]:

@@ -78,6 +78,7 @@ def linear_modules(names: Names) -> frozenset[str]:
             if name.endswith(".weight")
             and len(weight.spec.shape) == 2
             and not DENSE_BY_DEFAULT.search(weight.spec.module)
+            and name not in names.carried
         )
     architecture = names.architecture
     stored = set()

@@ -48,7 +48,9 @@ def settle_model(
             continue
         known = origin.pop(name, "")
         found = [*stored_changes.get(name, ()), *live.get(known, ())]
-        outputs[name] = Output(name, sources.get(known, weight), tuple(found), name in names.input_major)
+        outputs[name] = Output(
+            name, sources.get(known, weight), tuple(found), name in names.input_major, name in names.carried
+        )
     for name in origin.values():
         if name not in added:
             outputs[name] = Output(name, sources[name], tuple(live.get(name, ())))

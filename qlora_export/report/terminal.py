@@ -39,9 +39,9 @@ def show_progress(stage: str) -> Iterator[contracts.Progress]:
 
 def print_plan(run: Run, workers: int) -> None:
     """The plan as a table."""
-    console = _console()
+    console = console_for_result()
     plan = run.plan
-    table = _table(f"{len(plan.model.outputs)} tensors, {len(plan.model.changed)} adapted")
+    table = new_table(f"{len(plan.model.outputs)} tensors, {len(plan.model.changed)} adapted")
     for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for export in plan.exports:
@@ -56,7 +56,7 @@ def print_plan(run: Run, workers: int) -> None:
 
 def print_artifacts(run: Run) -> None:
     """The folders that were built."""
-    console = _console()
+    console = console_for_result()
     for artifact in run.artifacts:
         state = "verified, kept" if artifact.reused else "built"
         console.print(
@@ -70,7 +70,7 @@ def print_artifacts(run: Run) -> None:
 def print_release(run: Run) -> None:
     """The ledger, and where the artifacts went."""
     print_ledger(run)
-    console = _console()
+    console = console_for_result()
     for receipt in run.receipts:
         console.print(f"published {receipt.artifact} to {receipt.destination}", highlight=False, soft_wrap=True)
     if not run.receipts:
@@ -79,10 +79,10 @@ def print_release(run: Run) -> None:
 
 def print_ledger(run: Run) -> None:
     """The drift of every model from the one that was trained."""
-    console, ledger = _console(), run.ledger
+    console, ledger = console_for_result(), run.ledger
     if ledger is None:
         return
-    table = _table("Drift from the model that was trained")
+    table = new_table("Drift from the model that was trained")
     table.add_column("model", no_wrap=True)
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
@@ -113,12 +113,13 @@ class _Stdout(Console):
         raise BrokenPipeError
 
 
-def _console() -> Console:
+def console_for_result() -> Console:
     """Stdout; wide enough for the tables, since a number cut short is worse than a line that wraps."""
     return _Stdout(width=max(Console().width, TABLE_COLUMNS))
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """An empty table in the style of all of them."""
     return Table(
         title=title,
         title_justify="left",
@@ -163,4 +164,4 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
 
 def _print_assumptions(console: Console, run: Run) -> None:
     for assumption in run.plan.assumptions:
-        console.print(f"assumed: {assumption}", highlight=False, soft_wrap=True)
+        console.print(f"note: {assumption}", highlight=False, soft_wrap=True)

@@ -42,6 +42,7 @@ class Architecture:
     parameter to the one whose values it shares, `order` lists the parameters of a module itself.
     """
 
+    parameters: AbstractSet[str]
     homes: Mapping[str, tuple[Home, ...]]
     rearranged: Mapping[str, str]
     modules: AbstractSet[str]
@@ -117,6 +118,7 @@ def _read(checkpoint: Checkpoint, config: Any, class_name: str) -> Architecture:
     head = model.get_output_embeddings()
     skipped = {name.removesuffix(".weight") for pair in _tied(model).items() for name in pair}
     return Architecture(
+        parameters=frozenset(model.state_dict()),
         homes=homes,
         rearranged=rearranged,
         modules=frozenset(names.values()),
