@@ -5,7 +5,7 @@ Every function takes values and returns values; printing is the caller's busines
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from qlora_export.drift.measure import (
     measure_reference,
     reference_probabilities,
 )
+from qlora_export.drift.reference import require_reference
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
 from qlora_export.errors import ExportError, InputError, UsageError
@@ -29,7 +30,7 @@ from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.data import write_report
 from qlora_export.report.run import Run
-from qlora_export.settling import Settled, settle
+from qlora_export.settling import settle
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.text import read_text
 
@@ -56,16 +57,19 @@ def plan(recipe: Recipe, options: RunOptions) -> Run:
 
 def build(recipe: Recipe, options: RunOptions) -> Run:
     """Plan and build."""
-    return _build(settle(recipe, options.out, partial(_trial, options)), options)
+    return _build(recipe, options, lambda plan: None)
 
 
 def _trial(options: RunOptions, recipe: Recipe, out: Path) -> Ledger | None:
     return check(recipe, replace(options, out=out)).ledger
 
 
-def _build(settled: Settled, options: RunOptions) -> Run:
+def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
+    """Settle the merge base, plan, make sure of what is needed later, and build."""
+    settled = settle(recipe, options.out, partial(_trial, options))
     recipe = settled.recipe
     plan = make_plan(recipe, options.out, settled.notes)
+    require(plan)
     with options.track("build") as progress:
         built = engine.build(plan, options.out, engine.BuildOptions(options.workers, progress=progress))
     made = {artifact.name: artifact for artifact in built}
@@ -80,7 +84,7 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
     text = read_text(recipe.path(recipe.drift.text))
-    run = build(recipe, options)
+    run = _build(recipe, options, require_reference)
 
     from qlora_export.runtimes.loading import FolderTokenizer
 

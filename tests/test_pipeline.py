@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageError
+from qlora_export.errors import ExitCode, PlanRefused, Refused, RemoteConflict, UsageError
 from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
+from qlora_export.recipe import make_recipe
 from qlora_export.report.data import exit_code, report
-from tests.conftest import RecipeMaker, folder_bytes
+from tests.conftest import RecipeMaker, folder_bytes, save_adapter
 
 FAILS = {"format": "nf4", "limits": {"mean_kl": 0.0}}
 
@@ -149,3 +153,42 @@ def test_a_merged_model_without_an_adapter(release: Any, pico_base: Path, tmp_pa
 def test_what_needs_an_adapter_says_so(release: Any, artifact: Any, says: str) -> None:
     with pytest.raises(UsageError if artifact == "adapter" else PlanRefused, match=says):
         release(artifact, adapter=None)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["lm_head"], "use_rslora": True},
+        {"trainable_token_indices": [2, 17, 300]},
+    ],
+)
+def test_variants_are_measured_as_they_were_trained(
+    pico_base: Path, pico_text: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """The live adapter of peft is the reference of every variant."""
+    adapter = save_adapter(pico_base, tmp_path / "adapter", seed=5, **{"target_modules": ["q_proj"], **settings})
+    data = {"base": str(pico_base), "adapter": str(adapter), "artifacts": ["bf16", "nf4-adapter", "adapter"]}
+    drift = {"text": str(pico_text), "limits": {"gain_kept": None}}
+    run = run_check(make_recipe({**data, "drift": drift}, Path(), "test"), RunOptions(tmp_path / "out"))
+    assert run.ledger is not None
+    divergences = {entry.artifact.name: entry.drift.mean_kl for entry in run.ledger.entries}
+    assert divergences["bf16"] < 1e-4
+    assert divergences["nf4-adapter"] < 1e-5
+    assert divergences["adapter"] == 0
+    survived = [entry.drift.survival_min for entry in run.ledger.entries if entry.drift.survival_min is not None]
+    assert all(0.98 < value < 1.02 for value in survived)
+
+
+def test_a_classifier_is_built_and_not_measured(pico_base: Path, pico_text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(pico_base, num_labels=3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    data = {"base": str(pico_base), "adapter": str(tmp_path / "adapter"), "artifacts": ["bf16"]}
+    recipe = make_recipe({**data, "drift": {"text": str(pico_text)}}, Path(), "test")
+    with pytest.raises(Refused, match="the drift of a classifier is not measured yet"):
+        run_check(recipe, RunOptions(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
-from qlora_export.errors import InputError, Refused
+from qlora_export.errors import InputError
 from qlora_export.quant import nested, nf4
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.loading import (
@@ -36,8 +36,6 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
-
-TRANSFORMERS_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,6 @@ class AsTrained:
 
 def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuantization) -> AsTrained:
     """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar."""
-    if adapter.classifier:
-        raise Refused(f"{adapter.folder}: the drift of a classifier is not measured yet", "use build, which merges it")
-    if any(weight.storage == "fp8" for weight in base.weights.values()):
-        raise Refused(
-            f"{base.folder}: transformers has no FP8 kernels for a CPU, so the reference cannot run",
-            "use build, or give the 16-bit base",
-        )
-    if training.block_size != TRANSFORMERS_BLOCK and _plain(base) and training.quant_type != "none":
-        raise Refused(
-            f"{adapter.folder}: the base was trained on in blocks of {training.block_size}; transformers quantises in "
-            f"blocks of {TRANSFORMERS_BLOCK}, so the reference cannot run",
-            "use build, which reproduces any block size",
-        )
     options: dict[str, Any] = {}
     if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
         options["quantization_config"] = transformers.BitsAndBytesConfig(

@@ -129,7 +129,7 @@ def broken(place: Path, case: str) -> None:
         path = place / "base/model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
     elif case == "variant":
-        edit_json(place / "adapter/adapter_config.json", use_dora=True)
+        edit_json(place / "adapter/adapter_config.json", kasa_config={"beta": 1})
     elif case == "nan":
         edit_tensors(
             place / "adapter/adapter_model.safetensors",
@@ -142,7 +142,7 @@ def broken(place: Path, case: str) -> None:
     [
         ("pickles", 4, "its only weights are pickles"),
         ("truncated", 5, "model.safetensors"),
-        ("variant", 4, "DoRA cannot be merged yet"),
+        ("variant", 4, "KaSA cannot be merged"),
         ("nan", 5, "NaN or infinite"),
         ("none", 0, ""),
     ],
@@ -253,3 +253,28 @@ def test_a_reader_who_stops_reading_changes_no_exit_code(recipe: Path, flags: li
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+def test_several_adapters_and_a_stated_training(pico_base: Path, adapter_copy: Path, tmp_path: Path) -> None:
+    (adapter_copy / "qlora_export.json").unlink()
+    other = shutil.copytree(adapter_copy, tmp_path / "other")
+    flags = ["--base", pico_base, "--adapter", f"{adapter_copy}=0.25", "--adapter", other, "--format", "bf16"]
+    found = command(
+        "build", *flags, "--training-quantization", "nf4,double,skip=q_proj", "--out", tmp_path / "out", "--json"
+    )
+    assert found.returncode == 0, found.stderr
+    assumptions = json.loads(found.stdout)["assumptions"]
+    assert f"adapters combined by sum: {adapter_copy.name} x 0.25, other x 1" in assumptions
+    assert any(text.startswith("no sidecar: stated nf4 in blocks of 64 with double") for text in assumptions)
+    wrong = command("build", *flags, "--training-quantization", "nf4,block=7", "--out", tmp_path / "out")
+    assert wrong.returncode == 2
+    assert "'block=7' is no part of a training quantisation" in wrong.stderr
+
+
+def test_inspect_in_words_and_as_json(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
+    found = command("inspect", pico_adapter, "--base", pico_base, "--weights")
+    assert found.returncode == 0, found.stderr
+    assert "model.layers.0.mlp.up_proj.weight" in found.stdout
+    data = json.loads(command("inspect", pico_adapter, "--json").stdout)
+    assert (data["kind"], data["variant"], data["mergeable"]) == ("adapter", "LoRA", True)
+    assert command("inspect", tmp_path).returncode == 5

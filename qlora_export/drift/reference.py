@@ -1,0 +1,32 @@
+"""Whether the model that was trained can run on this machine, which every number of the ledger is compared with."""
+
+from __future__ import annotations
+
+from qlora_export.errors import Refused
+from qlora_export.planning import Plan
+
+TRANSFORMERS_BLOCK = 64
+
+
+def require_reference(plan: Plan) -> None:
+    """Raise Refused when there is no reference for this plan: before anything is built for a measurement."""
+    if plan.adapter is None:
+        return
+    training = plan.live_training
+    storages = {weight.storage for weight in plan.checkpoint.weights.values()}
+    if plan.adapter.classifier:
+        raise Refused(
+            f"{plan.adapter.folder}: the drift of a classifier is not measured yet", "use build, it merges it"
+        )
+    if "fp8" in storages:
+        raise Refused(
+            f"{plan.checkpoint.folder}: transformers has no FP8 kernels for a CPU, so the reference cannot run",
+            "use build, or give the 16-bit base",
+        )
+    quantised = storages == {"plain"} and training.quant_type != "none"
+    if quantised and training.block_size != TRANSFORMERS_BLOCK:
+        raise Refused(
+            f"{plan.adapter.folder}: the base was trained on in blocks of {training.block_size}; transformers quantises "
+            f"in blocks of {TRANSFORMERS_BLOCK}, so the reference cannot run",
+            "use build, which reproduces any block size",
+        )
