@@ -88,7 +88,7 @@ def save_adapter(base: Path, folder: Path, seed: int, size: float = 0.05, **chan
     model = peft.get_peft_model(load_qlora(base), peft.LoraConfig(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=size)
     model.save_pretrained(folder)
     record(model, folder)

@@ -26,7 +26,7 @@ def require_reference(plan: Plan) -> None:
     quantised = storages == {"plain"} and training.quant_type != "none"
     if quantised and training.block_size != TRANSFORMERS_BLOCK:
         raise Refused(
-            f"{plan.adapter.folder}: the base was trained on in blocks of {training.block_size}; transformers quantises "
+            f"{plan.adapter.folder}: trained on a base in blocks of {training.block_size}; transformers quantises "
             f"in blocks of {TRANSFORMERS_BLOCK}, so the reference cannot run",
             "use build, which reproduces any block size",
         )
