@@ -8,7 +8,6 @@ from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
 from qlora_export.inputs import Inputs
 from qlora_export.merge.carried import differing_tokenizer_files
 from qlora_export.merge.combining import Weighted
-from qlora_export.merge.names import Names
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.recipe import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
@@ -16,10 +15,10 @@ from qlora_export.sources.locate import identity
 from qlora_export.tensors.dtypes import ITEM_BYTES
 
 
-def assumptions_of(inputs: Inputs, names: Names) -> tuple[str, ...]:
+def assumptions_of(inputs: Inputs) -> tuple[str, ...]:
     """Every choice that nobody stated, and everything done beyond adding deltas."""
     recipe, checkpoint, adapter = inputs.recipe, inputs.checkpoint, inputs.adapter
-    model, facts = inputs.model, inputs.facts
+    model, facts, names = inputs.model, inputs.facts, inputs.names
     found = [*_auto(recipe), *model.notes]
     if adapter is None:
         found.append("no adapter: the base is released as it is, and is its own reference")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qlora_export.contracts import Onto, TrainingQuantization
 from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.names import Names
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter
@@ -22,6 +23,7 @@ class Inputs:
     model: MergedModel
     unmerged: MergedModel
     facts: TrainingFacts
+    names: Names
 
     @property
     def training(self) -> TrainingQuantization:

@@ -208,12 +208,12 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     model = match.model if match else unmerged_model(names)
-    inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts)
+    inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
-    assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs, names))
+    assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs))
     plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
@@ -238,7 +238,7 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
         )
     layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
     matrices = {spec.module for spec in (output.spec for output in model.outputs.values()) if len(spec.shape) == 2}
-    kept = tuple(sorted({"lm_head"} | (matrices - encoded)))
+    kept = tuple(sorted({"lm_head"} | inputs.names.both_names(matrices - encoded))) if form.quantises else ()
     config = edited_config(checkpoint.config, form, kept, model.settings)
     carried = carried_files(checkpoint, inputs.adapter, form, config)
     if (index := layout.index()) is not None:

@@ -128,6 +128,8 @@ def _adapters(given: list[str]) -> str | list[dict[str, Any]]:
 
 def _weighted(text: str) -> dict[str, Any]:
     path, equals, weight = text.rpartition("=")
+    if Path(text).exists():
+        return {"path": text, "weight": 1.0}
     try:
         return {"path": path, "weight": float(weight)} if equals and path else {"path": text, "weight": 1.0}
     except ValueError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,13 +25,13 @@ from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.engine.manifest import read_artifact, require_same_sources, verify_artifact
 from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.source_digests import HashJob, SourceDigests
-from qlora_export.engine.tensor_job import TensorJob
+from qlora_export.engine.tensor_job import Destination, TensorJob
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.sources.weights import Weight, weight_bytes
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.tensors.writing import disk_full
+from qlora_export.tensors.writing import ShardWriter, disk_full
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,13 @@ class Pass:
         self._done = 0
         self._makers: list[Callable[[], StagedJob]] = []
         self._subjects: list[Path | Weight] = []
-        make = partial(TensorJob, plan, files=files, writers=writers)
+        make = partial(_open_job, plan, files, _destinations(writers))
+        sources = plan.sources
         for path in plan.checkpoint.files:
             self._makers.append(partial(HashJob, digests, path))
             self._subjects.append(path)
-            self._add([source for source in plan.sources if source.stored[0].path == path], written, make)
-        self._own = [source for source in plan.sources if plan.from_adapter(source)]
+            self._add([source for source in sources if source.stored[0].path == path], written, make)
+        self._own = [source for source in sources if plan.from_adapter(source)]
         self._add(self._own, written, make)
         self._unsynced: list[Weight] = []
         self._unsynced_bytes = 0
@@ -126,7 +127,7 @@ class Pass:
             if source.spec.name in written:
                 self._done += weight_bytes(source)
             else:
-                self._makers.append(partial(make, source=source))
+                self._makers.append(partial(make, source))
                 self._subjects.append(source)
 
     def run(self) -> None:
@@ -150,10 +151,11 @@ class Pass:
     def _checkpoint(self) -> None:
         """Sync, then journal the tensors whose source has been hashed; the others wait for the next time."""
         hashed = self._digests.facts.keys()
+        own = {id(source) for source in self._own}
         ready = [
             source.spec.name
             for source in self._unsynced
-            if source in self._own or hashed >= {tensor.path.name for tensor in source.stored}
+            if id(source) in own or hashed >= {tensor.path.name for tensor in source.stored}
         ]
         if not ready:
             return
@@ -164,6 +166,21 @@ class Pass:
         written = set(ready)
         self._unsynced = [source for source in self._unsynced if source.spec.name not in written]
         self._unsynced_bytes = sum(weight_bytes(source) for source in self._unsynced)
+
+
+def _destinations(writers: Sequence[tuple[ArtifactPlan, ShardWriter]]) -> dict[int, list[Destination]]:
+    """What is made from each source, by the identity of the source."""
+    found: dict[int, list[Destination]] = {}
+    for artifact, writer in writers:
+        for route in artifact.routes.values():
+            found.setdefault(id(route.output.source), []).append(Destination(artifact, writer, route))
+    return found
+
+
+def _open_job(
+    plan: Plan, files: SourceFiles, destinations: Mapping[int, Sequence[Destination]], source: Weight
+) -> TensorJob:
+    return TensorJob(plan, source, files, destinations.get(id(source), ()))
 
 
 def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Onto, Piece, TensorEncoder
+from qlora_export.contracts import Onto, Piece
 from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
 from qlora_export.merge.changes import Changes
@@ -32,12 +32,11 @@ COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Destination:
-    """A tensor of an artifact that is made from this one; without an encoder the stored bytes are copied."""
+    """A tensor of an artifact that is made from a source; without a format, the stored bytes are copied."""
 
     plan: ArtifactPlan
     writer: ShardWriter
     route: Route
-    encoder: TensorEncoder | None
 
     @property
     def merge(self) -> tuple[str, Onto]:
@@ -56,18 +55,14 @@ class RowBlock:
 class TensorJob:
     """The work on one stored tensor for all artifacts that are made from it."""
 
-    def __init__(
-        self, plan: Plan, source: Weight, files: SourceFiles, writers: Sequence[tuple[ArtifactPlan, ShardWriter]]
-    ) -> None:
+    def __init__(self, plan: Plan, source: Weight, files: SourceFiles, destinations: Sequence[Destination]) -> None:
         self._source = source
         self._files = files
-        self._destinations = [
-            _destination(artifact, writer, route)
-            for artifact, writer in writers
-            for route in artifact.routes.values()
-            if route.output.source is source
+        self._destinations = destinations
+        self._encoders = [
+            found.route.form.open(found.route.spec) if found.route.form else None for found in destinations
         ]
-        self._encoded = [found for found in self._destinations if found.encoder is not None]
+        self._encoded = [found for found in destinations if found.route.form is not None]
         recorded = plan.training.quantization.recorded
         trained = recorded or any(found.plan.needs_trained_base for found in self._encoded)
         own = plan.from_adapter(source)
@@ -115,23 +110,28 @@ class TensorJob:
             return
         rows = self._rows.take(block.first, block.count)
         merged: dict[tuple[str, Onto], Float32] = {}
-        for found in self._encoded:
+        for found, encoder in zip(self._destinations, self._encoders, strict=True):
+            if encoder is None:
+                continue
             values = rows.stored
             if found.plan.form.consumes == "merged":
                 if found.merge not in merged:
                     merged[found.merge] = self._merge(_base(rows, found.plan.onto), found, block)
                 values = merged[found.merge]
-            self._write(found, values, block)
+            if found.route.turned:
+                values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
+            for piece in encoder.encode(values, block.first):
+                found.writer.write(piece)
 
     def seal(self) -> None:
         """Write what only the whole tensor decides, copy what is carried, and compare the base with the sidecar."""
         if self._rows is not None and self._rows.base is not None:
             self._rows.base.require_recorded()
-        for found in self._destinations:
-            if found.encoder is None:
+        for found, encoder in zip(self._destinations, self._encoders, strict=True):
+            if encoder is None:
                 self._copy(found)
                 continue
-            for piece in found.encoder.seal():
+            for piece in encoder.seal():
                 found.writer.write(piece)
 
     def _merge(self, values: Float32, found: Destination, block: RowBlock) -> Float32:
@@ -141,14 +141,6 @@ class TensorJob:
         merged = values.copy()
         changes.apply(merged, block.first)
         return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
-
-    def _write(self, found: Destination, values: Float32, block: RowBlock) -> None:
-        if found.encoder is None:
-            return
-        if found.route.turned:
-            values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
-        for piece in found.encoder.encode(values, block.first):
-            found.writer.write(piece)
 
     def _copy(self, found: Destination) -> None:
         for tensor in found.route.output.source.stored:
@@ -170,10 +162,6 @@ class TensorJob:
 
 def _base(rows: Rows, onto: Onto) -> Float32:
     return rows.original if onto == "original" else rows.trained
-
-
-def _destination(artifact: ArtifactPlan, writer: ShardWriter, route: Route) -> Destination:
-    return Destination(artifact, writer, route, route.form.open(route.spec) if route.form else None)
 
 
 def _copy_tensor(tensor: StoredTensor, files: SourceFiles, writer: ShardWriter) -> None:

@@ -63,6 +63,23 @@ class Names:
         """The name of a module in the live model of today's transformers."""
         return module if self.direct else self.architecture.module(module)
 
+    def both_names(self, stored: Iterable[str]) -> set[str]:
+        """Stored modules under their own names and under those of the live model, where they differ."""
+        modules = set(stored)
+        if self.direct and not self._renames:
+            return modules
+        homes = self.architecture.homes.items()
+        return modules | {
+            name.removesuffix(".weight")
+            for name, found in homes
+            if len(found) == 1 and found[0].tensor.removesuffix(".weight") in modules
+        }
+
+    @property
+    def _renames(self) -> bool:
+        """Whether names lie where decoders usually have none, so that the live model may have others."""
+        return not all(self._usual(weight.spec.module) for weight in self.checkpoint.weights.values())
+
     @cached_property
     def live_matrices(self) -> tuple[str, ...]:
         """Modules of the live model whose weight is one stored matrix."""

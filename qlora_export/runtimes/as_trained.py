@@ -21,6 +21,7 @@ import transformers
 
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
+from qlora_export.merge.names import names_of
 from qlora_export.quant import nested, nf4
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.loading import (
@@ -110,6 +111,7 @@ def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantiz
     bitsandbytes rounds the 8-bit absmax otherwise on a CPU than on the GPU that trained, and sums its mean in another
     order. Then the state is computed from the base by the recorded rules, and taken if it has the recorded hash.
     """
+    names = names_of(base, False, [f"{name}.weight" for name in training.modules])
     with SourceFiles() as files:
         for name, layer in model.named_modules():
             recorded = training.modules.get(name)
@@ -117,7 +119,9 @@ def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantiz
                 continue
             found = trained_module(name, layer)
             if found.codes_sha256 == recorded.codes_sha256 and found != recorded:
-                _replace_absmax(layer, files.values(base.tensors[f"{name}.weight"]), training, recorded)
+                stored = f"{names.stored_module(name) or name}.weight"
+                values = files.values(base.tensors[stored])
+                _replace_absmax(layer, values.T if stored in names.input_major else values, training, recorded)
                 found = trained_module(name, layer)
             if found != recorded:
                 what = "codes" if found.codes_sha256 != recorded.codes_sha256 else "absmax state"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 import bitsandbytes
@@ -17,6 +18,22 @@ from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from tests.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_multimodal", "gpt2", "mixtral", "llama"])
+def test_a_layer_that_is_kept_dense_loads_dense(tmp_path: Path, architecture: str) -> None:
+    """The skip list speaks the names of the live model, which are not always those of the file."""
+    base = save_architecture(architecture, tmp_path / "base", seed=3, dtype=torch.bfloat16)
+    adapter = save_variant(base, architecture, "lora", tmp_path / "adapter", seed=5)
+    artifact = {"format": "nf4", "keep": ["*.0.self_attn.q_proj", "*.0.attn.c_attn"][architecture == "gpt2" :][:1]}
+    data = {"base": str(base), "adapter": str(adapter), "artifacts": [artifact]}
+    plan = make_plan(make_recipe(data, Path(), "test"), tmp_path / "out")
+    build(plan, tmp_path / "out", BuildOptions())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/nf4", device_map={"": "cpu"})
+    live = [name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    kept = [name for name in plan.training.quantised if fnmatch.fnmatch(name, artifact["keep"][0])]
+    assert kept
+    assert len(live) == len(plan.training.quantised) - len(kept)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
