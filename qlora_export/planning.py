@@ -35,6 +35,7 @@ from qlora_export.preflight import (
     base_problems,
     disk_problems,
     opened,
+    shape_problems,
     training_problems,
     value_problems,
     vocabulary_problems,
@@ -208,6 +209,8 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     model = match.model if match else unmerged_model(names)
+    if problems := shape_problems(checkpoint, model):
+        raise PlanRefused(problems)
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(

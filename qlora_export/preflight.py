@@ -14,7 +14,7 @@ import numpy as np
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.names import EMBEDDING
+from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.quant.floats import all_finite
 from qlora_export.recipe import Recipe
@@ -25,6 +25,7 @@ from qlora_export.tensors.reading import SourceFiles
 
 SECTOR_BYTES = 512
 DECODED_METHODS = ("bitsandbytes", "fp8")
+NORMED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FACTOR_NAME = re.compile(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?$")
 Source = TypeVar("Source")
 Opened = TypeVar("Opened")
@@ -60,6 +61,29 @@ def base_problems(checkpoint: Checkpoint) -> list[Problem]:
         for weight in checkpoint.weights.values()
         if weight.spec.dtype[0] == "F" and weight.spec.dtype not in FLOATS
     ]
+
+
+def shape_problems(checkpoint: Checkpoint, model: MergedModel) -> list[Problem]:
+    """Tensors that config.json promises and the base has not, and an embedding of another size than it says."""
+    problems = []
+    layers: dict[int, set[str]] = {}
+    for name in checkpoint.weights:
+        if (found := LAYER.match(name)) is not None:
+            layers.setdefault(int(found["number"]), set()).add(name[found.end("number") :])
+    stated = checkpoint.text_config.get("num_hidden_layers") or checkpoint.config.get("n_layer")
+    if layers and isinstance(stated, int):
+        problems += [f"layers.{number} has no tensor at all" for number in range(stated) if number not in layers]
+        if checkpoint.config.get("model_type") in PLAIN_FAMILIES and not problems:
+            every = set.union(*(layers[number] for number in range(stated)))
+            problems += [f"layers.{n} has no {part[1:]}" for n in range(stated) for part in sorted(every - layers[n])]
+    if checkpoint.config.get("model_type") in NORMED_FAMILIES and "model.norm.weight" not in checkpoint.weights:
+        problems.append("there is no model.norm.weight")
+    rows = model.settings.get("vocab_size", checkpoint.text_config.get("vocab_size"))
+    embeddings = [output.spec for output in model.outputs.values() if EMBEDDING.search(output.spec.module)]
+    if isinstance(rows, int) and len(embeddings) == 1 and embeddings[0].shape[0] != rows:
+        problems.append(f"{embeddings[0].name} has {embeddings[0].shape[0]} rows, vocab_size is {rows}")
+    hint = "the base is incomplete, or config.json is that of another model: fetch it again"
+    return [Problem(ExitCode.BAD_INPUT, f"{checkpoint.folder}: {problem}", hint) for problem in problems]
 
 
 def training_problems(adapter: Adapter, checkpoint: Checkpoint, facts: TrainingFacts) -> list[Problem]:

@@ -486,7 +486,9 @@ CONFIGS: dict[str, Case] = {
     ),
     "blocks-no-settings": Case(settings(use_bdlora=True), BAD_INPUT, (CONFIG, "use_bdlora")),
     "layers-as-text": Case(
-        several(settings(layers_to_transform="0"), tensors(drop("0.self_attn.q_proj"))), BAD_INPUT, ("q_proj",)
+        several(settings(layers_to_transform="0"), tensors(drop("0.self_attn.q_proj"))),
+        BAD_INPUT,
+        ("layers_to_transform",),
     ),
     "layers-denied": Case(settings(layers_to_transform=[0]), BAD_INPUT, ("layers.1.",)),
     "tensors-of-an-excluded-module": Case(settings(exclude_modules=["q_proj"]), BAD_INPUT, ("q_proj",)),
@@ -1093,48 +1095,6 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_parameters": ["mlp.experts.gate_up_proj"], "alpha_pattern": {"mlp.experts.gate_up_proj": 3}},
     ),
 }
-# Cases that the product does not pass yet, by what it does instead.
-EXPECTED_TO_FAIL: dict[str, str] = {
-    name: what
-    for what, names in {
-        "merged, of which a part is lost or wrong": (
-            "head-factors-and-tokens tied-dora-of-the-head tied-dora-of-the-embedding tied-scales-that-differ"
-            " saved-experts integers-without-scales bytes-without-scales int8-without-scales int8-with-too-few-scales"
-            " int8-with-too-many-scales int8-with-integer-scales int8-in-the-order-of-turing expert-missing"
-            " two-names-of-one-module both-kinds-of-factors bias-of-an-embedding bias-of-a-parameter"
-            " magnitude-of-a-parameter tied-factors-that-differ classifier-head-of-wrong-width"
-            " classifier-head-of-another-name classifier-head-inside-a-layer saved-conv1d-transposed"
-            " alpha-vanishes-in-float32 alpha-zero-of-a-parameter"
-        ),
-        "half an adapter is merged as a whole one": (
-            "half-of-target-parameters parameters-without-tensors saved-norms-without-tensors half-of-the-saved-modules"
-            " tokens-without-tensor biases-without-tensors lora-bias-without-tensors all-linear-without-tensors"
-            " adapter-index-names-what-is-not-there"
-        ),
-        "tensors are merged that PEFT ignores, because the config denies them": (
-            "layers-denied tensors-of-an-excluded-module tensors-of-a-module-not-targeted"
-            " embedding-factors-of-a-linear-layer linear-factors-of-an-embedding"
-        ),
-        "accepted": (
-            "init-of-a-later-peft config-links-out sidecar-links-out base-config-links-out targets-no-regex"
-            " exclusions-no-regex vocabulary-of-nothing four-bit-type-is-not-its-name"
-            " four-bit-without-state-where-nothing-is-merged four-bit-negative-shape-where-nothing-is-merged"
-            " layer-of-the-base-missing norm-of-the-base-missing config-of-another-size"
-        ),
-        "a traceback and exit code 1": (
-            "rank-huge rank-huge-rslora rank-pattern-inner-flags layers-as-text tokens-as-text tokens-as-floats"
-            " huge-shape fp8-with-one-number-for-a-block fp8-with-words-for-a-block fp8-with-broken-blocks"
-            " quantization-as-a-word dtype-as-a-list four-bit-state-nested-too-deep four-bit-block-of-zero"
-            " four-bit-block-infinite four-bit-says-gptq architecture-a-number sidecar-block-infinite"
-        ),
-        "waits for ever": "config-is-a-pipe tokenizer-is-a-pipe",
-        "another exit code, or a message that names the wrong thing": (
-            "adalora-as-peft-saves-it oft-as-peft-saves-it ia3-with-nulls config-folder weights-are-a-folder"
-            " tokenizer-is-a-folder tokenizer-links-nowhere tokens-negative three-dimensions alpha-overflows-float32"
-        ),
-    }.items()
-    for name in names.split()
-}
 
 
 @pytest.fixture(scope="session")
@@ -1202,13 +1162,7 @@ def test_every_pair_is_sound_before_it_is_broken(
     assert (place.out / "bf16/manifest.json").exists()
 
 
-def skipping(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test, without those that are expected to fail."""
-    known = EXPECTED_TO_FAIL
-    return [pytest.param(name, marks=[pytest.mark.skip(known[name])] if name in known else []) for name in names]
-
-
-@pytest.mark.parametrize("name", skipping(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_broken_is_refused_by_name(
     pairs: Callable[[str], tuple[Path, Path]],
     place: Place,
@@ -1237,7 +1191,7 @@ def test_what_is_broken_is_refused_by_name(
         assert not place.out.exists()
 
 
-@pytest.mark.parametrize("name", skipping(LIVE))
+@pytest.mark.parametrize("name", LIVE)
 def test_what_peft_saves_is_merged_as_it_runs_or_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

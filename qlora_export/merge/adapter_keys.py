@@ -24,12 +24,15 @@ WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod|_checkpoint_wra
 ADAPTER_NAME = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta)\.default(?=\.|$)"
 )
+# What peft saves for training alone: samplers of MonteCLoRA, the buffer of VeLoRA, the original beside a saved module.
+TRAINING_ONLY = re.compile(r".+\.(lora_monteclora_sampler\..+|lora_velora_embed(\..+)?|original_module\..+)")
 SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta|base_layer\.weight|base_layer\.bias)"
 )
 NESTED = ".base_layer"
+TOKENS = ".token_adapter"
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class ModuleTensors:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """All tensors of an adapter: by module, saved whole by their name in the model, and two of one name."""
+    """All tensors of an adapter: by module, saved whole by their name in the model, and pairs of one name."""
 
     modules: tuple[ModuleTensors, ...]
     whole: Mapping[str, StoredTensor]
-    doubled: tuple[StoredTensor, ...]
+    doubled: tuple[tuple[StoredTensor, StoredTensor], ...]
 
 
 def sort_tensors(tensors: Mapping[str, StoredTensor]) -> AdapterTensors:
@@ -61,14 +64,16 @@ def sort_tensors(tensors: Mapping[str, StoredTensor]) -> AdapterTensors:
     doubled = []
     for name, tensor in tensors.items():
         plain = plain_name(name)
+        if TRAINING_ONLY.fullmatch(plain):
+            continue
         found = PART.fullmatch(plain)
         if found is None:
             place, key = whole, plain
         else:
             module, depth = _unnested(found["module"])
-            place, key = modules.setdefault((module, depth), {}), found["part"]
+            place, key = modules.setdefault((module.removesuffix(TOKENS), depth), {}), found["part"]
         if key in place:
-            doubled.append(tensor)
+            doubled.append((place[key], tensor))
         place[key] = tensor
     sorted_modules = tuple(ModuleTensors(module, depth, parts) for (module, depth), parts in modules.items())
     return AdapterTensors(sorted_modules, whole, tuple(doubled))

@@ -59,10 +59,10 @@ def carried_files(
     """All files beside the weights, sorted by name."""
     files = {"config.json": CarriedFile("config.json", content=config)}
     for path in checkpoint.folder.iterdir():
-        if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
+        if TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name):
             files[path.name] = CarriedFile(path.name, require_contained(path))
     for path in adapter.folder.iterdir() if adapter else ():
-        if path.is_file() and TOKENIZER_NAME.fullmatch(path.name):
+        if TOKENIZER_NAME.fullmatch(path.name):
             files[path.name] = CarriedFile(path.name, require_contained(path))
     if adapter and form.keeps_adapter:
         for file in _kept_adapter(adapter):
@@ -87,7 +87,7 @@ def differing_tokenizer_files(checkpoint: Checkpoint, adapter: Adapter) -> list[
         name
         for name in names
         if (checkpoint.folder / name).is_file()
-        and (checkpoint.folder / name).read_bytes() != (adapter.folder / name).read_bytes()
+        and (checkpoint.folder / name).read_bytes() != require_contained(adapter.folder / name).read_bytes()
     )
 
 

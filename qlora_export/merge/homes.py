@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from qlora_export.errors import ExitCode, ExportError, Problem
-from qlora_export.merge.adapter_keys import NESTED, PREFIX, AdapterTensors, ModuleTensors, factor_modules, sort_tensors
+import numpy as np
+
+from qlora_export.errors import ExportError, Problem
+from qlora_export.merge.adapter_keys import NESTED, PREFIX, AdapterTensors, ModuleTensors, sort_tensors
 from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
+from qlora_export.merge.draft import SAVE_AGAIN, Draft, same_values
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import Names, names_of
-from qlora_export.merge.targets import CLASSIFIER_HEADS, untouched_problems
+from qlora_export.merge.targets import match_config, parameter_names
 from qlora_export.merge.tying import settle_model
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter
 from qlora_export.sources.architecture import Home
@@ -19,8 +22,10 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 
-OTHER_BASE = "was the adapter trained on another base?"
-SAVE_AGAIN = "save the adapter again"
+EMBEDDING_LIKE = re.compile(
+    r"(^|\.)(embed_tokens|embed_positions|embed_in|word_embeddings|tok_embeddings|wte|wpe|embeddings?)$"
+)
+DISAGREE = f"{CONFIG_NAME} and tensors do not agree"
 
 
 @dataclass(frozen=True)
@@ -32,34 +37,8 @@ class Match:
     problems: tuple[Problem, ...]
 
 
-@dataclass
-class Draft:
-    """What has found its home so far, by the live name of the parameter."""
-
-    adapter: Adapter
-    names: Names
-    changes: dict[str, list[Change]] = field(default_factory=dict)
-    stored_changes: dict[str, list[Change]] = field(default_factory=dict)
-    replaced: dict[str, StoredTensor] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def problem(self, message: str, hint: str = OTHER_BASE) -> None:
-        """Note what does not fit."""
-        self.problems.append(Problem(ExitCode.BAD_INPUT, f"{self.adapter.weights}: {message}", hint))
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        """The shape [out, in] of a parameter that is stored in one tensor, or of its replacement."""
-        if parameter in self.replaced:
-            return self.replaced[parameter].spec.shape
-        homes = self.names.parameter(parameter)
-        if len(homes) != 1 or homes[0].window is not None:
-            return None
-        shape = self.names.checkpoint.weights[homes[0].tensor].spec.shape
-        return shape[::-1] if homes[0].tensor in self.names.input_major else shape
-
-
 def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
-    """Match an adapter with its base by names and headers; raises InputError or Refused for an unknown model."""
+    """Match an adapter with its base by names and headers; what is wrong is in the match's problems."""
     found = sort_tensors(adapter.tensors)
     modules = [item.module for item in found.modules] + list(adapter.training.modules)
     names = names_of(checkpoint, adapter.classifier, [*(f"{module}.weight" for module in modules), *found.whole])
@@ -67,27 +46,31 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
     try:
         _match_all(draft, found)
         if not draft.problems:
-            model = settle_model(draft.names, adapter, draft.changes, draft.stored_changes, draft.replaced)
-            return Match(model, names, ())
+            model = settle_model(draft)
+            _require_all_used(draft, model)
+            if not draft.problems:
+                return Match(model, names, ())
     except ExportError as error:
         draft.problems.append(Problem.of(error))
     return Match(MergedModel({}), names, tuple(draft.problems))
 
 
 def _match_all(draft: Draft, found: AdapterTensors) -> None:
-    for tensor in found.doubled:
-        draft.problem(f"tensor {tensor.spec.name} is there twice under two spellings", SAVE_AGAIN)
+    if not found.modules and not found.whole:
+        draft.problem("no tensor at all", SAVE_AGAIN)
     for tensor in draft.adapter.tensors.values():
         if tensor.spec.dtype not in FLOATS:
             draft.problem(f"tensor {tensor.spec.name} has dtype {tensor.spec.dtype}", "16 and 32-bit floats are merged")
     if draft.problems:
         return
-    _match_whole(draft, found)
+    _settle_doubles(draft, found)
+    for name, tensor in found.whole.items():
+        _replace(draft, name, tensor)
     for item in found.modules:
         for part in ("base_layer.weight", "base_layer.bias"):
             if (copy := item.part(part)) is not None:
                 _replace(draft, f"{item.module}.{part.removeprefix('base_layer.')}", copy)
-    parameters = _parameter_names(draft, found)
+    parameters = parameter_names(draft, found)
     for item in found.modules:
         if item.part("lora_embedding_A") is not None or item.part("lora_embedding_B") is not None:
             _match_embedding(draft, item)
@@ -97,62 +80,74 @@ def _match_all(draft: Draft, found: AdapterTensors) -> None:
             _match_linear(draft, item)
         if (rows := item.part("token_adapter.trainable_tokens_delta")) is not None:
             _match_tokens(draft, item.module, rows)
-    if not found.modules and not found.whole:
-        draft.problem("no tensor at all", SAVE_AGAIN)
     if not draft.problems:
-        draft.problems += untouched_problems(draft.adapter, draft.names, found)
+        match_config(draft, found)
 
 
-def _match_whole(draft: Draft, found: AdapterTensors) -> None:
-    for name, tensor in found.whole.items():
-        _replace(draft, name, tensor)
+def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
+    """Two tensors of one name may be copies of each other; two spellings of one module may not be."""
+    for first, second in found.doubled:
+        alike = first.spec.shape == second.spec.shape and same_values(first, second)
+        if alike:
+            draft.account(first)
+        else:
+            draft.problem(f"tensor {second.spec.name} is there twice under two spellings", SAVE_AGAIN)
+    live: dict[tuple[str, int], str] = {}
+    for item in found.modules:
+        key = (draft.names.live_module(item.module), item.depth)
+        if key in live:
+            draft.problem(f"{live[key]} and {item.module} are two names of one module", SAVE_AGAIN)
+        live[key] = item.module
+
+
+def _require_all_used(draft: Draft, model: MergedModel) -> None:
+    """Note every tensor that has no part in the merged model."""
+    used = {id(tensor) for output in model.outputs.values() for change in output.changes for tensor in change.tensors}
+    used |= {id(tensor) for output in model.outputs.values() for tensor in output.source.stored}
+    sorted_ones = sort_tensors(draft.adapter.tensors)
+    known = {*sorted_ones.whole.values()} | {tensor for item in sorted_ones.modules for tensor in item.parts.values()}
+    for tensor in draft.adapter.tensors.values():
+        if tensor in known and id(tensor) not in used and tensor.spec.name not in draft.accounted:
+            draft.problem(f"tensor {tensor.spec.name} has no home: nothing in the merged model uses it", DISAGREE)
 
 
 def _replace(draft: Draft, parameter: str, tensor: StoredTensor) -> None:
     """A tensor that was saved whole takes the place of the base's; a classifier's head may be new."""
+    names = draft.names
     module = parameter.rpartition(".")[0]
-    new_head = draft.adapter.classifier and module.split(".")[-1] in CLASSIFIER_HEADS
-    untied_head = draft.names.tied and module == draft.names.head and parameter.endswith(".weight")
     if parameter in draft.replaced:
-        draft.problem(f"tensor {tensor.spec.name} is there twice under two spellings", SAVE_AGAIN)
+        if same_values(draft.replaced[parameter], tensor):
+            draft.account(tensor)
+        else:
+            draft.problem(f"tensor {tensor.spec.name} is there twice under two spellings", SAVE_AGAIN)
         return
-    homes = draft.names.parameter(parameter)
-    if not (homes or new_head or untied_head):
+    homes = names.parameter(parameter)
+    expected = draft.stored_shape(parameter)
+    untied_head = names.tied and parameter == f"{names.head}.weight"
+    vocabulary = module in (names.embedding, names.head) and parameter.endswith(".weight")
+    if len(homes) > 1 or (homes and homes[0].window is not None):
+        draft.problem(
+            f"tensor {tensor.spec.name} was saved whole, the base stores it in {len(homes)} tensors", DISAGREE
+        )
+        return
+    if expected is None and untied_head:
+        expected = draft.stored_shape(f"{names.embedding}.weight")
+    if expected is None and names.classifier and module in names.architecture.modules:
+        # The number of labels is the adapter's, the width the model's.
+        expected, vocabulary = names.architecture.parameters.get(parameter), True
+    if expected is None:
         why = "it is no LoRA tensor of a known module, and the base has no tensor of this name"
         draft.problem(f"tensor {tensor.spec.name} has no home", why)
         return
-    expected = draft.shape(parameter)
-    if untied_head and not homes:
-        expected = draft.shape(f"{draft.names.embedding}.weight")
-    vocabulary = module in (draft.names.embedding, draft.names.head)
     found = tensor.spec.shape
-    if expected is not None and (found[1:] if vocabulary else found) != (expected[1:] if vocabulary else expected):
+    if len(found) != len(expected) or (found[1:] != expected[1:] if vocabulary else found != expected) or 0 in found:
         draft.problem(f"tensor {tensor.spec.name} is {list(found)}, the base has {list(expected)}")
         return
     draft.replaced[parameter] = tensor
 
 
-def _parameter_names(draft: Draft, found: AdapterTensors) -> dict[tuple[str, int], str]:
-    """The parameter of every module wrapped by target_parameters; PEFT nests them in the module's own order."""
-    targets = draft.adapter.config.get("target_parameters") or []
-    names: dict[tuple[str, int], str] = {}
-    if not targets:
-        return names
-    architecture = draft.names.architecture
-    for item in factor_modules(found):
-        live = architecture.module(item.module)
-        matched = [
-            last
-            for last in architecture.order.get(live, ())
-            if any(f".{live}.{last}".endswith(f".{target}") for target in targets)
-        ]
-        if item.depth < len(matched):
-            names[item.module, item.depth] = matched[len(matched) - 1 - item.depth]
-    return names
-
-
-def _pair(draft: Draft, item: ModuleTensors, kind: str) -> tuple[StoredTensor, StoredTensor] | None:
-    """Both factors, or None when one is missing, which is noted."""
+def _pair(draft: Draft, item: ModuleTensors, kind: str, scaled: str) -> tuple[StoredTensor, StoredTensor] | None:
+    """Both factors, or None when one is missing, which is noted; `scaled` is whose scale they have."""
     suffix = "" if kind == "lora_embedding_" else ".weight"
     a, b = item.part(f"{kind}A{suffix}"), item.part(f"{kind}B{suffix}")
     name = f"{PREFIX}{item.module}{NESTED * item.depth}"
@@ -160,45 +155,36 @@ def _pair(draft: Draft, item: ModuleTensors, kind: str) -> tuple[StoredTensor, S
         missing = "A" if a is None else "B"
         draft.problem(f"tensor {name}.{kind}{missing}{suffix} is missing, its partner is there", SAVE_AGAIN)
         return None
-    scale = draft.adapter.scale(item.module)
-    if scale == 0 or not math.isfinite(scale):
-        draft.problem(
-            f"the scale of {item.module} is {scale:g}, so the delta is lost", "see lora_alpha in adapter_config.json"
-        )
+    scale = draft.adapter.scale(scaled)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(scale)
+    if rounded == 0 or not np.isfinite(rounded):
+        draft.problem(f"the scale of {scaled} is {scale:g}, so the delta is lost", f"see lora_alpha in {CONFIG_NAME}")
         return None
     return a, b
 
 
-def _fits(draft: Draft, tensor: StoredTensor, needed: tuple[int, ...]) -> bool:
-    if tensor.spec.shape != needed:
-        draft.problem(f"tensor {tensor.spec.name} is {list(tensor.spec.shape)}, the base and r need {list(needed)}")
-        return False
-    return True
-
-
 def _match_linear(draft: Draft, item: ModuleTensors) -> None:
-    pair = _pair(draft, item, "lora_")
+    pair = _pair(draft, item, "lora_", item.module)
     if pair is None:
         return
     a, b = pair
     parameter, name = f"{item.module}.weight", f"{PREFIX}{item.module}{NESTED * item.depth}"
     shape = draft.shape(parameter)
-    if shape is None and item.module == draft.names.head and draft.names.tied:
-        shape = draft.shape(f"{draft.names.embedding}.weight")
     if shape is None:
         _no_home(draft, a, parameter)
         return
-    if len(shape) != 2 or len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or item.depth:
-        draft.problem(f"tensor {name}.lora_A.weight meets {list(shape)}, expected matrices")
+    if len(shape) != 2 or item.depth or EMBEDDING_LIKE.search(item.module):
+        draft.problem(f"tensor {name}.lora_A.weight meets {list(shape)}, expected the matrix of a linear layer")
         return
     rank, blocks = draft.adapter.rank(item.module), draft.adapter.diagonal_blocks(item.module)
     if rank % max(blocks) or shape[1] % blocks[0] or shape[0] % blocks[1]:
         draft.problem(f"{max(blocks)} blocks do not divide rank {rank} and {list(shape)} of {item.module}")
         return
-    if not (_fits(draft, a, (rank, shape[1] // blocks[0])) and _fits(draft, b, (shape[0], rank // blocks[1]))):
+    if not (draft.fits(a, (rank, shape[1] // blocks[0])) and draft.fits(b, (shape[0], rank // blocks[1]))):
         return
     changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), blocks)]
-    if (magnitude := item.part("lora_magnitude_vector")) is not None and _fits(draft, magnitude, (shape[0],)):
+    if (magnitude := item.part("lora_magnitude_vector")) is not None and draft.fits(magnitude, (shape[0],)):
         changes.append(Magnitude(magnitude))
     _require_magnitude(draft, item)
     draft.changes.setdefault(parameter, []).extend(changes)
@@ -212,7 +198,7 @@ def _match_bias(draft: Draft, item: ModuleTensors, bias: StoredTensor, rows: int
             f"tensor {bias.spec.name} is a trained bias, the base has no {item.module}.bias to add it to",
             "train without lora_bias on layers that have no bias",
         )
-    elif _fits(draft, bias, (rows,)):
+    elif draft.fits(bias, (rows,)):
         change = AddedVector(bias, draft.adapter.scale(item.module))
         draft.changes.setdefault(f"{item.module}.bias", []).append(change)
 
@@ -221,25 +207,23 @@ def _require_magnitude(draft: Draft, item: ModuleTensors) -> None:
     stated, there = bool(draft.adapter.config.get("use_dora")), item.part("lora_magnitude_vector") is not None
     if stated != there:
         what = "is missing, use_dora is set" if stated else "is there, use_dora is not set"
-        draft.problem(
-            f"tensor {PREFIX}{item.module}.lora_magnitude_vector {what}", f"{CONFIG_NAME} and tensors do not agree"
-        )
+        draft.problem(f"tensor {PREFIX}{item.module}.lora_magnitude_vector {what}", DISAGREE)
 
 
 def _match_embedding(draft: Draft, item: ModuleTensors) -> None:
-    pair = _pair(draft, item, "lora_embedding_")
+    pair = _pair(draft, item, "lora_embedding_", item.module)
     if pair is None:
         return
     a, b = pair
     shape = draft.shape(f"{item.module}.weight")
-    if shape is None or len(shape) != 2:
-        _no_home(draft, a, f"{item.module}.weight")
+    if shape is None or len(shape) != 2 or not EMBEDDING_LIKE.search(item.module):
+        _no_home(draft, a, f"{item.module}.weight, as an embedding")
         return
     rank = draft.adapter.rank(item.module)
-    if not (_fits(draft, a, (rank, shape[0])) and _fits(draft, b, (shape[1], rank))):
+    if not (draft.fits(a, (rank, shape[0])) and draft.fits(b, (shape[1], rank))):
         return
     changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), embedding=True)]
-    if (magnitude := item.part("lora_magnitude_vector")) is not None and _fits(draft, magnitude, (shape[1],)):
+    if (magnitude := item.part("lora_magnitude_vector")) is not None and draft.fits(magnitude, (shape[1],)):
         changes.append(Magnitude(magnitude, columns=True))
     _require_magnitude(draft, item)
     draft.changes.setdefault(f"{item.module}.weight", []).extend(changes)
@@ -253,15 +237,13 @@ def _match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
         else stated
     )
     shape = draft.shape(f"{module}.weight")
-    if shape is None and draft.names.tied and module == draft.names.head:
-        shape = draft.shape(f"{draft.names.embedding}.weight")
     if shape is None or len(shape) != 2:
         _no_home(draft, rows, f"{module}.weight")
         return
-    if not _fits(draft, rows, (len(indices), shape[1])):
+    if not draft.fits(rows, (len(indices), shape[1])):
         return
-    if any(not 0 <= index < shape[0] for index in indices):
-        draft.problem(f"tensor {rows.spec.name} changes row {max(indices)}, the embedding has {shape[0]}")
+    if wrong := [index for index in indices if not 0 <= index < shape[0]]:
+        draft.problem(f"tensor {rows.spec.name} changes row {wrong[0]}, the embedding has {shape[0]}")
         return
     draft.changes.setdefault(f"{module}.weight", []).append(ReplacedRows(rows, tuple(indices)))
 
@@ -271,7 +253,7 @@ def _match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
     live = draft.names.architecture.module(item.module)
     parameter = f"{live}.{last}"
     homes = draft.names.parameter(parameter)
-    pair = _pair(draft, item, "lora_")
+    pair = _pair(draft, item, "lora_", parameter)
     if pair is None:
         return
     if not homes:
@@ -283,18 +265,17 @@ def _match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
     experts, (rows, columns) = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
     if input_major and len(shape) == 3:
         rows, columns = columns, rows
-    if not (_fits(draft, pair[0], (rank * experts, columns)) and _fits(draft, pair[1], (rows, rank * experts))):
+    if not (draft.fits(pair[0], (rank * experts, columns)) and draft.fits(pair[1], (rows, rank * experts))):
         return
     for home in homes:
         lay = Experts(experts, input_major and len(shape) == 3, home.window)
         draft.stored_changes.setdefault(home.tensor, []).append(LowRank(*pair, scale, experts=lay))
 
 
-def _packed_shape(draft: Draft, homes: Iterable[Home]) -> tuple[int, ...]:
+def _packed_shape(draft: Draft, homes: Sequence[Home]) -> tuple[int, ...]:
     """The shape of a parameter, [experts, out, in] where it is stored expert by expert."""
-    listed = list(homes)
-    shape = draft.names.checkpoint.weights[listed[0].tensor].spec.shape
-    windows = [home.window for home in listed if home.window is not None]
+    shape = draft.names.checkpoint.weights[homes[0].tensor].spec.shape
+    windows = [home.window for home in homes if home.window is not None]
     if not windows:
         return shape
     return (
@@ -305,7 +286,7 @@ def _packed_shape(draft: Draft, homes: Iterable[Home]) -> tuple[int, ...]:
 
 
 def _no_home(draft: Draft, tensor: StoredTensor, parameter: str) -> None:
-    name, hint = tensor.spec.name, OTHER_BASE
+    name, hint = tensor.spec.name, "was the adapter trained on another base?"
     if not draft.names.direct:
         module, _, last = parameter.rpartition(".")
         live = f"{draft.names.architecture.module(module)}.{last}"

@@ -22,6 +22,14 @@ BESIDE_LAYERS = re.compile(
     rf"{STEM}(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|norm|ln_f|final_layer_norm|wpe"
     r"|embed_positions|project_in|project_out|score|classifier)"
 )
+# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
+DENSE_BY_DEFAULT = re.compile(
+    r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
+)
+# Families whose every other matrix is a plain nn.Linear or Conv1D; transformers is asked about the rest.
+PLAIN_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
+)  # fmt: skip
 INPUT_MAJOR_MODULE = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
@@ -79,6 +87,35 @@ class Names:
     def _renames(self) -> bool:
         """Whether names lie where decoders usually have none, so that the live model may have others."""
         return not all(self._usual(weight.spec.module) for weight in self.checkpoint.weights.values())
+
+    @cached_property
+    def live_parameters(self) -> tuple[str, ...]:
+        """Parameters of the live model that are stored, under their own names."""
+        return tuple(self.checkpoint.weights if self.direct else self.architecture.homes)
+
+    @cached_property
+    def linear(self) -> frozenset[str]:
+        """Stored modules that bitsandbytes quantises: linear layers but the output head, not packed experts."""
+        if self.direct and self.checkpoint.config.get("model_type") in PLAIN_FAMILIES:
+            return frozenset(
+                weight.spec.module
+                for name, weight in self.checkpoint.weights.items()
+                if name.endswith(".weight")
+                and len(weight.spec.shape) == 2
+                and not DENSE_BY_DEFAULT.search(weight.spec.module)
+                and name not in self.carried
+            )
+        homes = self.architecture.homes
+        found = [homes.get(f"{module}.weight", ()) for module in self.architecture.linear]
+        return frozenset(
+            one[0].tensor.removesuffix(".weight") for one in found if len(one) == 1 and one[0].window is None
+        )
+
+    @cached_property
+    def live_linear(self) -> frozenset[str]:
+        """The same under the names of the live model."""
+        plain = self.direct and self.checkpoint.config.get("model_type") in PLAIN_FAMILIES
+        return self.linear if plain else frozenset(self.architecture.linear)
 
     @cached_property
     def live_matrices(self) -> tuple[str, ...]:

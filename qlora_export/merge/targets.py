@@ -1,73 +1,168 @@
-"""Modules that the adapter's config targets without tensors: half an adapter must not pass for a whole one."""
+"""What the config says was trained against what the file holds: no half of an adapter passes for a whole one.
+
+Every target must have its tensors, and tensors of what is no target are refused: PEFT would ignore them.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
 
 from qlora_export.errors import ExitCode, Problem
-from qlora_export.merge.adapter_keys import AdapterTensors, factor_modules
-from qlora_export.merge.names import Names
-from qlora_export.sources.adapter import Adapter
+from qlora_export.merge.adapter_keys import AdapterTensors, ModuleTensors, factor_modules
+from qlora_export.merge.draft import Draft
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-CLASSIFIER_HEADS = ("score", "classifier")
 EXPERT = re.compile(r"\.experts\.")
+INCOMPLETE = "the adapter is incomplete, or was trained on another base: save it again"
+IGNORED = "peft ignores it: adapter_config.json and tensors do not agree"
 
 
-def untouched_problems(adapter: Adapter, names: Names, found: AdapterTensors) -> list[Problem]:
-    """Targets without tensors, the first of each kind."""
-    adapted = {names.live_module(item.module) for item in factor_modules(found)}
-    modules = [module for module in names.live_matrices if not EXPERT.search(module)]
-    missing = []
-    targets = adapter.config.get("target_modules") or []
-    if isinstance(targets, str) and targets != "all-linear":
-        missing += [module for module in modules if _matches(targets, module) and module not in adapted]
-    elif not isinstance(targets, str):
-        missing += [
-            module
-            for module in modules
-            if module not in adapted and any(f".{module}".endswith(f".{target}") for target in targets)
-        ]
-    missing = [module for module in missing if _chosen(adapter.config, module)]
-    missing += _unsaved(adapter, names, found)
-    if not missing:
-        return []
-    message = f"{adapter.weights}: {len(missing)} targeted modules have no tensors, the first is {missing[0]}"
-    hint = "the adapter is incomplete, or was trained on another base: save it again"
-    return [Problem(ExitCode.BAD_INPUT, message, hint)]
+def match_config(draft: Draft, found: AdapterTensors) -> None:
+    """Note what was targeted and has no tensors, and what has tensors and was not targeted."""
+    parameters = parameter_names(draft, found)
+    linear = [item for item in factor_modules(found) if (item.module, item.depth) not in parameters]
+    for item in linear:
+        names = {item.module, draft.names.live_module(item.module)}
+        if draft.adapter.config.get("ensure_weight_tying") and draft.names.tied:
+            # PEFT gives the other side of a tied pair factors of its own.
+            names |= {str(draft.names.embedding)} if draft.names.head in names else set()
+            names |= {str(draft.names.head)} if draft.names.embedding in names else set()
+        if draft.adapter.config.get("target_modules") and not any(_targeted(draft, name) for name in names):
+            draft.problem(f"tensor {_first(item)} belongs to no module that the config targets", IGNORED)
+    missing = [*_without_factors(draft, linear), *_without_parameters(draft, found)]
+    missing += [*_unsaved(draft, found), *_without_biases(draft, linear, found), *_without_tokens(draft, found)]
+    if missing:
+        message = f"{draft.adapter.weights}: {len(missing)} targeted modules have no tensors, the first is {missing[0]}"
+        draft.problems.append(Problem(ExitCode.BAD_INPUT, message, INCOMPLETE))
 
 
-def _unsaved(adapter: Adapter, names: Names, found: AdapterTensors) -> list[str]:
-    """Modules of the base that modules_to_save names, and a classifier's head, that were not saved."""
-    there = [name.rpartition(".")[0] for name in found.whole] + [item.module for item in found.modules]
-    missing = []
-    for module in adapter.config.get("modules_to_save") or []:
-        in_base = any(f".{name}.".find(f".{module}.") >= 0 for name in names.live_matrices)
-        if in_base and not any(f".{name}.".find(f".{module}.") >= 0 for name in there):
-            missing.append(f"{module} (modules_to_save)")
-    heads = [name for name in (*there, *names.live_matrices) if name.split(".")[-1] in CLASSIFIER_HEADS]
-    if adapter.classifier and not heads:
-        missing.append("the classifier's head")
-    return missing
+def parameter_names(draft: Draft, found: AdapterTensors) -> dict[tuple[str, int], str]:
+    """The parameter of every module wrapped by target_parameters; PEFT nests them in the module's own order."""
+    targets = draft.adapter.config.get("target_parameters") or []
+    names: dict[tuple[str, int], str] = {}
+    for item in factor_modules(found) if targets else ():
+        matched = _matched_parameters(draft, draft.names.architecture.module(item.module))
+        if item.depth < len(matched):
+            names[item.module, item.depth] = matched[len(matched) - 1 - item.depth]
+    return names
 
 
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error:
-        return False
+def _matched_parameters(draft: Draft, live: str) -> list[str]:
+    """The parameters of a module that target_parameters names."""
+    targets = draft.adapter.config.get("target_parameters") or []
+    order = draft.names.architecture.order.get(live, ())
+    return [last for last in order if any(f".{live}.{last}".endswith(f".{target}") for target in targets)]
 
 
-def _chosen(config: Any, module: str) -> bool:
-    """Whether exclude_modules and layers_to_transform leave this module in."""
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str) and _matches(excluded, module):
-        return False
-    if not isinstance(excluded, str) and any(f".{module}".endswith(f".{name}") for name in excluded):
+def _first(item: ModuleTensors) -> str:
+    return next(iter(item.parts.values())).spec.name
+
+
+def _targeted(draft: Draft, module: str) -> bool:
+    """PEFT's rule: target_modules without exclude_modules, in the layers of layers_to_transform."""
+    config = draft.adapter.config
+    targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
+    if (targets != "all-linear" and not _named(targets, module)) or _named(excluded, module):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None:
+    if layers is None or layers == [] or isinstance(targets, str):
         return True
     number = LAYER_NUMBER.search(module)
     return number is not None and int(number[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _named(targets: str | list[str], module: str) -> bool:
+    """A regular expression that matches all of the name, or a list of endings."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(f".{module}".endswith(f".{target}") for target in targets)
+
+
+def _saved(draft: Draft, module: str) -> bool:
+    """Whether a module is, or lies in, one that was saved whole."""
+    saved = draft.adapter.config.get("modules_to_save") or []
+    return any(f".{module}.".find(f".{name}.") >= 0 for name in saved)
+
+
+def _without_factors(draft: Draft, linear: list[ModuleTensors]) -> Iterator[str]:
+    """Targeted matrices without factors; experts are targeted as parameters."""
+    targets = draft.adapter.config.get("target_modules") or []
+    adapted = {draft.names.live_module(item.module) for item in linear}
+    candidates = draft.names.live_linear if targets == "all-linear" else draft.names.live_matrices
+    for module in candidates if targets else ():
+        skipped = EXPERT.search(module) or _saved(draft, module) or module in adapted
+        if not skipped and _targeted(draft, module):
+            yield module
+
+
+def _without_parameters(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+    """Parameters that target_parameters names without factors."""
+    targets = draft.adapter.config.get("target_parameters") or []
+    if not targets:
+        return
+    depths: dict[str, set[int]] = {}
+    for item in factor_modules(found):
+        depths.setdefault(draft.names.architecture.module(item.module), set()).add(item.depth)
+    named = [f"{live}.{last}" for live in draft.names.architecture.order for last in _matched_parameters(draft, live)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in named):
+            yield f"{target} (target_parameters)"
+    for live in dict.fromkeys(name.rpartition(".")[0] for name in named):
+        matched = _matched_parameters(draft, live)
+        for depth in range(len(matched)):
+            if depth not in depths.get(live, set()):
+                yield f"{live}.{matched[len(matched) - 1 - depth]} (target_parameters)"
+
+
+def _unsaved(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+    """Parameters of modules that modules_to_save names, and a classifier's head, that were not saved."""
+    there = {*found.whole, *(f"{item.module}.weight" for item in found.modules if "base_layer.weight" in item.parts)}
+    there = {_live(draft, name) for name in there}
+    saved = draft.adapter.config.get("modules_to_save") or []
+    for name in draft.names.live_parameters if saved else ():
+        module = name.rpartition(".")[0]
+        if name not in there and any(_is_in(module, target) for target in saved):
+            yield f"{module} (modules_to_save)"
+    if draft.adapter.classifier:
+        head = {name for name in draft.names.architecture.parameters if name not in draft.names.architecture.homes}
+        untied = {name for name in head if name not in draft.names.architecture.tied}
+        yield from (f"{name}, the classifier's head" for name in sorted(untied - there))
+
+
+def _live(draft: Draft, parameter: str) -> str:
+    module, _, last = parameter.rpartition(".")
+    return f"{draft.names.live_module(module)}.{last}"
+
+
+def _is_in(module: str, target: str) -> bool:
+    """Whether a module is the target, or lies in a module whose name ends with it."""
+    return f".{module}.".find(f".{target}.") >= 0
+
+
+def _without_biases(draft: Draft, linear: list[ModuleTensors], found: AdapterTensors) -> Iterator[str]:
+    """Biases that `bias` and `lora_bias` say were trained."""
+    config = draft.adapter.config
+    if config.get("lora_bias"):
+        yield from (f"{item.module} (lora_B.bias)" for item in linear if "lora_B.bias" not in item.parts)
+    trained = {_live(draft, name) for name in found.whole if name.endswith(".bias")}
+    trained |= {_live(draft, f"{item.module}.bias") for item in found.modules if "base_layer.bias" in item.parts}
+    expected: list[str] = []
+    if config.get("bias") == "all":
+        expected = [name for name in draft.names.live_parameters if name.endswith(".bias")]
+    elif config.get("bias") == "lora_only":
+        adapted = {f"{draft.names.live_module(item.module)}.bias" for item in linear}
+        expected = [name for name in draft.names.live_parameters if name in adapted]
+    yield from (f"{name} (bias)" for name in expected if name not in trained)
+
+
+def _without_tokens(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+    """Modules whose rows trainable_token_indices says were trained; a tied head has those of its embedding."""
+    stated = draft.adapter.config.get("trainable_token_indices")
+    there = [item.module for item in found.modules if "token_adapter.trainable_tokens_delta" in item.parts]
+    if stated and not there:
+        yield f"{draft.names.embedding} (trainable_token_indices)"
+    for key in stated if isinstance(stated, dict) else ():
+        head = draft.names.tied and f".{draft.names.head}".endswith(f".{key}")
+        if not head and not any(f".{module}".endswith(f".{key}") for module in there):
+            yield f"{key} (trainable_token_indices)"

@@ -18,14 +18,6 @@ from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import FourBitWeight, Int8Weight
 
-# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
-DENSE_BY_DEFAULT = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
-)
-# Families whose every other matrix is a plain nn.Linear or Conv1D; transformers is asked about the rest.
-PLAIN_FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
-)  # fmt: skip
 EXPERT = re.compile(r"\.experts\.(\d+\.)?")
 
 
@@ -54,7 +46,7 @@ def training_facts(adapter: Adapter | None, stated: TrainingQuantization | None,
             weight.spec.module for weight in checkpoint.weights.values() if weight.storage not in ("plain", "fp8")
         )
         return TrainingFacts(found, Training(found, quantised), quantised - experts, experts)
-    linear = linear_modules(names)
+    linear = names.linear
     if adapter is not None and any(EXPERT.search(name) for name in adapter.tensors) and not _packed(adapter):
         linear = linear | {name for name in experts if len(checkpoint.weights[f"{name}.weight"].spec.shape) == 2}
     skipped = {
@@ -66,27 +58,6 @@ def training_facts(adapter: Adapter | None, stated: TrainingQuantization | None,
 
 def _packed(adapter: Adapter) -> bool:
     return bool(adapter.config.get("target_parameters"))
-
-
-def linear_modules(names: Names) -> frozenset[str]:
-    """Stored modules that bitsandbytes quantises: linear layers but the output head, not packed experts."""
-    checkpoint = names.checkpoint
-    if names.direct and checkpoint.config.get("model_type") in PLAIN_FAMILIES:
-        return frozenset(
-            weight.spec.module
-            for name, weight in checkpoint.weights.items()
-            if name.endswith(".weight")
-            and len(weight.spec.shape) == 2
-            and not DENSE_BY_DEFAULT.search(weight.spec.module)
-            and name not in names.carried
-        )
-    architecture = names.architecture
-    stored = set()
-    for module in architecture.linear:
-        homes = architecture.homes.get(f"{module}.weight", ())
-        if len(homes) == 1 and homes[0].window is None:
-            stored.add(homes[0].tensor.removesuffix(".weight"))
-    return frozenset(stored)
 
 
 def _quantization(
@@ -106,6 +77,7 @@ def _shown_by_base(checkpoint: Checkpoint) -> TrainingQuantization | None:
     weights = checkpoint.weights.values()
     four_bit = next((weight for weight in weights if isinstance(weight, FourBitWeight)), None)
     config: Mapping[str, Any] = checkpoint.config.get("quantization_config") or {}
+    config = config if isinstance(config, Mapping) else {}
     if four_bit is not None:
         stated = FROM_TORCH_NAMES.get(str(config.get("bnb_4bit_compute_dtype")), four_bit.spec.dtype)
         return TrainingQuantization(

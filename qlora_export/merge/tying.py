@@ -10,35 +10,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_export.errors import InputError
-from qlora_export.merge.changes import Change, ReplacedRows
+from qlora_export.errors import InputError, Refused
+from qlora_export.merge.changes import Change, LowRank, ReplacedRows
+from qlora_export.merge.draft import Draft, same_values
 from qlora_export.merge.merged_model import MergedModel, Output
 from qlora_export.merge.names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import PlainWeight, Weight
+from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 
-LiveChanges = Mapping[str, Sequence[Change]]
 
-
-def settle_model(
-    names: Names,
-    adapter: Adapter,
-    changes: LiveChanges,
-    stored_changes: LiveChanges,
-    replaced: Mapping[str, StoredTensor],
-) -> MergedModel:
-    """The merged model, from changes and replacements by the live name of the parameter; raises InputError."""
-    live = {name: list(items) for name, items in changes.items()}
-    sources: dict[str, Weight] = {name: PlainWeight(tensor) for name, tensor in replaced.items()}
+def settle_model(draft: Draft) -> MergedModel:
+    """The merged model that a matched draft describes; raises InputError where its parts contradict each other."""
+    names, adapter = draft.names, draft.adapter
+    live = {name: list(items) for name, items in draft.changes.items()}
+    sources: dict[str, Weight] = {name: PlainWeight(tensor) for name, tensor in draft.replaced.items()}
     settings: dict[str, Any] = {}
     notes: list[str] = []
     dropped: dict[str, str] = {}
     added: dict[str, Output] = {}
-    head = f"{names.head}.weight" if _touches_vocabulary(names, {*live, *sources}) and names.head else None
-    if head is not None and names.tied:
-        _settle_tied(names, adapter, head, live, sources, added, settings, notes)
+    if names.head is not None and names.tied and _touches_vocabulary(names, {*live, *sources}):
+        pair = TiedPair(draft, live, sources)
+        if pair.stays_tied:
+            pair.keep_tied()
+        else:
+            added = pair.untie()
+            settings["tie_word_embeddings"] = False
+            notes.append(
+                f"training changed one side of the tied pair {names.embedding} and {names.head}: "
+                "both are written, untied"
+            )
     checkpoint = names.checkpoint
     outputs = {}
     origin = {_stored_name(names, name): name for name in {*live, *sources}}
@@ -47,18 +50,27 @@ def settle_model(
             dropped[name] = "a classifier has no output head"
             continue
         known = origin.pop(name, "")
-        found = [*stored_changes.get(name, ()), *live.get(known, ())]
-        outputs[name] = Output(
-            name, sources.get(known, weight), tuple(found), name in names.input_major, name in names.carried
-        )
+        found = [*draft.stored_changes.get(name, ()), *live.get(known, ())]
+        carried = name in names.carried and not found and known not in sources
+        outputs[name] = Output(name, sources.get(known, weight), tuple(found), name in names.input_major, carried)
     for name in origin.values():
-        if name not in added:
-            outputs[name] = Output(name, sources[name], tuple(live.get(name, ())))
+        outputs[name] = Output(name, sources[name], tuple(live.get(name, ())))
     outputs.update(added)
     if adapter.classifier:
         settings |= _classifier_settings(checkpoint, sources)
     settings |= _vocabulary_settings(names, outputs, notes)
+    _require_floats(outputs)
     return MergedModel(outputs, settings, dropped, tuple(notes))
+
+
+def _require_floats(outputs: Mapping[str, Output]) -> None:
+    """Raise Refused for a change of what is no float: its bytes would be copied, and the change lost."""
+    for name, output in outputs.items():
+        if output.changes and output.spec.dtype not in FLOATS:
+            raise Refused(
+                f"{output.source.stored[0].path}: tensor {name} is {output.spec.dtype}, which no delta can be added to",
+                "16 and 32-bit floats can be merged, and weights that are stored quantised with their scales",
+            )
 
 
 def _touches_vocabulary(names: Names, touched: set[str]) -> bool:
@@ -68,48 +80,99 @@ def _touches_vocabulary(names: Names, touched: set[str]) -> bool:
     return bool(touched & {f"{names.embedding}.weight", f"{names.head}.weight"})
 
 
-def _settle_tied(
-    names: Names,
-    adapter: Adapter,
-    head: str,
-    live: dict[str, list[Change]],
-    sources: dict[str, Weight],
-    added: dict[str, Output],
-    settings: dict[str, Any],
-    notes: list[str],
-) -> None:
-    """Keep a tied pair tied where both sides changed alike, else untie it."""
-    embedding = f"{names.embedding}.weight"
-    stored = _stored_name(names, embedding)
-    saved = set(adapter.config.get("modules_to_save") or [])
-    copied = not any(
-        f".{embedding}".endswith(f".{name}.weight") or f".{head}".endswith(f".{name}.weight") for name in saved
-    )
-    if copied and (embedding in sources or head in sources):
-        # PEFT loads a saved copy into the weight that both sides share.
-        sources.setdefault(embedding, sources.get(head, sources.get(embedding)))  # type: ignore[arg-type]
-        sources.pop(head, None)
-    rows_only = all(isinstance(change, ReplacedRows) for change in live.get(embedding, ()))
-    one_sided = head in live or head in sources or not rows_only or (embedding in sources and not copied)
-    base = sources.get(embedding) or names.checkpoint.weights[stored]
-    head_stored = names.parameter(head)
-    if not one_sided or _tied_in_training(adapter, names):
-        live.pop(head, None)
-        sources.pop(head, None)
-        if head_stored:
-            live[head] = list(live.get(embedding, ()))
-            sources[head] = base
-        return
-    own = sources.get(head) or (base if copied else names.checkpoint.weights[stored])
-    if head_stored:
-        sources[head] = own
-    else:
-        added[head] = Output(head, own, tuple(live.pop(head, ())))
-        sources.pop(head, None)
-    settings["tie_word_embeddings"] = False
-    notes.append(
-        f"training changed one side of the tied pair {names.embedding} and {names.head}: both are written, untied"
-    )
+class TiedPair:
+    """An embedding and the head that shares its weight; `live` and `sources` are changed in place."""
+
+    def __init__(self, draft: Draft, live: dict[str, list[Change]], sources: dict[str, Weight]) -> None:
+        self._draft, self._live, self._sources = draft, live, sources
+        names = draft.names
+        self._embedding, self._head = f"{names.embedding}.weight", f"{names.head}.weight"
+        saved = draft.adapter.config.get("modules_to_save") or []
+        sides = (f".{self._embedding}", f".{self._head}")
+        self._copied = not any(side.endswith(f".{name}.weight") for name in saved for side in sides)
+        if self._copied:
+            self._share_copies()
+        self._base = sources.get(self._embedding) or names.checkpoint.weights[_stored_name(names, self._embedding)]
+
+    @property
+    def stays_tied(self) -> bool:
+        """Whether training changed both sides alike: rows of tokens, shared copies, or a pair that PEFT kept tied."""
+        rows_only = all(isinstance(change, ReplacedRows) for change in self._live.get(self._embedding, ()))
+        one_sided = self._head in self._live or self._head in self._sources or not rows_only
+        one_sided |= self._embedding in self._sources and not self._copied
+        return not one_sided or _tied_in_training(self._draft.adapter, self._draft.names)
+
+    def keep_tied(self) -> None:
+        """Give the head, where it is stored, what the embedding has; raises InputError where they differ."""
+        if (source := self._sources.pop(self._head, None)) is not None:
+            self._require_same(self._base.stored[0], source.stored[0])
+        self._require_alike(self._live.pop(self._head, []), self._live.get(self._embedding, []))
+        if self._draft.names.parameter(self._head):
+            self._live[self._head] = list(self._live.get(self._embedding, ()))
+            self._sources[self._head] = self._base
+
+    def untie(self) -> dict[str, Output]:
+        """The head as a tensor of its own, where none is stored; token rows that PEFT shares go first."""
+        names = self._draft.names
+        changes = self._live.pop(self._head, [])
+        rows = [change for change in self._live.get(self._embedding, ()) if isinstance(change, ReplacedRows)]
+        if rows and self._head in self._sources:
+            raise InputError(
+                f"{self._draft.adapter.weights}: tokens were trained in {names.embedding} and {names.head} was saved "
+                "whole, which is one weight in the base",
+                "train either of them",
+            )
+        if not any(isinstance(change, ReplacedRows) for change in changes):
+            changes = [*rows, *changes]
+        stored = names.checkpoint.weights[_stored_name(names, self._embedding)]
+        own = self._sources.pop(self._head, None) or (self._base if self._copied else stored)
+        if not names.parameter(self._head):
+            return {self._head: Output(self._head, own, tuple(changes))}
+        self._live[self._head] = changes
+        self._sources[self._head] = own
+        return {}
+
+    def _share_copies(self) -> None:
+        """PEFT loads saved copies into the one weight, so they must be the same."""
+        sides = [name for name in (self._embedding, self._head) if name in self._sources]
+        if not sides:
+            return
+        if len(sides) == 2:
+            self._require_same(*(self._sources[name].stored[0] for name in sides))
+        self._sources[self._embedding] = self._sources[sides[0]]
+        self._sources.pop(self._head, None)
+
+    def _require_alike(self, head: Sequence[Change], embedding: Sequence[Change]) -> None:
+        """The head's factors are those of the embedding, transposed, with the same scale."""
+        if not head:
+            return
+        first, second = head[0], embedding[0] if embedding else None
+        alike = (
+            len(head) == len(embedding) == 1
+            and isinstance(first, LowRank)
+            and isinstance(second, LowRank)
+            and first.scale == second.scale
+            and same_values(first.a, second.b, transposed=True)
+            and same_values(first.b, second.a, transposed=True)
+        )
+        if not alike:
+            names = ", ".join(tensor.spec.name for change in head for tensor in change.tensors)
+            raise InputError(
+                f"{self._draft.adapter.weights}: {names}: differs from the tied embedding, ensure_weight_tying is set",
+                "one weight cannot be both; train without ensure_weight_tying",
+            )
+        for change in head:
+            for tensor in change.tensors:
+                self._draft.account(tensor)
+
+    def _require_same(self, first: StoredTensor, second: StoredTensor) -> None:
+        if first.spec.shape != second.spec.shape or not same_values(first, second):
+            raise InputError(
+                f"{self._draft.adapter.weights}: {second.spec.name} is not the same as {first.spec.name}, "
+                "which share one weight in the base",
+                "save the adapter again",
+            )
+        self._draft.account(second)
 
 
 def _tied_in_training(adapter: Adapter, names: Names) -> bool:

@@ -13,13 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, Field, ValidationError
+from typing import Any
 
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
-from qlora_export.sources.checkpoint import contained_file, pickles, read_json, require_folder, weight_map
+from qlora_export.sources.adapter_settings import require_settings
+from qlora_export.sources.checkpoint import (
+    contained_file,
+    pickles,
+    read_json,
+    require_folder,
+    require_indexed,
+    weight_map,
+)
 from qlora_export.sources.sidecar import read_sidecar
 from qlora_export.tensors.header import StoredTensor, read_header
 
@@ -45,6 +51,7 @@ MERGED_SETTINGS = {
     "modules_to_save", "trainable_token_indices", "target_parameters", "use_bdlora",
 }  # fmt: skip
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 CLASSIFIERS = ("SEQ_CLS",)
 LANGUAGE_MODELS = ("CAUSAL_LM",)
 
@@ -122,7 +129,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter folder, its settings checked; raises InputError."""
     require_folder(folder, "adapter")
     config = read_json(folder / CONFIG_NAME)
-    _check_config(folder / CONFIG_NAME, config)
+    if str(config.get("peft_type", "LORA")).upper() == "LORA":
+        require_settings(folder / CONFIG_NAME, config)
     return config
 
 
@@ -145,45 +153,9 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
                 first = tensors[tensor.spec.name].path.name
                 raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
             tensors[tensor.spec.name] = tensor
+    if len(names) > 1:
+        require_indexed(folder / SHARD_INDEX_NAME, tensors)
     return tensors
-
-
-class _Blocks(BaseModel):
-    """The settings of a block-diagonal LoRA that the maths reads."""
-
-    nblocks: int = Field(1, ge=1)
-    target_modules_bd_a: list[str] | None = None
-    target_modules_bd_b: list[str] | None = None
-
-
-class _Settings(BaseModel):
-    """The settings that the maths and the matching read."""
-
-    r: int = Field(8, ge=1)
-    lora_alpha: float = 8
-    use_rslora: bool | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    target_modules: list[str] | str | None = None
-    target_parameters: list[str] | None = None
-    modules_to_save: list[str] | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    use_bdlora: _Blocks | None = None
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    try:
-        numbers = _Settings.model_validate(config)
-        for pattern in (*(numbers.rank_pattern or ()), *(numbers.alpha_pattern or ())):
-            re.compile(pattern)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}", "save the adapter again with peft") from None
-    except re.error as error:
-        raise InputError(f"{path}: {error.pattern!r} is no regular expression ({error})") from None
 
 
 def is_lora(adapter: Adapter) -> bool:
@@ -206,6 +178,8 @@ def variant_problems(adapter: Adapter) -> list[Problem]:
             reason = "a setting that is not known may change the trained function; see docs/adapters.md"
             found.append((f"the setting {key} = {adapter.config[key]!r} is unknown, so it cannot be merged", reason))
     init = adapter.config.get("init_lora_weights", True)
+    if isinstance(init, str) and is_lora(adapter) and not init.lower().startswith(BASE_CHANGING_INITS + HARMLESS_INITS):
+        found.append((f"init_lora_weights = {init!r} is unknown, so it cannot be merged", "it may change the base"))
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         found.append(
             (

@@ -7,6 +7,7 @@ expert a stored tensor is. Cost: importing transformers, seconds; so it is asked
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.sources.checkpoint import Checkpoint
+
+EXPERT_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Architecture:
     parameter to the one whose values it shares, `order` lists the parameters of a module itself.
     """
 
-    parameters: AbstractSet[str]
+    parameters: Mapping[str, tuple[int, ...]]
     homes: Mapping[str, tuple[Home, ...]]
     rearranged: Mapping[str, str]
     modules: AbstractSet[str]
@@ -74,8 +77,12 @@ def _class_names(checkpoint: Checkpoint, classifier: bool) -> list[str]:
     """The classes that an adapter may have been trained in, the likeliest first."""
     if classifier:
         return ["AutoModelForSequenceClassification"]
-    stated = [name for name in checkpoint.config.get("architectures") or [] if isinstance(name, str)][:1]
-    return [*stated, "AutoModelForCausalLM"]
+    stated = checkpoint.config.get("architectures") or []
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise InputError(
+            f"{checkpoint.folder / 'config.json'}: architectures is {stated!r}, expected names", "restore config.json"
+        )
+    return [*stated[:1], "AutoModelForCausalLM"]
 
 
 def _live_config(checkpoint: Checkpoint) -> Any:
@@ -118,7 +125,7 @@ def _read(checkpoint: Checkpoint, config: Any, class_name: str) -> Architecture:
     head = model.get_output_embeddings()
     skipped = {name.removesuffix(".weight") for pair in _tied(model).items() for name in pair}
     return Architecture(
-        parameters=frozenset(model.state_dict()),
+        parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         homes=homes,
         rearranged=rearranged,
         modules=frozenset(names.values()),
@@ -178,16 +185,23 @@ def _homes(checkpoint: Checkpoint, model: Any, rename_source_key: Any) -> tuple[
             operations == ["MergeModulelist", "Concatenate"] and entry.operations[1].dim == 1
         )
         if packed and live in parameters:
-            single[live] = tuple(_expert_homes(checkpoint, [sources[key] for key in entry.source_patterns]))
+            patterns = [sources.get(key, []) for key in entry.source_patterns]
+            single[live] = tuple(_expert_homes(checkpoint, live, parameters[live].shape[0], patterns))
         else:
             rearranged[live] = " and ".join(operations)
     return single, rearranged, rename
 
 
-def _expert_homes(checkpoint: Checkpoint, patterns: list[list[str]]) -> Iterable[Home]:
+def _expert_homes(checkpoint: Checkpoint, live: str, experts: int, patterns: list[list[str]]) -> Iterable[Home]:
     """Homes of a packed parameter: experts in order, the patterns one below the other in each expert."""
     first = 0
     for names in patterns:
+        numbers = [int(EXPERT_NUMBER.findall(name)[-1]) for name in names if EXPERT_NUMBER.search(name)]
+        if numbers != list(range(experts)):
+            raise InputError(
+                f"{checkpoint.folder}: {live} has {experts} experts, the stored ones are {numbers}",
+                "the base is incomplete: fetch it again",
+            )
         rows = checkpoint.weights[names[0]].spec.shape[0]
         for expert, name in enumerate(names):
             yield Home(name, Window(expert, first, rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -82,7 +83,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 first = tensors[tensor.spec.name].path.name
                 raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
             tensors[tensor.spec.name] = tensor
-    _check_index(folder, tensors)
+    if (folder / INDEX_NAME).exists():
+        require_indexed(folder / INDEX_NAME, tensors)
     checkpoint = Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
     _ = checkpoint.weights
     return checkpoint
@@ -99,10 +101,11 @@ def require_folder(folder: Path, role: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises InputError when it is missing or something else."""
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: missing", "is this the right folder?")
+    require_contained(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing", "is this the right folder?") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})", "restore the file from where it came") from None
     if not isinstance(data, dict):
@@ -121,10 +124,17 @@ def contained_file(folder: Path, name: str) -> Path:
 
 
 def require_contained(path: Path) -> Path:
-    """The path itself; raises Refused when it is a link out of its folder (but for a Hub cache's own `blobs`)."""
+    """The path itself; raises Refused for a link out of its folder, but for a Hub cache's own `blobs`.
+
+    Raises InputError for what is no file: a folder, a pipe, a device.
+    """
     target, folder = path.resolve(), path.parent.resolve()
-    if target.parent not in (folder, folder.parent.parent / "blobs") or not target.is_file():
+    inside = target.parent in (folder, folder.parent.parent / "blobs")
+    if not inside or not target.exists():
         raise Refused(f"{path}: leads out of the folder, to {target}", "copy the real file into the folder")
+    if not target.is_file():
+        what = "folder" if target.is_dir() else "pipe or a device"
+        raise InputError(f"{path}: is a {what}, expected a file", "put the real file there")
     return path
 
 
@@ -161,12 +171,11 @@ def weight_map(path: Path) -> dict[str, str]:
     return table
 
 
-def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    if not (folder / INDEX_NAME).exists():
-        return
-    table = weight_map(folder / INDEX_NAME)
+def require_indexed(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise InputError unless an index names exactly these tensors, each in the file that holds it."""
+    table = weight_map(path)
     for name, file in table.items():
         if name not in tensors or tensors[name].path.name != file:
-            raise InputError(f"{folder / INDEX_NAME}: tensor {name} is not in {file}", "index and shards do not agree")
+            raise InputError(f"{path}: tensor {name} is not in {file}", "index and shards do not agree")
     if extra := next((name for name in tensors if name not in table), None):
-        raise InputError(f"{folder / INDEX_NAME}: tensor {extra} of {tensors[extra].path.name} is not listed")
+        raise InputError(f"{path}: tensor {extra} of {tensors[extra].path.name} is not listed")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ SIDECAR_NAME = "qlora_export.json"
 def read_sidecar(folder: Path) -> TrainingQuantization:
     """The recorded training quantisation of an adapter folder, or the documented default when there is none."""
     path = folder / SIDECAR_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return TrainingQuantization()
     data = read_json(path)
     if data.get("schema") != 1:
@@ -41,7 +42,7 @@ def read_sidecar(folder: Path) -> TrainingQuantization:
     try:
         training = _parse(data)
         _check(training)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: {type(error).__name__} at {error}", "write it again with training.record") from None
     return training
 

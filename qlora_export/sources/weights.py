@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, TensorSpec
-from qlora_export.errors import InputError
+from qlora_export.errors import InputError, Refused
 from qlora_export.quant import float8, nested, nf4
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.dtypes import FLOATS, widen
@@ -199,11 +199,11 @@ def weights_of(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -
                 weights[name] = _four_bit(tensor, companions, state, files)
             elif tensor.spec.dtype == "I8" and f"{module}.SCB" in tensors:
                 mark = tensors.get(f"{module}.weight_format")
-                spec = TensorSpec(name, dtype, tensor.spec.shape)
-                weights[name] = Int8Weight(spec, tensor, tensors[f"{module}.SCB"], (mark,) if mark else ())
+                weights[name] = _int8(tensor, tensors[f"{module}.SCB"], mark, dtype, files)
             elif tensor.spec.dtype == "F8_E4M3" and f"{name}_scale_inv" in tensors:
                 weights[name] = _float8(tensor, tensors[f"{name}_scale_inv"], dtype, config)
             else:
+                _require_complete(tensor, companions, config)
                 weights[name] = PlainWeight(tensor)
                 continue
             owned.update(part.spec.name for part in weights[name].stored[1:])
@@ -214,9 +214,42 @@ def _stated_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that config.json says the model has; BF16 when it does not say."""
     for section in (config, config.get("text_config") or {}):
         named = section.get("dtype") or section.get("torch_dtype")
-        if named in FROM_TORCH_NAMES:
+        if isinstance(named, str) and named in FROM_TORCH_NAMES:
             return FROM_TORCH_NAMES[named]
+        if named is not None and not isinstance(named, str):
+            raise InputError(f"config.json: dtype is {named!r}, expected a name", "restore config.json")
     return "BF16"
+
+
+def _require_complete(tensor: StoredTensor, companions: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
+    """Raise InputError for codes of bitsandbytes whose scales or state are not there."""
+    stated = config.get("quantization_config")
+    by_bitsandbytes = isinstance(stated, Mapping) and stated.get("quant_method") == "bitsandbytes"
+    if companions or (by_bitsandbytes and tensor.spec.dtype in ("I8", "U8") and tensor.spec.name.endswith(".weight")):
+        missing = "SCB" if tensor.spec.dtype == "I8" else "quant_state"
+        raise InputError(
+            f"{tensor.path}: tensor {tensor.spec.name} is {tensor.spec.dtype} and has no {missing} beside it",
+            SAVE_AGAIN,
+        )
+
+
+def _int8(
+    tensor: StoredTensor, scales: StoredTensor, mark: StoredTensor | None, dtype: str, files: SourceFiles
+) -> Int8Weight:
+    rows = tensor.spec.shape[0] if len(tensor.spec.shape) == 2 else -1
+    if scales.spec.dtype not in FLOATS or scales.spec.size != rows:
+        raise InputError(
+            f"{scales.path}: tensor {scales.spec.name} is {scales.spec.dtype} {list(scales.spec.shape)}, "
+            f"{list(tensor.spec.shape)} needs {rows} floats",
+            SAVE_AGAIN,
+        )
+    order = int(files.read_bytes(mark, 0, 1)[0]) if mark is not None and mark.bytes else 0
+    if order:
+        raise Refused(
+            f"{tensor.path}: tensor {tensor.spec.name}_format is {order}: its rows are ordered for a kind of GPU",
+            "save the base again with bitsandbytes 0.45 or later, which keeps the order of rows",
+        )
+    return Int8Weight(TensorSpec(tensor.spec.name, dtype, tensor.spec.shape), tensor, scales, (mark,) if mark else ())
 
 
 def _four_bit(
@@ -228,7 +261,9 @@ def _four_bit(
         shape, block = tuple(int(size) for size in facts["shape"]), int(facts["blocksize"])
         dtype, kind = FROM_TORCH_NAMES[facts["dtype"]], facts["quant_type"]
         offset = float(facts["nested_offset"]) if "nested_absmax" in parts else None
-    except (ValueError, KeyError, TypeError) as error:
+        if block not in BLOCK_SIZES or kind != state.spec.name.rpartition("__")[2] or min(shape) < 1:
+            raise ValueError(f"{kind} of {list(shape)} in blocks of {block}")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{state.path}: tensor {state.spec.name} is no 4-bit state ({error})", SAVE_AGAIN) from None
     size = math.prod(shape)
     blocks = -(-size // block)
@@ -243,8 +278,6 @@ def _four_bit(
             raise InputError(
                 f"{tensor.path}: tensor {what} {have}, a 4-bit weight of {list(shape)} needs {count}", SAVE_AGAIN
             )
-    if kind not in ("nf4", "fp4") or block not in BLOCK_SIZES:
-        raise InputError(f"{state.path}: tensor {state.spec.name} says {kind} in blocks of {block}", SAVE_AGAIN)
     if facts.get("nested_blocksize", nested.BLOCK) != nested.BLOCK:
         raise InputError(
             f"{state.path}: tensor {state.spec.name} nests its absmax in blocks of {facts['nested_blocksize']}",
@@ -256,7 +289,12 @@ def _four_bit(
 
 def _float8(tensor: StoredTensor, scales: StoredTensor, dtype: str, config: Mapping[str, Any]) -> Float8Weight:
     """The block size is stated in config.json, else it is what divides the matrix into the grid."""
-    stated = (config.get("quantization_config") or {}).get("weight_block_size")
+    how = config.get("quantization_config") or {}
+    if not isinstance(how, Mapping):
+        raise InputError(f"config.json: quantization_config is {how!r}, expected a table", "restore config.json")
+    stated = how.get("weight_block_size")
+    if stated is not None and not (isinstance(stated, list) and all(type(step) is int for step in stated)):
+        raise InputError(f"config.json: weight_block_size is {stated!r}, expected two numbers", "restore config.json")
     shape, grid = tensor.spec.shape, scales.spec.shape
     block = tuple(stated) if stated else tuple(size // max(count, 1) for size, count in zip(shape, grid, strict=False))
     fits = len(shape) == len(grid) == len(block) == 2 and all(

@@ -17,6 +17,7 @@ from qlora_export.contracts import TensorSpec
 from qlora_export.errors import InputError
 from qlora_export.tensors.dtypes import ITEM_BYTES
 
+LARGEST_NUMBER = 1 << 63
 HEADER_LIMIT_BYTES = 100_000_000
 TRUNCATED_HINT = "the file is incomplete or damaged; fetch or save it again"
 
@@ -74,11 +75,15 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> tuple[StoredTensor
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name} has no dtype, shape and data_offsets", TRUNCATED_HINT) from None
+    if not name.isprintable():
+        raise InputError(f"{path}: the tensor name {name!r} cannot be printed", TRUNCATED_HINT)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"{path}: tensor {name} has the unknown dtype {dtype}", "save it in a standard dtype")
     numbers = (*shape, first, last)
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        raise InputError(f"{path}: tensor {name} has a shape or offset that is no whole number", TRUNCATED_HINT)
+    if not all(type(number) is int and 0 <= number < LARGEST_NUMBER for number in numbers):
+        raise InputError(
+            f"{path}: tensor {name} has a shape or offset that is no whole number of 64 bits", TRUNCATED_HINT
+        )
     info = StoredTensor(TensorSpec(name, dtype, shape), path, start + first)
     if last - first != info.bytes:
         raise InputError(

@@ -90,7 +90,7 @@ def test_shards_give_the_same_bytes(bases: dict[str, Path], tmp_path: Path) -> N
     built(bases["llama"], adapter, tmp_path / "one", "fp32", "nf4-adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"adapter_model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, adapter / file)
@@ -110,6 +110,7 @@ def resize(adapter: Path, rows: int, names: tuple[str, ...]) -> Tensors:
 
     def change(tensors: Tensors) -> None:
         for name in names:
+            torch.manual_seed(0)
             old = tensors[f"base_model.model.{name}"]
             grown[name] = torch.cat([old, torch.randn(rows - old.shape[0], old.shape[1])])
             tensors[f"base_model.model.{name}"] = grown[name]

@@ -117,7 +117,7 @@ def test_a_tensor_that_is_missing_or_foreign_never_passes(base: tuple[Checkpoint
     """Take one tensor of a good adapter away, rename it or reshape it: there is a problem, and it names a tensor."""
     checkpoint, _ = base
     names = [f"{PREFIX}model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")]
-    shapes = {f"{name}.lora_A.weight": (4, 48) for name in names}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.lora_A.weight": (4, 48) for name in names}
     shapes |= {f"{name}.lora_B.weight": (48 if "q_proj" in name else 24, 4) for name in names}
     broken = data.draw(st.sampled_from(sorted(shapes)))
     how = data.draw(st.sampled_from(["remove", "rename", "wider", "deeper", "taller"]))

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge.names import names_of
-from qlora_export.merge.training_facts import linear_modules
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
@@ -246,4 +245,4 @@ def test_the_layers_that_bitsandbytes_quantises_are_known(
         names = names_of(open_checkpoint(base), False, asked)
         homes = names.architecture.homes
         expected = {homes[f"{name}.weight"][0].tensor.removesuffix(".weight") for name in live}
-        assert linear_modules(names) == expected
+        assert names.linear == expected
