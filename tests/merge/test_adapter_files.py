@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -20,7 +22,7 @@ from qlora_export.errors import PlanRefused
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from tests.conftest import edit_json, edit_tensors
-from tests.zoo import TOKENS, save_architecture, save_variant
+from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
 
 Tensors = dict[str, torch.Tensor]
 
@@ -229,3 +231,34 @@ def test_the_rows_of_trained_tokens_are_the_adapters(bases: dict[str, Path], tmp
     changed = np.flatnonzero((merged != base).any(dim=1).numpy())
     assert changed.tolist() == [3, 5, 17]
     assert torch.equal(merged[changed], rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"trainable_token_indices": [3, 5]}, True),
+        ({"modules_to_save": ["mlp"], "target_modules": ["q_proj", "up_proj"]}, "auto"),
+        ({"modules_to_save": ["input_layernorm", "norm"]}, "auto"),
+        ({"velora_config": peft.tuners.lora.config.VeloraConfig()}, "auto"),
+        ({"monteclora_config": peft.tuners.lora.config.MontecloraConfig()}, "auto"),
+        ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, True),
+    ],
+)
+def test_what_peft_saves_beside_the_adapter_is_understood(
+    bases: dict[str, Path], tmp_path: Path, changes: dict[str, Any], saved: Any
+) -> None:
+    """Originals, copies under trained tokens, samplers of training: known by name, and the live model is ours."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.float32)
+    settings = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        live = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        for name, parameter in live.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05 if "lora_B" in name else 0.02)
+        live.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
+        expected = live.eval()(input_ids=torch.tensor([TOKENS])).logits.numpy()
+    built(bases["llama"], tmp_path / "adapter", tmp_path / "out", "fp32")
+    assert np.abs(reload_logits(tmp_path / "out/fp32", "llama", TOKENS) - expected).max() < 1e-5
