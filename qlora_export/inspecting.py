@@ -24,7 +24,6 @@ from qlora_export.merge.changes import Changes
 from qlora_export.merge.homes import Match, match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.names import EMBEDDING, HEAD
-from qlora_export.planning import BLOCK_WEIGHTS
 from qlora_export.preflight import base_problems, opened
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
@@ -152,20 +151,16 @@ def _change_sizes(match: Match) -> dict[str, Facts]:
 def _change_size(output: Output, files: SourceFiles) -> Facts:
     rows = BaseRows(output, Training(TrainingQuantization(), frozenset()), files, own=True, trained=False)
     changes = Changes(output.changes, files, rows.spec.columns)
-    multiple = rows.row_multiple
-    height = max(multiple, BLOCK_WEIGHTS // rows.spec.columns // multiple * multiple)
-    if output.transposed:
-        height = rows.spec.rows
-    blocks = [(first, min(height, rows.spec.rows - first)) for first in range(0, rows.spec.rows, height)]
+    blocks = rows.blocks()
     if changes.observes:
-        for first, count in blocks:
-            changes.observe(rows.original(first, count), first)
+        for block in blocks:
+            changes.observe(rows.original(block.start, len(block)), block.start)
         changes.settle()
     delta, whole = 0.0, 0.0
-    for first, count in blocks:
-        before = rows.original(first, count)
+    for block in blocks:
+        before = rows.original(block.start, len(block))
         after = before.copy()
-        changes.apply(after, first)
+        changes.apply(after, block.start)
         difference = (after - before).astype(np.float64)
         delta += float(difference @ difference)
         whole += float(before.astype(np.float64) @ before)

@@ -18,7 +18,7 @@ from qlora_export.assumptions import assumptions_of, combination_notes
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.inputs import Inputs
-from qlora_export.merge.base_rows import Training
+from qlora_export.merge.base_rows import BLOCK_WEIGHTS, Training
 from qlora_export.merge.carried import (
     CarriedFile,
     beside_sha256,
@@ -47,8 +47,6 @@ from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 
-# Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
-BLOCK_WEIGHTS = 1 << 17
 INTERPRETER_BYTES = 220_000_000
 
 

@@ -100,18 +100,21 @@ def make_base(folder: Path, shape: Shape) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_adapter(folder: Path, shape: Shape, rank: int = 16) -> None:
-    """Write a random rank-16 adapter on all linear layers."""
+def make_adapter(folder: Path, shape: Shape, dora: bool, rank: int = 16) -> None:
+    """Write a random rank-16 adapter on all linear layers, with magnitudes for DoRA."""
     parts = []
     for layer in range(shape.layers):
         for name, (rows, columns) in shape.linears.items():
             stem = f"base_model.model.model.layers.{layer}.{name}"
             parts.append(Part(f"{stem}.lora_A.weight", "BF16", (rank, columns)))
             parts.append(Part(f"{stem}.lora_B.weight", "BF16", (rows, rank)))
+            if dora:
+                parts.append(Part(f"{stem}.lora_magnitude_vector", "BF16", (rows,)))
     write(folder, lay_out([[part] for part in parts], 1 << 60), seed=2)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     names = [name.rpartition(".")[2] for name in shape.linears]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 16, "target_modules": names}
+    config["use_dora"] = dora
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -179,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=float, default=1.2e9)
     parser.add_argument("--work", type=Path, help="folder for the model and outputs [default: a temporary one]")
+    parser.add_argument("--dora", action="store_true", help="a DoRA adapter instead of a plain one")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -186,7 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)
         make_base(work / "base", shape)
-        make_adapter(work / "adapter", shape)
+        make_adapter(work / "adapter", shape, options.dora)
         rows = measure(work, options.peft)
     ratios = {f"{name}_to_cp": rows[name].seconds / rows["cp"].seconds for name in ("bf16", "nf4", "three formats")}
     if "peft" in rows:

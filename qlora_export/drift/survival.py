@@ -10,7 +10,6 @@ ships the adapter beside its base, the adapter's own product is added. Memory: t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,8 +21,7 @@ from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.homes import match_adapter
 from qlora_export.merge.merged_model import Output
-from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
-from qlora_export.quant.nf4 import rows_of_whole_blocks
+from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
@@ -77,7 +75,7 @@ class _Survival:
         self._original = original
         self._changes = Changes(output.changes, files, self._base.spec.columns)
         self._beside = Changes(beside.changes, files, self._base.spec.columns) if item.form.keeps_adapter else None
-        self._blocks = _blocks(self._base, route, plan.training.quantization.block_size, output.transposed)
+        self._blocks = self._base.blocks(route.form.row_multiple(self._base.spec) if route.form else 1)
 
     def of(self, shipped: Shipped) -> float:
         """<found, trained> / |trained|^2."""
@@ -125,13 +123,3 @@ def _changed(changes: Changes, values: Float32, rows: range) -> Float32:
     changed = values.copy()
     changes.apply(changed, rows.start)
     return changed
-
-
-def _blocks(base: BaseRows, route: Route, training_block: int, whole: bool) -> list[range]:
-    spec = base.spec
-    if whole:
-        return [range(spec.rows)]
-    multiple = rows_of_whole_blocks(spec.columns, training_block)
-    multiple = math.lcm(multiple, base.row_multiple, route.form.row_multiple(spec) if route.form else 1)
-    height = max(multiple, BLOCK_WEIGHTS // spec.columns // multiple * multiple)
-    return [range(start, min(start + height, spec.rows)) for start in range(0, spec.rows, height)]

@@ -9,7 +9,6 @@ last is written by the seal. A weight that is stored [in, out] moves as a whole,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +18,8 @@ from qlora_export.contracts import Onto, Piece
 from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
 from qlora_export.merge.changes import Changes
-from qlora_export.planning import BLOCK_WEIGHTS, ArtifactPlan, Plan, Route
+from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.quant.floats import Float32
-from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.sources.weights import Weight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
@@ -80,7 +78,7 @@ class TensorJob:
                 f"tensor {source.spec.name}: DoRA on an embedding that was quantised in training cannot be merged",
                 "give the adapter's training quantisation again",
             )
-        self.blocks = self._blocks(plan.training.quantization.block_size)
+        self.blocks = self._blocks()
 
     @property
     def observes(self) -> bool:
@@ -146,18 +144,13 @@ class TensorJob:
         for tensor in found.route.output.source.stored:
             _copy_tensor(tensor, self._files, found.writer)
 
-    def _blocks(self, training_block: int) -> tuple[RowBlock, ...]:
-        """Whole multiples of rows, about `BLOCK_WEIGHTS` values each; all rows where the weight is turned."""
-        if self._rows is None or not self._source.spec.size:
+    def _blocks(self) -> tuple[RowBlock, ...]:
+        """Whole multiples of rows for the base and for every format."""
+        if self._rows is None:
             return ()
         spec = self._rows.spec
-        if self._encoded[0].route.output.transposed:
-            return (RowBlock(0, spec.rows),)
         multiples = [found.route.form.row_multiple(spec) for found in self._encoded if found.route.form]
-        multiples += [rows_of_whole_blocks(spec.columns, training_block), self._source.row_multiple]
-        multiple = math.lcm(*multiples)
-        height = max(multiple, BLOCK_WEIGHTS // max(spec.columns, 1) // multiple * multiple)
-        return tuple(RowBlock(first, min(height, spec.rows - first)) for first in range(0, spec.rows, height))
+        return tuple(RowBlock(rows.start, len(rows)) for rows in self._rows.blocks(*multiples))
 
 
 def _base(rows: Rows, onto: Onto) -> Float32:

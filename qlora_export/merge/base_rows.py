@@ -7,6 +7,7 @@ trained    quantised to 4 bits and back, as training saw them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -17,8 +18,12 @@ from qlora_export.errors import InputError
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.quant.floats import Float32, all_finite
+from qlora_export.quant.nf4 import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
+
+# Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
+BLOCK_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,15 @@ class BaseRows:
         self.spec: TensorSpec = spec
         self.base = TrainedBase(spec, training.quantization) if requantised else None
 
-    @property
-    def row_multiple(self) -> int:
-        """Fewest rows that can be read alone."""
-        return self._output.source.row_multiple
+    def blocks(self, *multiples: int) -> list[range]:
+        """All rows in blocks of about `BLOCK_WEIGHTS` values, each of whole multiples; one block where all turn."""
+        spec = self.spec
+        if self._output.transposed or not spec.size:
+            return [range(spec.rows)] if spec.size else []
+        whole = rows_of_whole_blocks(spec.columns, self._training.block_size)
+        multiple = math.lcm(self._output.source.row_multiple, whole, *multiples)
+        height = max(multiple, BLOCK_WEIGHTS // max(spec.columns, 1) // multiple * multiple)
+        return [range(first, min(first + height, spec.rows)) for first in range(0, spec.rows, height)]
 
     @property
     def observes(self) -> bool:

@@ -8,28 +8,31 @@
     trained tokens    rows of W replaced
     trained bias      b + s b'
 
-Every sum runs in a fixed order without fused multiply-adds, so bytes depend neither on how rows are cut nor on the
-machine. Cost: 2 * rank operations a weight; A stays in the cache. The norms of an embedding's DoRA run down the rows:
-they alone need the whole tensor first.
+Here are the facts, known from headers; reading the tensors makes them changes of `loaded_changes`. The norms of an
+embedding's DoRA run down the rows: they alone need the whole tensor first.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
-from numpy.typing import NDArray
 
+from qlora_export.merge.loaded_changes import (
+    ColumnMagnitude,
+    LoadedChange,
+    LoadedProduct,
+    LoadedRows,
+    LoadedVector,
+    Piece,
+    RowMagnitude,
+)
 from qlora_export.quant.floats import Float32
 from qlora_export.sources.architecture import Window
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
-
-Float64 = NDArray[np.float64]
 
 
 class Change(Protocol):
@@ -42,14 +45,6 @@ class Change(Protocol):
 
     def load(self, files: SourceFiles) -> LoadedChange:
         """Read them."""
-        ...
-
-
-class LoadedChange(Protocol):
-    """A change that can be made to rows of a tensor of `columns` columns."""
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Change rows [rows, columns] from `first_row` on, in place."""
         ...
 
 
@@ -80,14 +75,15 @@ class LowRank:
 
     def load(self, files: SourceFiles) -> LoadedProduct:
         """The factors in float32, cut into the pieces that rows of the tensor meet."""
+        scale = np.float32(self.scale)
+        if self.experts is not None:
+            a, b = files.shared_values(self.a), files.shared_values(self.b)
+            return LoadedProduct(tuple(_expert_pieces(a, b, self.experts)), scale)
         a = _diagonal(files.values(self.a), self.blocks[0])
         b = _diagonal(files.values(self.b), self.blocks[1])
-        scale = np.float32(self.scale)
         if self.embedding:
             return LoadedProduct((_piece(0, a.T, b.T),), scale)
-        if self.experts is None:
-            return LoadedProduct((_piece(0, b, a),), scale)
-        return LoadedProduct(tuple(_expert_pieces(a, b, self.experts)), scale)
+        return LoadedProduct((_piece(0, b, a),), scale)
 
 
 @dataclass(frozen=True)
@@ -140,96 +136,6 @@ class AddedVector:
     def load(self, files: SourceFiles) -> LoadedChange:
         """The scaled vector in float32."""
         return LoadedVector(files.values(self.vector).reshape(-1) * np.float32(self.scale))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows from `first` on get `left @ right`: left [rows, rank], right [rank, columns]."""
-
-    first: int
-    left: Float32
-    right: Float32
-
-
-@dataclass(frozen=True)
-class LoadedProduct:
-    """`scale * left @ right` for each piece of rows."""
-
-    pieces: tuple[Piece, ...]
-    scale: np.float32
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Add the products."""
-        last_row = first_row + values.shape[0]
-        for piece in self.pieces:
-            start = max(first_row, piece.first)
-            stop = min(last_row, piece.first + piece.left.shape[0])
-            if start < stop:
-                left = piece.left[start - piece.first : stop - piece.first]
-                _add_low_rank(values[start - first_row : stop - first_row], piece.right, left, self.scale)
-
-
-@dataclass(frozen=True)
-class RowMagnitude:
-    """Rows of the given lengths, in the direction they have."""
-
-    magnitude: Float32
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Scale every row to its magnitude."""
-        _scale_rows(values, self.magnitude[first_row : first_row + values.shape[0]])
-
-
-class ColumnMagnitude:
-    """Columns of the given lengths; every row must be observed, in any order, before the first is changed."""
-
-    def __init__(self, magnitude: Float32) -> None:
-        self._magnitude = magnitude
-        self._squares: Float64 = np.zeros(magnitude.size, np.float64)
-        self._factors = magnitude
-        self._waiting: dict[int, Float32] = {}
-        self._next = 0
-        self._lock = threading.Lock()
-
-    def observe(self, values: Float32, first_row: int) -> None:
-        """Take note of rows; early ones wait for their turn, so that the sums do not depend on who was first."""
-        with self._lock:
-            self._waiting[first_row] = values
-            while (rows := self._waiting.pop(self._next, None)) is not None:
-                _add_squares(rows, self._squares)
-                self._next += rows.shape[0]
-
-    def settle(self) -> None:
-        """All rows were observed."""
-        self._factors = (self._magnitude / np.sqrt(self._squares)).astype(np.float32)
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Scale every column to its magnitude."""
-        values *= self._factors
-
-
-@dataclass(frozen=True)
-class LoadedRows:
-    """Rows by their index."""
-
-    rows: dict[int, Float32]
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Put the rows in their place."""
-        for index, row in self.rows.items():
-            if first_row <= index < first_row + values.shape[0]:
-                values[index - first_row] = row
-
-
-@dataclass(frozen=True)
-class LoadedVector:
-    """A scaled vector."""
-
-    vector: Float32
-
-    def apply(self, values: Float32, first_row: int) -> None:
-        """Add it."""
-        values += self.vector[first_row : first_row + values.shape[0]].reshape(values.shape)
 
 
 class Changes:
@@ -297,39 +203,3 @@ def _expert_pieces(a: Float32, b: Float32, experts: Experts) -> list[Piece]:
             left, right = right.T, left.T
         pieces.append(_piece(expert * left.shape[0], left, right))
     return pieces
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _add_low_rank(values: Float32, a: Float32, b: Float32, scale: np.float32) -> None:
-    rows, columns = values.shape
-    rank = a.shape[0]
-    sums = np.empty(columns, np.float32)
-    for row in range(rows):
-        for column in range(columns):
-            sums[column] = np.float32(0)
-        for component in range(rank):
-            weight = b[row, component]
-            for column in range(columns):
-                sums[column] += weight * a[component, column]
-        for column in range(columns):
-            values[row, column] += scale * sums[column]
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _scale_rows(values: Float32, magnitude: Float32) -> None:
-    rows, columns = values.shape
-    for row in range(rows):
-        squares = np.float64(0)
-        for column in range(columns):
-            squares += np.float64(values[row, column]) * np.float64(values[row, column])
-        factor = np.float32(np.float64(magnitude[row]) / np.sqrt(squares))
-        for column in range(columns):
-            values[row, column] *= factor
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _add_squares(values: Float32, squares: Float64) -> None:
-    rows, columns = values.shape
-    for row in range(rows):
-        for column in range(columns):
-            squares[column] += np.float64(values[row, column]) * np.float64(values[row, column])

@@ -15,6 +15,7 @@ from qlora_export.tensors.reading import SourceFiles
 
 OTHER_BASE = "was the adapter trained on another base?"
 SAVE_AGAIN = "save the adapter again"
+DISAGREE = "adapter_config.json and tensors do not agree"
 
 
 @dataclass

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from qlora_export.errors import ExportError, Problem
-from qlora_export.merge.adapter_keys import NESTED, PREFIX, AdapterTensors, ModuleTensors, sort_tensors
-from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
-from qlora_export.merge.draft import SAVE_AGAIN, Draft, same_values
+from qlora_export.merge.adapter_keys import AdapterTensors, sort_tensors
+from qlora_export.merge.draft import DISAGREE, SAVE_AGAIN, Draft, same_values
+from qlora_export.merge.factors import match_embedding, match_linear, match_parameter, match_tokens
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import Names, names_of
 from qlora_export.merge.targets import match_config, parameter_names
 from qlora_export.merge.tying import settle_model
-from qlora_export.sources.adapter import CONFIG_NAME, Adapter
-from qlora_export.sources.architecture import Home
+from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
-
-EMBEDDING_LIKE = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|word_embeddings|tok_embeddings|wte|wpe|embeddings?)$"
-)
-DISAGREE = f"{CONFIG_NAME} and tensors do not agree"
 
 
 @dataclass(frozen=True)
@@ -73,13 +63,13 @@ def _match_all(draft: Draft, found: AdapterTensors) -> None:
     parameters = parameter_names(draft, found)
     for item in found.modules:
         if item.part("lora_embedding_A") is not None or item.part("lora_embedding_B") is not None:
-            _match_embedding(draft, item)
+            match_embedding(draft, item)
         elif (item.module, item.depth) in parameters:
-            _match_parameter(draft, item, parameters[item.module, item.depth])
+            match_parameter(draft, item, parameters[item.module, item.depth])
         elif any(part.startswith("lora_") for part in item.parts):
-            _match_linear(draft, item)
+            match_linear(draft, item)
         if (rows := item.part("token_adapter.trainable_tokens_delta")) is not None:
-            _match_tokens(draft, item.module, rows)
+            match_tokens(draft, item.module, rows)
     if not draft.problems:
         match_config(draft, found)
 
@@ -144,154 +134,3 @@ def _replace(draft: Draft, parameter: str, tensor: StoredTensor) -> None:
         draft.problem(f"tensor {tensor.spec.name} is {list(found)}, the base has {list(expected)}")
         return
     draft.replaced[parameter] = tensor
-
-
-def _pair(draft: Draft, item: ModuleTensors, kind: str, scaled: str) -> tuple[StoredTensor, StoredTensor] | None:
-    """Both factors, or None when one is missing, which is noted; `scaled` is whose scale they have."""
-    suffix = "" if kind == "lora_embedding_" else ".weight"
-    a, b = item.part(f"{kind}A{suffix}"), item.part(f"{kind}B{suffix}")
-    name = f"{PREFIX}{item.module}{NESTED * item.depth}"
-    if a is None or b is None:
-        missing = "A" if a is None else "B"
-        draft.problem(f"tensor {name}.{kind}{missing}{suffix} is missing, its partner is there", SAVE_AGAIN)
-        return None
-    scale = draft.adapter.scale(scaled)
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = np.float32(scale)
-    if rounded == 0 or not np.isfinite(rounded):
-        draft.problem(f"the scale of {scaled} is {scale:g}, so the delta is lost", f"see lora_alpha in {CONFIG_NAME}")
-        return None
-    return a, b
-
-
-def _match_linear(draft: Draft, item: ModuleTensors) -> None:
-    pair = _pair(draft, item, "lora_", item.module)
-    if pair is None:
-        return
-    a, b = pair
-    parameter, name = f"{item.module}.weight", f"{PREFIX}{item.module}{NESTED * item.depth}"
-    shape = draft.shape(parameter)
-    if shape is None:
-        _no_home(draft, a, parameter)
-        return
-    if len(shape) != 2 or item.depth or EMBEDDING_LIKE.search(item.module):
-        draft.problem(f"tensor {name}.lora_A.weight meets {list(shape)}, expected the matrix of a linear layer")
-        return
-    rank, blocks = draft.adapter.rank(item.module), draft.adapter.diagonal_blocks(item.module)
-    if rank % max(blocks) or shape[1] % blocks[0] or shape[0] % blocks[1]:
-        draft.problem(f"{max(blocks)} blocks do not divide rank {rank} and {list(shape)} of {item.module}")
-        return
-    if not (draft.fits(a, (rank, shape[1] // blocks[0])) and draft.fits(b, (shape[0], rank // blocks[1]))):
-        return
-    changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), blocks)]
-    if (magnitude := item.part("lora_magnitude_vector")) is not None and draft.fits(magnitude, (shape[0],)):
-        changes.append(Magnitude(magnitude))
-    _require_magnitude(draft, item)
-    draft.changes.setdefault(parameter, []).extend(changes)
-    if (bias := item.part("lora_B.bias")) is not None:
-        _match_bias(draft, item, bias, shape[0])
-
-
-def _match_bias(draft: Draft, item: ModuleTensors, bias: StoredTensor, rows: int) -> None:
-    if draft.shape(f"{item.module}.bias") is None:
-        draft.problem(
-            f"tensor {bias.spec.name} is a trained bias, the base has no {item.module}.bias to add it to",
-            "train without lora_bias on layers that have no bias",
-        )
-    elif draft.fits(bias, (rows,)):
-        change = AddedVector(bias, draft.adapter.scale(item.module))
-        draft.changes.setdefault(f"{item.module}.bias", []).append(change)
-
-
-def _require_magnitude(draft: Draft, item: ModuleTensors) -> None:
-    stated, there = bool(draft.adapter.config.get("use_dora")), item.part("lora_magnitude_vector") is not None
-    if stated != there:
-        what = "is missing, use_dora is set" if stated else "is there, use_dora is not set"
-        draft.problem(f"tensor {PREFIX}{item.module}.lora_magnitude_vector {what}", DISAGREE)
-
-
-def _match_embedding(draft: Draft, item: ModuleTensors) -> None:
-    pair = _pair(draft, item, "lora_embedding_", item.module)
-    if pair is None:
-        return
-    a, b = pair
-    shape = draft.shape(f"{item.module}.weight")
-    if shape is None or len(shape) != 2 or not EMBEDDING_LIKE.search(item.module):
-        _no_home(draft, a, f"{item.module}.weight, as an embedding")
-        return
-    rank = draft.adapter.rank(item.module)
-    if not (draft.fits(a, (rank, shape[0])) and draft.fits(b, (shape[1], rank))):
-        return
-    changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), embedding=True)]
-    if (magnitude := item.part("lora_magnitude_vector")) is not None and draft.fits(magnitude, (shape[1],)):
-        changes.append(Magnitude(magnitude, columns=True))
-    _require_magnitude(draft, item)
-    draft.changes.setdefault(f"{item.module}.weight", []).extend(changes)
-
-
-def _match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
-    stated = draft.adapter.config.get("trainable_token_indices") or []
-    indices: Sequence[int] = (
-        next((found for key, found in stated.items() if f".{module}".endswith(f".{key}")), [])
-        if isinstance(stated, dict)
-        else stated
-    )
-    shape = draft.shape(f"{module}.weight")
-    if shape is None or len(shape) != 2:
-        _no_home(draft, rows, f"{module}.weight")
-        return
-    if not draft.fits(rows, (len(indices), shape[1])):
-        return
-    if wrong := [index for index in indices if not 0 <= index < shape[0]]:
-        draft.problem(f"tensor {rows.spec.name} changes row {wrong[0]}, the embedding has {shape[0]}")
-        return
-    draft.changes.setdefault(f"{module}.weight", []).append(ReplacedRows(rows, tuple(indices)))
-
-
-def _match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
-    """Factors of a parameter [experts, out, in], packed in the file or unpacked, or of a matrix."""
-    live = draft.names.architecture.module(item.module)
-    parameter = f"{live}.{last}"
-    homes = draft.names.parameter(parameter)
-    pair = _pair(draft, item, "lora_", parameter)
-    if pair is None:
-        return
-    if not homes:
-        _no_home(draft, pair[0], parameter)
-        return
-    rank, scale = draft.adapter.rank(parameter), draft.adapter.scale(parameter)
-    input_major = live in draft.names.architecture.input_major
-    shape = _packed_shape(draft, homes)
-    experts, (rows, columns) = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
-    if input_major and len(shape) == 3:
-        rows, columns = columns, rows
-    if not (draft.fits(pair[0], (rank * experts, columns)) and draft.fits(pair[1], (rows, rank * experts))):
-        return
-    for home in homes:
-        lay = Experts(experts, input_major and len(shape) == 3, home.window)
-        draft.stored_changes.setdefault(home.tensor, []).append(LowRank(*pair, scale, experts=lay))
-
-
-def _packed_shape(draft: Draft, homes: Sequence[Home]) -> tuple[int, ...]:
-    """The shape of a parameter, [experts, out, in] where it is stored expert by expert."""
-    shape = draft.names.checkpoint.weights[homes[0].tensor].spec.shape
-    windows = [home.window for home in homes if home.window is not None]
-    if not windows:
-        return shape
-    return (
-        max(window.expert for window in windows) + 1,
-        max(window.first + window.count for window in windows),
-        shape[-1],
-    )
-
-
-def _no_home(draft: Draft, tensor: StoredTensor, parameter: str) -> None:
-    name, hint = tensor.spec.name, "was the adapter trained on another base?"
-    if not draft.names.direct:
-        module, _, last = parameter.rpartition(".")
-        live = f"{draft.names.architecture.module(module)}.{last}"
-        if (operation := draft.names.architecture.rearranged.get(live)) is not None:
-            hint = f"transformers makes it by {operation} while it loads, which cannot be merged through yet"
-        elif len(draft.names.parameter(parameter)) > 1:
-            hint = "it is stored in several tensors; adapt it through target_parameters"
-    draft.problem(f"tensor {name} has no home: the base has no {parameter}", hint)

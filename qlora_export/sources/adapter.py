@@ -19,15 +19,15 @@ from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
 from qlora_export.sources.adapter_settings import require_settings
 from qlora_export.sources.checkpoint import (
-    contained_file,
     pickles,
     read_json,
+    read_tensors,
     require_folder,
     require_indexed,
     weight_map,
 )
 from qlora_export.sources.sidecar import read_sidecar
-from qlora_export.tensors.header import StoredTensor, read_header
+from qlora_export.tensors.header import StoredTensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SHARD_INDEX_NAME = "adapter_model.safetensors.index.json"
@@ -146,13 +146,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
                 "a pickle can run code; save the adapter as safetensors where you trust it",
             )
         raise InputError(f"{folder / WEIGHTS_NAME}: missing", "is this an adapter folder that PEFT saved?")
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        for tensor in read_header(contained_file(folder, name)).values():
-            if tensor.spec.name in tensors:
-                first = tensors[tensor.spec.name].path.name
-                raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
-            tensors[tensor.spec.name] = tensor
+    tensors = read_tensors(folder, names)
     if len(names) > 1:
         require_indexed(folder / SHARD_INDEX_NAME, tensors)
     return tensors

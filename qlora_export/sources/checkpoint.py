@@ -11,14 +11,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import InputError, Refused
-from qlora_export.sources.weights import Weight, weights_of
+from qlora_export.sources.weight_parts import weights_of
+from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor, read_header
 from qlora_export.tensors.layout import INDEX_NAME, SINGLE_NAME
@@ -76,6 +77,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     require_folder(folder, "base")
     config = read_json(folder / "config.json")
     names = _weight_files(folder)
+    tensors = read_tensors(folder, names)
+    if (folder / INDEX_NAME).exists():
+        require_indexed(folder / INDEX_NAME, tensors)
+    checkpoint = Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
+    _ = checkpoint.weights
+    return checkpoint
+
+
+def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, StoredTensor]:
+    """The tensors of some weight files of a folder; raises InputError when two hold the same one."""
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         for tensor in read_header(contained_file(folder, name)).values():
@@ -83,11 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 first = tensors[tensor.spec.name].path.name
                 raise InputError(f"{folder}: tensor {tensor.spec.name} is in both {first} and {name}")
             tensors[tensor.spec.name] = tensor
-    if (folder / INDEX_NAME).exists():
-        require_indexed(folder / INDEX_NAME, tensors)
-    checkpoint = Checkpoint(folder, config, tensors, tuple(folder / name for name in names))
-    _ = checkpoint.weights
-    return checkpoint
+    return tensors
 
 
 def require_folder(folder: Path, role: str) -> None:

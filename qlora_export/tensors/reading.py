@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,12 +16,15 @@ from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.tensors.dtypes import ITEM_BYTES, widen
 from qlora_export.tensors.header import StoredTensor
 
+SHARED_TENSORS = 8
+
 
 class SourceFiles:
     """Open source files by path; one descriptor each, closed together."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._shared: OrderedDict[tuple[Path, int], Float32] = OrderedDict()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -56,6 +60,21 @@ class SourceFiles:
         """All values of a tensor as float32 in its shape."""
         raw = self.read(tensor, 0, tensor.spec.rows)
         return widen(raw, tensor.spec.dtype).reshape(tensor.spec.shape)
+
+    def shared_values(self, tensor: StoredTensor) -> Float32:
+        """The same, kept for the next who asks: the factors of packed experts serve every expert. Not to be changed."""
+        key = (tensor.path, tensor.offset)
+        with self._lock:
+            if key in self._shared:
+                self._shared.move_to_end(key)
+                return self._shared[key]
+        values = self.values(tensor)
+        values.flags.writeable = False
+        with self._lock:
+            self._shared[key] = values
+            if len(self._shared) > SHARED_TENSORS:
+                self._shared.popitem(last=False)
+        return values
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:

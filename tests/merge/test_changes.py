@@ -6,7 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.merge.changes import ColumnMagnitude, LoadedProduct, LoadedRows, LoadedVector, Piece, RowMagnitude
+from qlora_export.merge.loaded_changes import (
+    ColumnMagnitude,
+    LoadedProduct,
+    LoadedRows,
+    LoadedVector,
+    Piece,
+    RowMagnitude,
+)
 from tests.conftest import random_values
 
 sizes = st.integers(1, 40)
