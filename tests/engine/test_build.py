@@ -54,7 +54,7 @@ def test_bytes_do_not_depend_on_the_size_of_the_blocks(
     pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(pico_recipe(*ALL), tmp_path / "large")
-    monkeypatch.setattr("qlora_export.engine.tensor_job.BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr("qlora_export.merge.base_rows.BLOCK_WEIGHTS", 1)
     run(pico_recipe(*ALL), tmp_path / "small")
     assert folder_bytes(tmp_path / "large") == folder_bytes(tmp_path / "small")
 

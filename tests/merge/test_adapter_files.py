@@ -21,7 +21,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
-from tests.conftest import edit_json, edit_tensors
+from tests.conftest import edit_json, edit_tensors, folder_bytes
 from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
 
 Tensors = dict[str, torch.Tensor]
@@ -262,3 +262,21 @@ def test_what_peft_saves_beside_the_adapter_is_understood(
         expected = live.eval()(input_ids=torch.tensor([TOKENS])).logits.numpy()
     built(bases["llama"], tmp_path / "adapter", tmp_path / "out", "fp32")
     assert np.abs(reload_logits(tmp_path / "out/fp32", "llama", TOKENS) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "variant"),
+    [("llama", "dora"), ("qwen3", "embedding_dora"), ("qwen3", "embedding"), ("gpt2", "dora"), ("qwen3", "head")],
+)
+def test_bytes_depend_on_neither_workers_nor_blocks(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, variant: str
+) -> None:
+    adapter = save_variant(bases[architecture], architecture, variant, tmp_path / "adapter", seed=4)
+    data = {"base": str(bases[architecture]), "adapter": str(adapter), "artifacts": ["bf16", "nf4", "nf4-adapter"]}
+    seen = set()
+    for number, (workers, block) in enumerate([(1, 1 << 17), (4, 1 << 17), (1, 1), (3, 500)]):
+        monkeypatch.setattr("qlora_export.merge.base_rows.BLOCK_WEIGHTS", block)
+        out = tmp_path / f"out{number}"
+        build(make_plan(make_recipe(data, Path(), "test"), out), out, BuildOptions(workers))
+        seen.add(tuple(sorted((name, hash(content)) for name, content in folder_bytes(out).items())))
+    assert len(seen) == 1
