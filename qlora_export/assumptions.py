@@ -85,5 +85,5 @@ def _dense_experts(recipe: Recipe, checkpoint: Checkpoint, facts: TrainingFacts)
         return []
     weights = [weight for weight in checkpoint.weights.values() if weight.spec.module in facts.experts]
     size = sum(weight.spec.size * ITEM_BYTES[facts.live.storage_dtype] for weight in weights)
-    dense = f"{', '.join(quantising)}: {len(weights)} expert weights stay dense ({size} bytes)"
+    dense = f"{', '.join(quantising)}: {len(weights)} expert weights stay dense ({size / 1e6:.2f} MB)"
     return [f"{dense}, since transformers does not load NF4 experts; bf16 serves a mixture of experts as well"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
 
 from qlora_export.inspecting import Inspection
 from qlora_export.report.terminal import console_for_result, new_table, size
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:
@@ -43,7 +46,8 @@ def print_inspection(found: Inspection) -> None:
         _print_layers(console, found)
     for problem in found.problems:
         console.print(f"would be refused: {problem.message}", highlight=False, soft_wrap=True, markup=False)
-        console.print(f"  hint: {problem.hint}", highlight=False, soft_wrap=True, markup=False)
+    for hint in dict.fromkeys(problem.hint for problem in found.problems if problem.hint):
+        console.print(f"hint: {hint}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_layers(console: Console, found: Inspection) -> None:
@@ -51,8 +55,17 @@ def _print_layers(console: Console, found: Inspection) -> None:
     grid.add_column("tensor", no_wrap=True)
     grid.add_column("shape", justify="right")
     grid.add_column("|delta| / |W|", justify="right")
+    groups: dict[tuple[str, str], list[float]] = {}
     for name, facts in found.layers.items():
-        ratio = facts["delta_over_weight"]
         shape = " x ".join(str(length) for length in facts["shape"])
-        grid.add_row(name, shape, "" if ratio is None else f"{ratio:.2%}")
+        ratios = groups.setdefault((EXPERT.sub(".experts.*.", name), shape), [])
+        if facts["delta_over_weight"] is not None:
+            ratios.append(facts["delta_over_weight"])
+    for (name, shape), ratios in groups.items():
+        grid.add_row(name, shape, " to ".join(dict.fromkeys(f"{ratio:.2%}" for ratio in _ends(ratios))))
     console.print(grid, highlight=False)
+
+
+def _ends(values: list[float]) -> tuple[float, ...]:
+    """The smallest and the largest."""
+    return (min(values), max(values)) if values else ()
