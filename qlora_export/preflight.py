@@ -122,13 +122,16 @@ def value_problems(adapter: Adapter) -> list[Problem]:
         for name, tensor in adapter.tensors.items():
             if tensor.spec.dtype not in FLOATS:
                 continue
-            values = files.values(tensor).reshape(-1)
-            if not all_finite(values.view(np.uint32)):
-                count = int((~np.isfinite(values)).sum())
+            count, used = 0, False
+            for values in files.blocks(tensor):
+                finite = all_finite(values.view(np.uint32))
+                count += 0 if finite else int((~np.isfinite(values)).sum())
+                used = used or bool(values.any())
+            if count:
                 message = f"{tensor.path}: tensor {name} has {count} values that are NaN or infinite"
                 hint = "training diverged or the file is damaged; take an earlier checkpoint"
                 problems.append(Problem(ExitCode.BAD_INPUT, message, hint))
-            elif FACTOR_NAME.search(name) and not values.any():
+            elif FACTOR_NAME.search(name) and not used:
                 message = f"{tensor.path}: tensor {name} is all zero, so nothing was learned there"
                 hint = "train longer, or drop the module from the adapter"
                 problems.append(Problem(ExitCode.REFUSED, message, hint))

@@ -68,8 +68,16 @@ class Draft:
         self.accounted.add(tensor.spec.name)
 
 
-def same_values(first: StoredTensor, second: StoredTensor, transposed: bool = False) -> bool:
-    """Whether two tensors of an adapter hold the same values, one of them transposed or not."""
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors of an adapter have the same shape and the same values."""
+    if first.spec.shape != second.spec.shape:
+        return False
     with SourceFiles() as files:
-        one, other = files.values(first), files.values(second)
-    return np.array_equal(one, other.T if transposed else other)
+        pairs = zip(files.blocks(first), files.blocks(second), strict=True)
+        return all(np.array_equal(one, other) for one, other in pairs)
+
+
+def transposed_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two factors hold the same values, one of them transposed."""
+    with SourceFiles() as files:
+        return np.array_equal(files.values(first), files.values(second).T)

@@ -77,8 +77,7 @@ def _match_all(draft: Draft, found: AdapterTensors) -> None:
 def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
     """Two tensors of one name may be copies of each other; two spellings of one module may not be."""
     for first, second in found.doubled:
-        alike = first.spec.shape == second.spec.shape and same_values(first, second)
-        if alike:
+        if same_values(first, second):
             draft.account(first)
         else:
             draft.problem(f"tensor {second.spec.name} is there twice under two spellings", SAVE_AGAIN)

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.merge.changes import Change, LowRank, ReplacedRows
-from qlora_export.merge.draft import Draft, same_values
+from qlora_export.merge.draft import Draft, same_values, transposed_values
 from qlora_export.merge.merged_model import MergedModel, Output
 from qlora_export.merge.names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
@@ -152,8 +152,8 @@ class TiedPair:
             and isinstance(first, LowRank)
             and isinstance(second, LowRank)
             and first.scale == second.scale
-            and same_values(first.a, second.b, transposed=True)
-            and same_values(first.b, second.a, transposed=True)
+            and transposed_values(first.a, second.b)
+            and transposed_values(first.b, second.a)
         )
         if not alike:
             names = ", ".join(tensor.spec.name for change in head for tensor in change.tensors)
@@ -166,7 +166,7 @@ class TiedPair:
                 self._draft.account(tensor)
 
     def _require_same(self, first: StoredTensor, second: StoredTensor) -> None:
-        if first.spec.shape != second.spec.shape or not same_values(first, second):
+        if not same_values(first, second):
             raise InputError(
                 f"{self._draft.adapter.weights}: {second.spec.name} is not the same as {first.spec.name}, "
                 "which share one weight in the base",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,7 @@ from qlora_export.tensors.dtypes import ITEM_BYTES, widen
 from qlora_export.tensors.header import StoredTensor
 
 SHARED_TENSORS = 8
+BLOCK_VALUES = 1 << 20
 
 
 class SourceFiles:
@@ -60,6 +62,12 @@ class SourceFiles:
         """All values of a tensor as float32 in its shape."""
         raw = self.read(tensor, 0, tensor.spec.rows)
         return widen(raw, tensor.spec.dtype).reshape(tensor.spec.shape)
+
+    def blocks(self, tensor: StoredTensor) -> Iterator[Float32]:
+        """All values in order, flat, some rows at a time."""
+        height = max(1, BLOCK_VALUES // max(tensor.spec.columns, 1))
+        for first in range(0, tensor.spec.rows, height):
+            yield widen(self.read(tensor, first, min(height, tensor.spec.rows - first)), tensor.spec.dtype)
 
     def shared_values(self, tensor: StoredTensor) -> Float32:
         """The same, kept for the next who asks: the factors of packed experts serve every expert. Not to be changed."""
