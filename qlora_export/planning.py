@@ -48,6 +48,7 @@ from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 
 INTERPRETER_BYTES = 220_000_000
+TRANSFORMERS_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ExportPlan:
 class Plan:
     """What a build will do; `training` speaks of stored modules, `live_training` of those of the live model.
 
-    `assumptions` are choices that nobody stated.
+    `assumptions` are choices that nobody stated, `library_bytes` what the process takes before it works.
     """
 
     recipe: Recipe
@@ -137,6 +138,7 @@ class Plan:
     artifacts: tuple[ArtifactPlan, ...]
     exports: tuple[ExportPlan, ...]
     assumptions: tuple[str, ...]
+    library_bytes: int
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -184,7 +186,7 @@ class Plan:
         turned = [output.spec.size for output in self.model.outputs.values() if output.transposed]
         block = max(BLOCK_WEIGHTS, widest * block_size, *turned, 0) * 4 * (4 + len(self.artifacts))
         state = largest // block_size * 4 * (2 + len(self.artifacts))
-        return INTERPRETER_BYTES + workers * block + 2 * (state + 4 * max(factors, default=0))
+        return self.library_bytes + workers * block + 2 * (state + 4 * max(factors, default=0))
 
 
 def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
@@ -214,8 +216,9 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
+    libraries = INTERPRETER_BYTES + (TRANSFORMERS_BYTES if names.asked_transformers else 0)
     assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs))
-    plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions)
+    plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions, libraries)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
     return plan

@@ -47,6 +47,11 @@ class Names:
         modules = [name.rpartition(".")[0] for name in self.parameters]
         return read_architecture(self.checkpoint, self.classifier, modules)
 
+    @property
+    def asked_transformers(self) -> bool:
+        """Whether transformers was asked, and is in memory now."""
+        return "architecture" in self.__dict__
+
     @cached_property
     def direct(self) -> bool:
         """Whether every parameter is stored under its own name."""
