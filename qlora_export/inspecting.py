@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qlora_export.merge.changes import Changes
 from qlora_export.merge.homes import Match, match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.names import EMBEDDING, HEAD
+from qlora_export.merge.training_facts import training_facts
 from qlora_export.preflight import base_problems, opened
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
@@ -94,7 +96,7 @@ def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspecti
         "sha256": adapter.sha256,
         "trained on": config.get("base_model_name_or_path"),
         "revision": config.get("revision"),
-        "training quantisation": _training(adapter.training),
+        "training quantisation": _training(adapter.training, len(adapter.training.modules)),
     }
     problems = variant_problems(adapter)
     layers: dict[str, Facts] = {}
@@ -103,6 +105,11 @@ def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspecti
         facts["base"] = identity(checkpoint.folder)
         match = match_adapter(adapter, checkpoint)
         problems += [*base_problems(checkpoint), *match.problems]
+        known = opened(partial(training_facts, adapter, None), match.names)
+        if isinstance(known, Problem):
+            problems.append(known)
+        else:
+            facts["training quantisation"] = _training(known.live, len(known.stored.quantised))
         if weights and not problems:
             layers = _change_sizes(match)
     return Inspection("adapter", folder, facts, layers, tuple(dict.fromkeys(problems)))
@@ -127,15 +134,20 @@ def _targets(modules: list[str]) -> str:
     return ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
 
 
-def _training(training: TrainingQuantization) -> str:
-    if not training.recorded:
-        return f"unknown: no {SIDECAR_NAME} beside the weights"
+def _training(training: TrainingQuantization, modules: int) -> str:
+    """How the base was quantised in training, and where that knowledge comes from."""
+    known = {
+        "sidecar": f"recorded in {SIDECAR_NAME}",
+        "base": "as the base is stored",
+        "assumed": f"assumed, there is no {SIDECAR_NAME}",
+    }
     nested = ", double quantisation" if training.double_quant else ""
-    return (
+    described = (
         f"{training.quant_type} in blocks of {training.block_size}{nested}, loaded in "
-        f"{TORCH_NAMES[training.storage_dtype]}, computed in {TORCH_NAMES[training.compute_dtype]}, "
-        f"{len(training.modules)} modules; recorded in {SIDECAR_NAME}"
+        f"{TORCH_NAMES[training.storage_dtype]}, computed in {TORCH_NAMES[training.compute_dtype]}"
     )
+    counted = f", {modules} modules" if modules else ""
+    return f"{described}{counted}; {known.get(training.provenance, training.provenance)}"
 
 
 def _change_sizes(match: Match) -> dict[str, Facts]:

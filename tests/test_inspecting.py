@@ -46,7 +46,7 @@ def test_what_would_be_refused_is_listed(pico_base: Path, adapter_copy: Path) ->
     (adapter_copy / "qlora_export.json").unlink()
     found = inspect(adapter_copy, pico_base)
     assert ["KaSA" in found.problems[0].message, "need [3, 64]" in found.problems[1].message] == [True, True]
-    assert "no qlora_export.json" in found.facts["training quantisation"]
+    assert "there is no qlora_export.json" in found.facts["training quantisation"]
     assert found.layers == {}
 
 
