@@ -125,8 +125,7 @@ def _tokenizer_folder(run: Run) -> Path:
 
 def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
     """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
-    config = plan.checkpoint.config
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    rows = plan.model.settings.get("vocab_size", plan.checkpoint.text_config.get("vocab_size"))
     highest = max(max(window.tokens) for window in tokens.windows)
     if isinstance(rows, int) and highest >= rows:
         raise InputError(
@@ -145,7 +144,7 @@ def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunO
 
     from qlora_export.runtimes.as_trained import open_as_trained
 
-    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training)
+    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
     with options.track("measure as trained") as progress:
         keep_reference(live.tuned(), store, progress)
     with live.base() as session, options.track("measure the base") as progress:
@@ -177,7 +176,8 @@ def _opened(runtime: str, artifact: Artifact, plan: Plan) -> Iterator[Session]:
     if runtime == "as-trained":
         from qlora_export.runtimes.as_trained import open_as_trained
 
-        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training).tuned()
+        rows = plan.model.settings.get("vocab_size")
+        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training, rows).tuned()
         return
     with catalog.load_runtime(runtime).open(artifact.path) as session:
         yield session

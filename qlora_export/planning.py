@@ -34,6 +34,7 @@ from qlora_export.preflight import (
     artifact_problems,
     base_problems,
     disk_problems,
+    kept_adapter_problems,
     opened,
     shape_problems,
     training_problems,
@@ -209,7 +210,8 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     model = match.model if match else unmerged_model(names)
-    if problems := shape_problems(checkpoint, model):
+    problems += [*shape_problems(checkpoint, model), *kept_adapter_problems(recipe, facts, model)]
+    if problems:
         raise PlanRefused(problems)
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)

@@ -205,6 +205,22 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
     ]
 
 
+def kept_adapter_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) -> list[Problem]:
+    """An adapter that does not load onto the base as it was: peft does not resize the vocabulary by itself."""
+    if "vocab_size" not in model.settings:
+        return []
+    rows = model.settings["vocab_size"]
+    return [
+        Problem(
+            ExitCode.USAGE,
+            f"artifact {item.name}: vocabulary resized to {rows} rows in training, the base to ship has its own",
+            "choose a merged format",
+        )
+        for item in recipe.artifacts
+        if item.format in catalog.FORMATS and catalog.load_format(item.format, facts.live).keeps_adapter
+    ]
+
+
 def allocated_bytes(folder: Path) -> int:
     """Disk space that the files below a folder hold; 0 when there is none."""
     return sum(path.lstat().st_blocks * SECTOR_BYTES for path in folder.rglob("*"))

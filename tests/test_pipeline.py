@@ -16,9 +16,11 @@ from qlora_export.errors import ExitCode, PlanRefused, Refused, RemoteConflict, 
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
+from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.report.data import exit_code, report
-from tests.conftest import RecipeMaker, folder_bytes, save_adapter
+from qlora_export.training import record
+from tests.conftest import RecipeMaker, folder_bytes, load_qlora, save_adapter
 
 FAILS = {"format": "nf4", "limits": {"mean_kl": 0.0}}
 
@@ -192,3 +194,20 @@ def test_a_classifier_is_built_and_not_measured(pico_base: Path, pico_text: Path
     with pytest.raises(Refused, match="the drift of a classifier is not measured yet"):
         run_check(recipe, RunOptions(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resized_vocabulary_is_measured(pico_base: Path, pico_text: Path, tmp_path: Path) -> None:
+    """The reference is resized as training resized it; a base that keeps its own vocabulary is not shipped."""
+    model = load_qlora(pico_base)
+    model.resize_token_embeddings(2055, mean_resizing=False)
+    live = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    record(live, tmp_path / "adapter", pico_base)
+    data = {"base": str(pico_base), "adapter": str(tmp_path / "adapter"), "artifacts": ["bf16", "adapter"]}
+    drift = {"text": str(pico_text), "limits": {"gain_kept": None}}
+    run = run_check(make_recipe({**data, "drift": drift}, Path(), "test"), RunOptions(tmp_path / "out"))
+    assert run.ledger is not None
+    assert all(entry.drift.mean_kl < 1e-4 for entry in run.ledger.entries)
+    with pytest.raises(PlanRefused, match="resized to 2055 rows in training, the base to ship has its own"):
+        make_plan(make_recipe({**data, "artifacts": ["nf4-adapter"]}, Path(), "test"), tmp_path / "other")

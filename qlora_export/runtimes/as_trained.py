@@ -72,8 +72,13 @@ class AsTrained:
                     layer.forward = forward
 
 
-def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuantization) -> AsTrained:
-    """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar."""
+def open_as_trained(
+    base: Checkpoint, adapter: Adapter, training: TrainingQuantization, vocabulary: int | None = None
+) -> AsTrained:
+    """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar.
+
+    `vocabulary` is the number of rows that the embedding was resized to in training.
+    """
     options: dict[str, Any] = {}
     if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -93,6 +98,8 @@ def open_as_trained(base: Checkpoint, adapter: Adapter, training: TrainingQuanti
         _give_recorded_state(model, base, training)
     # peft loads saved modules into copies of the base's: wide ones, so that nothing the adapter holds is rounded.
     widen_dense(model)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = attach_adapter(model, adapter.folder)
     widen_dense(model)
     roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
