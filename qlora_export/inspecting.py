@@ -26,7 +26,16 @@ from qlora_export.merge.homes import Match, match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.names import EMBEDDING, HEAD
 from qlora_export.merge.training_facts import training_facts
-from qlora_export.preflight import base_problems, opened
+from qlora_export.preflight import (
+    base_problems,
+    opened,
+    read_values,
+    shape_problems,
+    training_problems,
+    value_problems,
+    vocabulary_problems,
+)
+from qlora_export.recipe import Merge
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.locate import identity, local_folder
@@ -57,6 +66,13 @@ class Inspection:
     facts: Facts
     layers: Mapping[str, Facts]
     problems: tuple[Problem, ...]
+
+    @property
+    def mergeable(self) -> bool | None:
+        """Whether a merge would go through; None where there is no adapter, or no base to match it with."""
+        if self.problems:
+            return False
+        return True if "base" in self.facts and self.kind == "adapter" else None
 
 
 def inspect(path: Path, base: Path | None = None, weights: bool = False) -> Inspection:
@@ -98,18 +114,21 @@ def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspecti
         "revision": config.get("revision"),
         "training quantisation": _training(adapter.training, len(adapter.training.modules)),
     }
-    problems = variant_problems(adapter)
+    problems = [*variant_problems(adapter), *value_problems(adapter, read_values(adapter), Merge())]
     layers: dict[str, Facts] = {}
     checkpoint = _base_of(adapter, base, weights)
     if checkpoint is not None:
         facts["base"] = identity(checkpoint.folder)
         match = match_adapter(adapter, checkpoint)
-        problems += [*base_problems(checkpoint), *match.problems]
+        problems += [*base_problems(checkpoint), *match.problems, *vocabulary_problems(adapter, match.model)]
         known = opened(partial(training_facts, adapter, None), match.names)
         if isinstance(known, Problem):
             problems.append(known)
         else:
             facts["training quantisation"] = _training(known.live, len(known.stored.quantised))
+            problems += training_problems(adapter, checkpoint, known)
+        if not match.problems:
+            problems += shape_problems(checkpoint, match.model)
         if weights and not problems:
             layers = _change_sizes(match)
     return Inspection("adapter", folder, facts, layers, tuple(dict.fromkeys(problems)))

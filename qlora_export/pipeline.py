@@ -30,7 +30,7 @@ from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.report.data import write_report
 from qlora_export.report.run import Run
-from qlora_export.settling import settle
+from qlora_export.settling import require_evidence, settle
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.text import read_text
 
@@ -52,6 +52,7 @@ class RunOptions:
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
     """Plan only; where the merge base is `auto`, as if it were as-trained."""
+    require_evidence(recipe)
     return Run(make_plan(recipe, options.out))
 
 

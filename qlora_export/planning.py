@@ -36,6 +36,7 @@ from qlora_export.preflight import (
     disk_problems,
     kept_adapter_problems,
     opened,
+    read_values,
     shape_problems,
     training_problems,
     value_problems,
@@ -199,7 +200,13 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     problems += base_problems(checkpoint)
     match = match_adapter(adapter, checkpoint) if adapter else None
     if adapter is not None and match is not None:
-        problems += [*match.problems, *value_problems(adapter), *vocabulary_problems(adapter, match.model)]
+        values = read_values(adapter)
+        problems += [*match.problems, *value_problems(adapter, values, recipe.merge)]
+        problems += vocabulary_problems(adapter, match.model)
+        if values.zeros:
+            notes += (
+                f"{len(values.zeros)} factors are all zero, the first is {values.zeros[0]}: kept as it was stated",
+            )
     names = match.names if match else names_of(checkpoint, False, ())
     facts = opened(partial(training_facts, adapter, recipe.stated_training), names)
     if isinstance(facts, Problem):

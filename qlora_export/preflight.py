@@ -6,6 +6,7 @@ import fnmatch
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.quant.floats import all_finite
-from qlora_export.recipe import Recipe
+from qlora_export.recipe import Merge, Recipe
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, read_json
 from qlora_export.tensors.dtypes import FLOATS
@@ -102,6 +103,9 @@ def training_problems(adapter: Adapter, checkpoint: Checkpoint, facts: TrainingF
                 "give the base that the adapter was trained on",
             )
         )
+    for name in facts.unmatched_skips:
+        message = f"--training-quantization: skip={name} matches no linear layer of the base"
+        problems.append(Problem(ExitCode.USAGE, message, "see `qlora-export inspect`, or leave it out"))
     missing = [name for name in facts.stored.quantization.modules if f"{name}.weight" not in checkpoint.weights]
     if missing:
         problems.append(
@@ -115,9 +119,18 @@ def training_problems(adapter: Adapter, checkpoint: Checkpoint, facts: TrainingF
     return problems
 
 
-def value_problems(adapter: Adapter) -> list[Problem]:
-    """Tensors of the adapter that are NaN, infinite, or a factor of zeros; the whole file is read."""
-    problems = []
+@dataclass(frozen=True)
+class AdapterValues:
+    """What an adapter's file shows: how many values are NaN or infinite by tensor, and factors of zeros."""
+
+    nonfinite: Mapping[str, int]
+    zeros: tuple[str, ...]
+
+
+def read_values(adapter: Adapter) -> AdapterValues:
+    """Read every tensor of an adapter."""
+    nonfinite: dict[str, int] = {}
+    zeros = []
     with SourceFiles() as files:
         for name, tensor in adapter.tensors.items():
             if tensor.spec.dtype not in FLOATS:
@@ -128,14 +141,34 @@ def value_problems(adapter: Adapter) -> list[Problem]:
                 count += 0 if finite else int((~np.isfinite(values)).sum())
                 used = used or bool(values.any())
             if count:
-                message = f"{tensor.path}: tensor {name} has {count} values that are NaN or infinite"
-                hint = "training diverged or the file is damaged; take an earlier checkpoint"
-                problems.append(Problem(ExitCode.BAD_INPUT, message, hint))
+                nonfinite[name] = count
             elif FACTOR_NAME.search(name) and not used:
-                message = f"{tensor.path}: tensor {name} is all zero, so nothing was learned there"
-                hint = "train longer, or drop the module from the adapter"
-                problems.append(Problem(ExitCode.REFUSED, message, hint))
-    return problems
+                zeros.append(name)
+    return AdapterValues(nonfinite, tuple(zeros))
+
+
+def value_problems(adapter: Adapter, values: AdapterValues, merge: Merge) -> list[Problem]:
+    """Tensors of the adapter that are NaN or infinite, and factors of zeros, unless those may be kept."""
+    hint = "training diverged or the file is damaged; take an earlier checkpoint"
+    problems = [
+        Problem(
+            ExitCode.BAD_INPUT,
+            f"{adapter.tensors[name].path}: tensor {name} has {count} values that are NaN or infinite",
+            hint,
+        )
+        for name, count in values.nonfinite.items()
+    ]
+    if merge.zero_delta == "keep":
+        return problems
+    hint = "train longer, drop the module, or state merge.zero_delta=keep where training never reached it"
+    return problems + [
+        Problem(
+            ExitCode.REFUSED,
+            f"{adapter.tensors[name].path}: tensor {name} is all zero, so nothing was learned there",
+            hint,
+        )
+        for name in values.zeros
+    ]
 
 
 def place_problems(out: Path, sources: list[Path]) -> list[Problem]:

@@ -50,7 +50,8 @@ class Limits(_Facts):
 class Merge(_Facts):
     """Which base the adapter is added to, and how several adapters become one.
 
-    `density` is the fraction of values that pruning keeps, `seed` that of DARE's random pruning.
+    `density` is the fraction of values that pruning keeps, `seed` that of DARE's random pruning. `zero_delta` says what
+    becomes of an adapter with factors of zeros, as a part of the model that training never reached leaves them.
     """
 
     onto: OntoChoice = "as-trained"
@@ -59,13 +60,21 @@ class Merge(_Facts):
     majority_sign: Literal["total", "frequency"] = "total"
     svd_rank: int | None = Field(None, ge=1)
     seed: int = 0
+    zero_delta: Literal["refuse", "keep"] = "refuse"
 
 
 class WeightedAdapter(_Facts):
     """One of several adapters and its weight."""
 
     path: str = Field(min_length=1)
-    weight: float = 1.0
+    weight: float = Field(1.0, allow_inf_nan=False)
+
+    @field_validator("weight")
+    @classmethod
+    def _is_no_zero(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a weight of 0 leaves nothing of the adapter: leave it out")
+        return weight
 
     @model_validator(mode="before")
     @classmethod
@@ -201,8 +210,10 @@ class Recipe(_Facts):
 def parse_training(text: str) -> TrainingQuantization:
     """`nf4,block=64,double,storage=bfloat16,compute=bfloat16,skip=lm_head` or `none`; raises ValueError."""
     kind, *rest = text.split(",")
-    if kind not in ("nf4", "fp4", "none"):
-        raise ValueError(f"{kind!r} is no training quantisation; known: nf4, fp4, none")
+    if kind not in ("nf4", "none"):
+        raise ValueError(f"{kind!r} is no training quantisation that can be reproduced; known: nf4, none")
+    if kind == "none" and rest:
+        raise ValueError(f"{rest[0]!r}: 16-bit weights have no such setting")
     facts: dict[str, Any] = {"quant_type": kind, "double_quant": False, "provenance": "stated"}
     skip = []
     for item in rest:

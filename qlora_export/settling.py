@@ -18,12 +18,13 @@ from typing import Any
 from qlora_export import catalog
 from qlora_export.contracts import Onto
 from qlora_export.drift.ledger import Ledger
+from qlora_export.engine.leftovers import TRIAL_NAME
 from qlora_export.errors import UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.sources.text import read_text
 
 DECISION_NAME = "onto.json"
-TRIAL_NAME = "onto-trial"
 SAMPLE_TOKENS = 4096
 BASES: tuple[Onto, Onto] = ("as-trained", "original")
 # Makes and measures the artifacts of a recipe in a folder.
@@ -42,11 +43,7 @@ def settle(recipe: Recipe, out: Path, measure: Measure) -> Settled:
     """Settle `auto`; any other recipe is returned as it is. Raises UsageError without an adapter or a text."""
     if recipe.merge.onto != "auto":
         return Settled(recipe)
-    if not recipe.adapters or recipe.drift is None:
-        raise UsageError(
-            "merge.onto is auto, which needs an adapter and a text to measure on",
-            "add `drift: {text: FILE}`, or choose as-trained or original",
-        )
+    require_evidence(recipe)
     base = make_plan(_on(recipe, "as-trained"), out)
     if base.live_training.provenance == "base" or base.live_training.quant_type == "none":
         return Settled(_on(recipe, "as-trained"), ("merge.onto auto: there is one base only, as stored",))
@@ -55,6 +52,18 @@ def settle(recipe: Recipe, out: Path, measure: Measure) -> Settled:
     numbers = ", ".join(f"{name} {kl:.3g}" for name, kl in decision["mean_kl_nats"].items())
     note = f"merge.onto auto: {chosen}, by mean KL in nats on {decision['tokens']} tokens: {numbers}"
     return Settled(_on(recipe, chosen), (note,))
+
+
+def require_evidence(recipe: Recipe) -> None:
+    """Raise where `auto` has nothing to measure, before anything is done: UsageError, or InputError for its text."""
+    if recipe.merge.onto != "auto":
+        return
+    if not recipe.adapters or recipe.drift is None:
+        raise UsageError(
+            "merge.onto is auto, which needs an adapter and a text to measure on",
+            "add `drift: {text: FILE}`, or choose as-trained or original",
+        )
+    read_text(recipe.path(recipe.drift.text))
 
 
 def _on(recipe: Recipe, onto: Onto) -> Recipe:
@@ -69,10 +78,8 @@ def _decided(recipe: Recipe, base: Plan, out: Path, measure: Measure) -> dict[st
     facts.append(hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else "")
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = out / DECISION_NAME
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(kept, dict) and kept.get("inputs") == digest:
-            return kept
+    if (kept := _kept(path)).get("inputs") == digest:
+        return kept
     ledger = measure(trial, out / TRIAL_NAME)
     if ledger is None:
         raise UsageError("merge.onto is auto, and nothing was measured", "choose as-trained or original")
@@ -85,9 +92,21 @@ def _decided(recipe: Recipe, base: Plan, out: Path, measure: Measure) -> dict[st
         "tokens": ledger.tokens.count,
         "tokens_sha256": ledger.tokens.sha256,
     }
-    path.write_text(json.dumps(decision, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(decision, indent=2) + "\n", encoding="utf-8")
+    partial.rename(path)
     shutil.rmtree(out / TRIAL_NAME)
     return decision
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The decision of an earlier run; empty where there is none that can be read, and it is measured again."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(kept, dict) and {"inputs", "chosen", "mean_kl_nats", "tokens"} <= kept.keys()
+    return kept if whole and isinstance(kept["mean_kl_nats"], dict) else {}
 
 
 def _trial(recipe: Recipe, base: Plan) -> Recipe:

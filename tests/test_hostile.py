@@ -31,6 +31,7 @@ EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_he
 QUANT_STATE = f"{STORED_Q}.weight.quant_state.bitsandbytes__nf4"
 EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 HUGE = 10**400
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -490,7 +491,11 @@ CONFIGS: dict[str, Case] = {
         BAD_INPUT,
         ("layers_to_transform",),
     ),
-    "layers-denied": Case(settings(layers_to_transform=[0]), BAD_INPUT, ("layers.1.",)),
+    "layers-denied": Case(
+        settings(layers_to_transform=[0], target_modules=LINEARS),
+        BAD_INPUT,
+        ("layers.1.", "no module that the config targets"),
+    ),
     "tensors-of-an-excluded-module": Case(settings(exclude_modules=["q_proj"]), BAD_INPUT, ("q_proj",)),
     "tensors-of-a-module-not-targeted": Case(settings(target_modules=["q_proj"]), BAD_INPUT, ("k_proj",)),
 }
@@ -1090,10 +1095,29 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
     ),
     "saved-norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}),
+    "parameter-of-a-conv1d": (
+        "gpt2",
+        {"target_parameters": ["c_fc.weight", "attn.c_attn.weight", "mlp.c_proj.weight"]},
+    ),
+    "parameter-of-a-tied-embedding": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
+    ),
+    "parameter-of-a-tied-head": ("gemma2", {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}),
+    "layers-and-exact-names": ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),
     "alpha-of-a-parameter": (
         "mixtral",
         {"target_parameters": ["mlp.experts.gate_up_proj"], "alpha_pattern": {"mlp.experts.gate_up_proj": 3}},
     ),
+}
+
+
+# Those of them that must be merged.
+MERGED = {
+    "parameter-of-a-conv1d",
+    "parameter-of-a-tied-embedding",
+    "parameter-of-a-tied-head",
+    "layers-and-exact-names",
 }
 
 
@@ -1201,7 +1225,7 @@ def test_what_peft_saves_is_merged_as_it_runs_or_refused(
     zoo.save_variant(place.base, architecture, name, place.adapter, seed=5)
     code = build(place, monkeypatch, "fp32")
     if code:
-        assert code in (REFUSED, BAD_INPUT), capsys.readouterr().err
+        assert (code in (REFUSED, BAD_INPUT), name in MERGED) == (True, False), capsys.readouterr().err
         return
     with zoo._quiet():
         model = peft.PeftModel.from_pretrained(zoo._load(place.base, architecture), place.adapter).eval()

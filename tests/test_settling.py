@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_export.errors import UsageError
+from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
+from qlora_export.errors import InputError, UsageError
 from qlora_export.pipeline import RunOptions, build, plan
 from tests.conftest import RecipeMaker, edit_json
 
@@ -51,3 +52,32 @@ def test_where_training_was_in_16_bits_there_is_one_base(
     run = build(recipe, RunOptions(tmp_path))
     assert "merge.onto auto: there is one base only, as stored" in run.plan.assumptions
     assert not (tmp_path / "onto.json").exists()
+
+
+def test_a_damaged_decision_is_measured_again(
+    pico_recipe: RecipeMaker, auto: dict[str, object], tmp_path: Path
+) -> None:
+    build(pico_recipe("bf16", **auto), RunOptions(tmp_path))
+    whole = json.loads((tmp_path / "onto.json").read_text())
+    for content in ('{"inputs": "', json.dumps({"inputs": whole["inputs"]}), "[]"):
+        (tmp_path / "onto.json").write_text(content)
+        build(pico_recipe("bf16", **auto), RunOptions(tmp_path))
+        assert json.loads((tmp_path / "onto.json").read_text()) == whole
+
+
+def test_a_plan_says_what_auto_lacks(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs an adapter and a text"):
+        plan(pico_recipe("bf16", merge={"onto": "auto"}), RunOptions(tmp_path))
+    with pytest.raises(InputError, match="nothing.jsonl"):
+        lacking = {"merge": {"onto": "auto"}, "drift": {"text": "nothing.jsonl"}}
+        plan(pico_recipe("bf16", **lacking), RunOptions(tmp_path))
+
+
+def test_a_trial_that_was_killed_is_found_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "onto-trial/bf16.partial").mkdir(parents=True)
+    (tmp_path / "combined-adapter-0123.partial").mkdir()
+    (tmp_path / "other.partial").mkdir()
+    found = find_leftovers(tmp_path)
+    assert [item.path.name for item in found] == ["combined-adapter-0123.partial", "onto-trial"]
+    remove_leftovers(tmp_path, found)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.partial"]

@@ -123,7 +123,7 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
 def _adapters(given: list[str]) -> str | list[dict[str, Any]]:
     """One adapter by its name, or several, each PATH or PATH=WEIGHT."""
     items = [_weighted(text) for text in given]
-    return given[0] if len(items) == 1 and items[0]["weight"] == 1 else items
+    return str(items[0]["path"]) if len(items) == 1 and items[0]["weight"] == 1 else items
 
 
 def _weighted(text: str) -> dict[str, Any]:

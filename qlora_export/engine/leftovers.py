@@ -1,7 +1,11 @@
-"""Partial folders that dead runs left: found by our journal in them, removed only while no run holds the run folder."""
+"""What dead runs left: partial folders with our journal in them, adapters half combined, trials that were measured.
+
+Removed only while no run holds the run folder.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +14,10 @@ from qlora_export.engine.building import locked
 from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
 from qlora_export.errors import UsageError
+from qlora_export.merge.combining import COMBINED_NAME
 from qlora_export.preflight import allocated_bytes
+
+TRIAL_NAME = "onto-trial"
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,16 @@ def find_leftovers(out: Path) -> list[Leftover]:
     if not out.is_dir():
         raise UsageError(f"{out}: no such folder", "give the folder that --out named")
     with locked(out):
-        return [Leftover(path, allocated_bytes(path)) for path in sorted(out.glob("*.partial")) if is_ours(path)]
+        found = [path for path in out.glob("*.partial") if is_ours(path) or path.name.startswith(COMBINED_NAME)]
+        found += [path for path in out.glob(TRIAL_NAME) if path.is_dir() and not path.is_symlink()]
+        return [Leftover(path, allocated_bytes(path)) for path in sorted(found)]
 
 
 def remove_leftovers(out: Path, leftovers: Sequence[Leftover]) -> None:
     """Remove partial folders that `find_leftovers` named."""
     with locked(out):
         for leftover in leftovers:
-            remove_partial(leftover.path)
+            if is_ours(leftover.path):
+                remove_partial(leftover.path)
+            else:
+                shutil.rmtree(leftover.path)

@@ -26,7 +26,7 @@ from qlora_export.merge.loaded_changes import (
     LoadedProduct,
     LoadedRows,
     LoadedVector,
-    Piece,
+    RowFactors,
     RowMagnitude,
 )
 from qlora_export.quant.floats import Float32
@@ -59,13 +59,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The product of two factors; `blocks` are how many the diagonals of A and B have, 1 for a whole matrix."""
+    """The product of two factors, or its transpose; `blocks` lie on the diagonals of A and B, 1 is a whole matrix."""
 
     a: StoredTensor
     b: StoredTensor
     scale: float
     blocks: tuple[int, int] = (1, 1)
-    embedding: bool = False
+    transposed: bool = False
     experts: Experts | None = None
 
     @property
@@ -81,7 +81,7 @@ class LowRank:
             return LoadedProduct(tuple(_expert_pieces(a, b, self.experts)), scale)
         a = _diagonal(files.values(self.a), self.blocks[0])
         b = _diagonal(files.values(self.b), self.blocks[1])
-        if self.embedding:
+        if self.transposed:
             return LoadedProduct((_piece(0, a.T, b.T),), scale)
         return LoadedProduct((_piece(0, b, a),), scale)
 
@@ -172,8 +172,8 @@ class Changes:
             change.apply(rows, first_row)
 
 
-def _piece(first: int, left: Float32, right: Float32) -> Piece:
-    return Piece(first, np.ascontiguousarray(left), np.ascontiguousarray(right))
+def _piece(first: int, left: Float32, right: Float32) -> RowFactors:
+    return RowFactors(first, np.ascontiguousarray(left), np.ascontiguousarray(right))
 
 
 def _diagonal(stored: Float32, blocks: int) -> Float32:
@@ -188,7 +188,7 @@ def _diagonal(stored: Float32, blocks: int) -> Float32:
     return whole
 
 
-def _expert_pieces(a: Float32, b: Float32, experts: Experts) -> list[Piece]:
+def _expert_pieces(a: Float32, b: Float32, experts: Experts) -> list[RowFactors]:
     """The factors of every expert, or of the window; in A the experts lie outside the rank, in B inside."""
     per_expert_a = a.reshape(experts.count, -1, a.shape[1])
     per_expert_b = b.reshape(b.shape[0], -1, experts.count)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.errors import ExitCode, Problem
+from qlora_export import __version__
+from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.adapter_keys import PREFIX, ModuleTensors, sort_tensors
 from qlora_export.quant.floats import Float32
 from qlora_export.recipe import Merge
@@ -32,6 +32,8 @@ from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import write_tensors
 
+COMBINED_NAME = "combined-adapter-"
+WHOLE_NAME = "combined.sha256"
 KINDS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 UNMIXED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "use_bdlora")
 
@@ -79,6 +81,11 @@ def combination_problems(items: Sequence[Weighted], merge: Merge) -> list[Proble
             problems.append(Problem(ExitCode.BAD_INPUT, message, "combine adapters of one base"))
     if len({item.adapter.classifier for item in items}) > 1:
         problems.append(Problem(ExitCode.BAD_INPUT, "a classifier cannot be combined with a language model", ""))
+    for item in items:
+        scales = [item.adapter.scale(module.module) for module in sort_tensors(item.adapter.tensors).modules]
+        if any(np.float32(scale * item.weight) == 0 for scale in scales):
+            message = f"{item.adapter.folder}: its weight {item.weight:g} leaves nothing of its deltas"
+            problems.append(Problem(ExitCode.USAGE, message, "give a weight that is not lost in float32"))
     if merge.combine in ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"):
         problems += _rank_problems(items, merge)
     return problems
@@ -102,17 +109,30 @@ def _rank_problems(items: Sequence[Weighted], merge: Merge) -> list[Problem]:
 def combine(items: Sequence[Weighted], merge: Merge, out: Path) -> Adapter:
     """The combined adapter, written below `out` unless it is there; the same adapters give the same bytes."""
     facts = {
-        "merge": merge.model_dump(exclude={"onto"}),
-        "adapters": [[item.adapter.sha256, item.weight] for item in items],
+        "version": __version__,
+        "merge": merge.model_dump(exclude={"onto", "zero_delta"}),
+        "adapters": [[item.adapter.sha256, repr(item.adapter.training), item.weight] for item in items],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    folder = out / f"combined-adapter-{digest[:12]}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    folder = out / f"{COMBINED_NAME}{digest[:12]}"
+    if not _is_whole(folder):
+        partial = folder.with_name(f"{folder.name}.partial")
+        for place in (partial, folder):
+            shutil.rmtree(place, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(items, merge, partial)
+        (partial / WHOLE_NAME).write_text(open_adapter(partial).sha256 + "\n", encoding="utf-8")
         partial.rename(folder)
     return open_adapter(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a combined adapter is there with the bytes that were written."""
+    recorded = folder / WHOLE_NAME
+    try:
+        return recorded.is_file() and open_adapter(folder).sha256 == recorded.read_text(encoding="utf-8").strip()
+    except ExportError:
+        return False
 
 
 def _write(items: Sequence[Weighted], merge: Merge, folder: Path) -> None:

@@ -63,6 +63,10 @@ class Draft:
             return False
         return True
 
+    def twice(self, tensor: StoredTensor) -> None:
+        """Note a tensor whose other spelling holds something else."""
+        self.problem(f"tensor {tensor.spec.name} is there twice under two spellings", SAVE_AGAIN)
+
     def account(self, tensor: StoredTensor) -> None:
         """Take note of a tensor that another stands for."""
         self.accounted.add(tensor.spec.name)

@@ -14,6 +14,7 @@ from qlora_export.sources.adapter import CONFIG_NAME
 from qlora_export.sources.architecture import Home
 from qlora_export.tensors.header import StoredTensor
 
+Pair = tuple[StoredTensor, StoredTensor]
 EMBEDDING_LIKE = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|embed_in|word_embeddings|tok_embeddings|wte|wpe|embeddings?)$"
 )
@@ -79,7 +80,7 @@ def match_embedding(draft: Draft, item: ModuleTensors) -> None:
     rank = draft.adapter.rank(item.module)
     if not (draft.fits(a, (rank, shape[0])) and draft.fits(b, (shape[1], rank))):
         return
-    changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), embedding=True)]
+    changes: list[Change] = [LowRank(a, b, draft.adapter.scale(item.module), transposed=True)]
     if (magnitude := item.part("lora_magnitude_vector")) is not None and draft.fits(magnitude, (shape[1],)):
         changes.append(Magnitude(magnitude, columns=True))
     _require_magnitude(draft, item)
@@ -107,27 +108,42 @@ def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
 
 
 def match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
-    """Factors of a parameter [experts, out, in], packed in the file or unpacked, or of a matrix."""
+    """Factors of a parameter: a matrix, or [experts, out, in], packed in the file or unpacked."""
     live = draft.names.architecture.module(item.module)
     parameter = f"{live}.{last}"
-    homes = draft.names.parameter(parameter)
     pair = _pair(draft, item, "lora_", parameter)
     if pair is None:
         return
-    if not homes:
+    matrix = draft.shape(parameter)
+    if matrix is not None and len(matrix) == 2:
+        _match_matrix(draft, parameter, matrix, pair)
+    elif homes := draft.names.parameter(parameter):
+        _match_experts(draft, parameter, homes, pair)
+    else:
         _no_home(draft, pair[0], parameter)
-        return
+
+
+def _match_matrix(draft: Draft, parameter: str, shape: tuple[int, ...], pair: Pair) -> None:
+    """A parameter that is a matrix, its product as it is stored; the layer of a Conv1D sees its transpose."""
+    turned = any(home.tensor in draft.names.input_major for home in draft.names.parameter(parameter))
+    rank, stored = draft.adapter.rank(parameter), shape[::-1] if turned else shape
+    if draft.fits(pair[0], (rank, stored[1])) and draft.fits(pair[1], (stored[0], rank)):
+        change = LowRank(*pair, draft.adapter.scale(parameter), transposed=turned)
+        draft.changes.setdefault(parameter, []).append(change)
+
+
+def _match_experts(draft: Draft, parameter: str, homes: Sequence[Home], pair: Pair) -> None:
     rank, scale = draft.adapter.rank(parameter), draft.adapter.scale(parameter)
-    input_major = live in draft.names.architecture.input_major
     shape = _packed_shape(draft, homes)
-    experts, (rows, columns) = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
-    if input_major and len(shape) == 3:
-        rows, columns = columns, rows
-    if not (draft.fits(pair[0], (rank * experts, columns)) and draft.fits(pair[1], (rows, rank * experts))):
+    if len(shape) != 3:
+        draft.problem(f"tensor {pair[0].spec.name} meets {list(shape)}, expected [experts, out, in]")
         return
-    for home in homes:
-        lay = Experts(experts, input_major and len(shape) == 3, home.window)
-        draft.stored_changes.setdefault(home.tensor, []).append(LowRank(*pair, scale, experts=lay))
+    input_major = parameter.rpartition(".")[0] in draft.names.architecture.input_major
+    experts, (rows, columns) = shape[0], shape[:0:-1] if input_major else shape[1:]
+    if draft.fits(pair[0], (rank * experts, columns)) and draft.fits(pair[1], (rows, rank * experts)):
+        for home in homes:
+            lay = Experts(experts, input_major, home.window)
+            draft.stored_changes.setdefault(home.tensor, []).append(LowRank(*pair, scale, experts=lay))
 
 
 def _packed_shape(draft: Draft, homes: Sequence[Home]) -> tuple[int, ...]:
@@ -155,7 +171,7 @@ def _no_home(draft: Draft, tensor: StoredTensor, parameter: str) -> None:
     draft.problem(f"tensor {name} has no home: the base has no {parameter}", hint)
 
 
-def _pair(draft: Draft, item: ModuleTensors, kind: str, scaled: str) -> tuple[StoredTensor, StoredTensor] | None:
+def _pair(draft: Draft, item: ModuleTensors, kind: str, scaled: str) -> Pair | None:
     """Both factors, or None when one is missing, which is noted; `scaled` is whose scale they have."""
     suffix = "" if kind == "lora_embedding_" else ".weight"
     a, b = item.part(f"{kind}A{suffix}"), item.part(f"{kind}B{suffix}")

@@ -17,6 +17,8 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 
+CLASSIFIER_HEADS = ("score", "classifier")
+
 
 @dataclass(frozen=True)
 class Match:
@@ -80,7 +82,7 @@ def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
         if same_values(first, second):
             draft.account(first)
         else:
-            draft.problem(f"tensor {second.spec.name} is there twice under two spellings", SAVE_AGAIN)
+            draft.twice(second)
     live: dict[tuple[str, int], str] = {}
     for item in found.modules:
         key = (draft.names.live_module(item.module), item.depth)
@@ -108,16 +110,16 @@ def _replace(draft: Draft, parameter: str, tensor: StoredTensor) -> None:
         if same_values(draft.replaced[parameter], tensor):
             draft.account(tensor)
         else:
-            draft.problem(f"tensor {tensor.spec.name} is there twice under two spellings", SAVE_AGAIN)
+            draft.twice(tensor)
         return
     homes = names.parameter(parameter)
     expected = draft.stored_shape(parameter)
     untied_head = names.tied and parameter == f"{names.head}.weight"
-    vocabulary = module in (names.embedding, names.head) and parameter.endswith(".weight")
+    labels = draft.adapter.classifier and module.split(".")[-1] in CLASSIFIER_HEADS
+    vocabulary = labels or (module in (names.embedding, names.head) and parameter.endswith(".weight"))
     if len(homes) > 1 or (homes and homes[0].window is not None):
-        draft.problem(
-            f"tensor {tensor.spec.name} was saved whole, the base stores it in {len(homes)} tensors", DISAGREE
-        )
+        message = f"tensor {tensor.spec.name} was saved whole, the base stores it in {len(homes)} tensors"
+        draft.problem(message, "experts that were trained whole cannot be merged yet; adapt them by target_parameters")
         return
     if expected is None and untied_head:
         expected = draft.stored_shape(f"{names.embedding}.weight")

@@ -28,7 +28,7 @@ class LoadedChange(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowFactors:
     """Rows from `first` on get `left @ right`: left [rows, rank], right [rank, columns]."""
 
     first: int
@@ -40,7 +40,7 @@ class Piece:
 class LoadedProduct:
     """`scale * left @ right` for each piece of rows."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowFactors, ...]
     scale: np.float32
 
     def apply(self, values: Float32, first_row: int) -> None:
@@ -50,6 +50,8 @@ class LoadedProduct:
             start = max(first_row, piece.first)
             stop = min(last_row, piece.first + piece.left.shape[0])
             if start < stop:
+                if piece.right.shape != (piece.left.shape[1], values.shape[1]):
+                    raise ValueError(f"factors of {piece.right.shape[1]} columns meet rows of {values.shape[1]}")
                 left = piece.left[start - piece.first : stop - piece.first]
                 _add_low_rank(values[start - first_row : stop - first_row], piece.right, left, self.scale)
 

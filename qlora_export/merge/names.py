@@ -12,6 +12,7 @@ from qlora_export.sources.architecture import Architecture, Home, read_architect
 from qlora_export.sources.checkpoint import Checkpoint
 
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)$")
+EXPERT = re.compile(r"\.experts\.(\d+\.)?")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 # Models whose layers are transformers' Conv1D: weights stored [in, out].
 INPUT_MAJOR_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")

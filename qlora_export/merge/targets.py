@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from qlora_export.errors import ExitCode, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, ModuleTensors, factor_modules
 from qlora_export.merge.draft import Draft
+from qlora_export.merge.names import EXPERT
 
-LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-EXPERT = re.compile(r"\.experts\.")
+LAYER_NUMBER = r".*?\.[^.]*\.(\d+)\."
+ROUTER = "gate.weight"
 INCOMPLETE = "the adapter is incomplete, or was trained on another base: save it again"
 IGNORED = "peft ignores it: adapter_config.json and tensors do not agree"
 
@@ -66,10 +67,12 @@ def _targeted(draft: Draft, module: str) -> bool:
     if (targets != "all-linear" and not _named(targets, module)) or _named(excluded, module):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or isinstance(targets, str):
+    if layers is None or layers == [] or isinstance(targets, str) or module in targets:
         return True
-    number = LAYER_NUMBER.search(module)
-    return number is not None and int(number[1]) in ([layers] if isinstance(layers, int) else layers)
+    stated = config.get("layers_pattern") or []
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([stated] if isinstance(stated, str) else stated)]
+    found = [match for pattern in patterns or [LAYER_NUMBER] if (match := re.match(pattern, module)) is not None]
+    return bool(found) and int(found[0][1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _named(targets: str | list[str], module: str) -> bool:
@@ -79,20 +82,16 @@ def _named(targets: str | list[str], module: str) -> bool:
     return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
-def _saved(draft: Draft, module: str) -> bool:
-    """Whether a module is, or lies in, one that was saved whole."""
-    saved = draft.adapter.config.get("modules_to_save") or []
-    return any(f".{module}.".find(f".{name}.") >= 0 for name in saved)
-
-
 def _without_factors(draft: Draft, linear: list[ModuleTensors]) -> Iterator[str]:
-    """Targeted matrices without factors; experts are targeted as parameters."""
+    """Targeted matrices without factors; experts that are packed in the live model are targeted as parameters."""
     targets = draft.adapter.config.get("target_modules") or []
     adapted = {draft.names.live_module(item.module) for item in linear}
     candidates = draft.names.live_linear if targets == "all-linear" else draft.names.live_matrices
+    unpacked = any(EXPERT.search(module) for module in adapted)
+    saved = draft.adapter.config.get("modules_to_save") or []
     for module in candidates if targets else ():
-        skipped = EXPERT.search(module) or _saved(draft, module) or module in adapted
-        if not skipped and _targeted(draft, module):
+        skipped = module in adapted or any(_is_in(module, name) for name in saved)
+        if not skipped and (unpacked or not EXPERT.search(module)) and _targeted(draft, module):
             yield module
 
 
@@ -106,7 +105,8 @@ def _without_parameters(draft: Draft, found: AdapterTensors) -> Iterator[str]:
         depths.setdefault(draft.names.architecture.module(item.module), set()).add(item.depth)
     named = [f"{live}.{last}" for live in draft.names.architecture.order for last in _matched_parameters(draft, live)]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in named):
+        # peft itself writes the router in for `all-linear`, whether the model has one of that name or not.
+        if target != ROUTER and not any(f".{name}".endswith(f".{target}") for name in named):
             yield f"{target} (target_parameters)"
     for live in dict.fromkeys(name.rpartition(".")[0] for name in named):
         matched = _matched_parameters(draft, live)
@@ -149,11 +149,17 @@ def _without_biases(draft: Draft, linear: list[ModuleTensors], found: AdapterTen
     trained |= {_live(draft, f"{item.module}.bias") for item in found.modules if "base_layer.bias" in item.parts}
     expected: list[str] = []
     if config.get("bias") == "all":
-        expected = [name for name in draft.names.live_parameters if name.endswith(".bias")]
+        expected = [name for name in draft.names.live_parameters if name.endswith(".bias") and _is_vector(draft, name)]
     elif config.get("bias") == "lora_only":
         adapted = {f"{draft.names.live_module(item.module)}.bias" for item in linear}
         expected = [name for name in draft.names.live_parameters if name in adapted]
     yield from (f"{name} (bias)" for name in expected if name not in trained)
+
+
+def _is_vector(draft: Draft, parameter: str) -> bool:
+    """Whether a stored `bias` is one; the attention masks that old checkpoints hold are called so too."""
+    shape = draft.stored_shape(parameter)
+    return shape is not None and len(shape) == 1
 
 
 def _without_tokens(draft: Draft, found: AdapterTensors) -> Iterator[str]:

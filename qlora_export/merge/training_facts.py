@@ -13,12 +13,10 @@ from typing import Any
 
 from qlora_export.contracts import FROM_TORCH_NAMES, TrainingQuantization
 from qlora_export.merge.base_rows import Training
-from qlora_export.merge.names import Names
+from qlora_export.merge.names import DENSE_BY_DEFAULT, EXPERT, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import FourBitWeight, Int8Weight
-
-EXPERT = re.compile(r"\.experts\.(\d+\.)?")
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class TrainingFacts:
     stored: Training
     encodable: AbstractSet[str]
     experts: AbstractSet[str]
+    unmatched_skips: tuple[str, ...] = ()
 
 
 def training_facts(adapter: Adapter | None, stated: TrainingQuantization | None, names: Names) -> TrainingFacts:
@@ -49,11 +48,16 @@ def training_facts(adapter: Adapter | None, stated: TrainingQuantization | None,
     linear = names.linear
     if adapter is not None and any(EXPERT.search(name) for name in adapter.tensors) and not _packed(adapter):
         linear = linear | {name for name in experts if len(checkpoint.weights[f"{name}.weight"].spec.shape) == 2}
-    skipped = {
-        name for name in linear if any(re.search(rf"(^|\.){re.escape(skip)}($|\.)", name) for skip in found.skip)
-    }
+    by_skip = {skip: {name for name in linear if _lies_in(name, skip)} for skip in found.skip}
+    skipped = {name for matched in by_skip.values() for name in matched}
     quantised = frozenset() if found.quant_type == "none" else linear - skipped
-    return TrainingFacts(found, Training(found, quantised), linear - skipped - experts, experts)
+    unmatched = tuple(skip for skip, matched in by_skip.items() if not matched and not DENSE_BY_DEFAULT.search(skip))
+    return TrainingFacts(found, Training(found, quantised), linear - skipped - experts, experts, unmatched)
+
+
+def _lies_in(module: str, name: str) -> bool:
+    """Whether a module is one of that name, or lies in one."""
+    return re.search(rf"(^|\.){re.escape(name)}($|\.)", module) is not None
 
 
 def _packed(adapter: Adapter) -> bool:

@@ -213,6 +213,7 @@ def _vocabulary_settings(names: Names, outputs: Mapping[str, Output], notes: lis
         for name, output in outputs.items()
         if (base := names.checkpoint.weights.get(name)) is not None
         and len(base.spec.shape) == 2
+        and name.split(".")[-2] not in ("score", "classifier")
         and output.spec.shape[0] != base.spec.shape[0]
     ]
     if not changed:

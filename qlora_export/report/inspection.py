@@ -25,7 +25,7 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
         "problems": [
             {"exit_code": int(item.exit_code), "message": item.message, "hint": item.hint} for item in found.problems
         ],
-        "mergeable": not found.problems,
+        "mergeable": found.mergeable,
     }
 
 

@@ -34,6 +34,7 @@ class _Settings(BaseModel):
     modules_to_save: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[Whole] | Whole | None = None
+    layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[Whole] | dict[str, list[Whole]] | None = None
     use_bdlora: _Blocks | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -280,3 +281,97 @@ def test_bytes_depend_on_neither_workers_nor_blocks(
         build(make_plan(make_recipe(data, Path(), "test"), out), out, BuildOptions(workers))
         seen.add(tuple(sorted((name, hash(content)) for name, content in folder_bytes(out).items())))
     assert len(seen) == 1
+
+
+def unpacked_experts(base: Path, adapter: Path, **changes: Any) -> None:
+    """An adapter of a transformers that had a module for every expert."""
+    torch.manual_seed(4)
+    tensors = {}
+    for layer, expert, (name, rows, columns) in itertools.product(
+        range(2), range(4), [("w1", 88, 48), ("w2", 48, 88), ("w3", 88, 48)]
+    ):
+        stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(4, columns)
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, 4) * 0.1
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["w1", "w2", "w3"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_experts_that_were_modules_of_their_own(tmp_path: Path) -> None:
+    base = save_architecture("mixtral", tmp_path / "base", seed=3)
+    unpacked_experts(base, tmp_path / "adapter")
+    built(base, tmp_path / "adapter", tmp_path / "out", "fp32")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        live = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+        expected = live(input_ids=torch.tensor([TOKENS])).logits.numpy()
+    assert np.abs(reload_logits(tmp_path / "out/fp32", "mixtral", TOKENS) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("part", [".w3.", "layers.1.block_sparse_moe.experts.2.", "layers.1."])
+def test_half_of_the_experts_is_refused(tmp_path: Path, part: str) -> None:
+    base = save_architecture("mixtral", tmp_path / "base", seed=3)
+    unpacked_experts(base, tmp_path / "adapter")
+
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    edit_tensors(tmp_path / "adapter/adapter_model.safetensors", drop)
+    with pytest.raises(PlanRefused, match="targeted modules have no tensors"):
+        built(base, tmp_path / "adapter", tmp_path / "out", "fp32")
+
+
+def test_masks_that_are_called_bias_are_none(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_variant(bases["gpt2"], "gpt2", "bias_all", tmp_path / "adapter", seed=4)
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    mask = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)}
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update(mask))
+    built(base, adapter, tmp_path / "out", "fp32")
+    assert torch.equal(
+        load_file(tmp_path / "out/fp32/model.safetensors")["transformer.h.0.attn.bias"], torch.ones(1, 1, 8, 8)
+    )
+
+
+def test_a_delta_that_training_never_reached_may_be_kept(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_variant(bases["llama"], "llama", "lora", tmp_path / "adapter", seed=4)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors[name].zero_())
+    with pytest.raises(PlanRefused) as caught:
+        built(bases["llama"], adapter, tmp_path / "out", "fp32")
+    assert name in caught.value.message
+    assert "merge.zero_delta=keep" in caught.value.hint
+    plan = built(bases["llama"], adapter, tmp_path / "out", "fp32", merge={"onto": "original", "zero_delta": "keep"})
+    assert any(f"1 factors are all zero, the first is {name}" in note for note in plan.assumptions)
+
+
+def test_a_classifier_with_other_labels(tmp_path: Path) -> None:
+    base = save_architecture("llama", tmp_path / "plain", seed=3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
+    model.save_pretrained(tmp_path / "base")
+    adapter = save_variant(base, "llama_classifier", "lora", tmp_path / "adapter", seed=4)
+    built(tmp_path / "base", adapter, tmp_path / "out", "fp32")
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/fp32")
+    assert (found.config.num_labels, found.config.vocab_size, found.score.weight.shape[0]) == (3, 211, 3)
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [("nf4,skip=q_porj", "skip=q_porj matches no linear layer"), ("nf4,skip=q_proj,skip=lm_head", "")],
+)
+def test_a_skip_that_matches_nothing_is_refused(bases: dict[str, Path], tmp_path: Path, stated: str, says: str) -> None:
+    adapter = save_variant(bases["llama"], "llama", "lora", tmp_path / "adapter", seed=4)
+    if not says:
+        built(bases["llama"], adapter, tmp_path / "out", "fp32", training_quantization=stated)
+        return
+    with pytest.raises(PlanRefused, match=says):
+        built(bases["llama"], adapter, tmp_path / "out", "fp32", training_quantization=stated)

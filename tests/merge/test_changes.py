@@ -11,7 +11,7 @@ from qlora_export.merge.loaded_changes import (
     LoadedProduct,
     LoadedRows,
     LoadedVector,
-    Piece,
+    RowFactors,
     RowMagnitude,
 )
 from tests.conftest import random_values
@@ -32,7 +32,8 @@ def test_changes_do_not_depend_on_how_rows_are_cut(rows: int, columns: int, rank
     left, right = random_values(rows, rank, seed=1), random_values(pieces, rank, columns)
     bounds = np.linspace(0, rows, pieces + 1).astype(int)
     product = LoadedProduct(
-        tuple(Piece(int(bounds[i]), left[bounds[i] : bounds[i + 1]], right[i]) for i in range(pieces)), np.float32(1.5)
+        tuple(RowFactors(int(bounds[i]), left[bounds[i] : bounds[i + 1]], right[i]) for i in range(pieces)),
+        np.float32(1.5),
     )
     values = random_values(rows, columns, seed=2)
     changes: list[Any] = [

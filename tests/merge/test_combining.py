@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.errors import PlanRefused
+from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
-from tests.conftest import folder_bytes
+from qlora_export.training import record
+from tests.conftest import folder_bytes, load_qlora
 from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
 
 METHODS = [
@@ -121,4 +123,35 @@ def test_what_cannot_be_combined_is_refused(
     with pytest.raises(PlanRefused) as caught:
         planned((pair[0], pair[1], other), tmp_path / "out", (1, 1), **merge)
     assert says in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_combination_is_made_again_when_its_parts_or_its_bytes_change(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    copies = tuple(Path(shutil.copytree(path, tmp_path / path.name)) for path in pair[1:])
+    parts = (pair[0], *copies)
+    first = planned(parts, tmp_path / "out", (1, 1)).adapter  # type: ignore[arg-type]
+    assert first is not None
+    before = folder_bytes(first.folder)
+    first.weights.write_bytes(first.weights.read_bytes()[:-4] + b"\\0\\0\\0\\1")
+    again = planned(parts, tmp_path / "out", (1, 1)).adapter  # type: ignore[arg-type]
+    assert again is not None
+    assert (again.folder, folder_bytes(again.folder)) == (first.folder, before)
+    record(load_qlora(pair[0]), copies[0], pair[0])
+    recorded = planned(parts, tmp_path / "out", (1, 1))  # type: ignore[arg-type]
+    assert recorded.live_training.provenance == "sidecar"
+
+
+@pytest.mark.parametrize(("weight", "says"), [(0, "a weight of 0"), (float("nan"), "finite number")])
+def test_a_weight_that_leaves_nothing(pair: tuple[Path, Path, Path], tmp_path: Path, weight: float, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        planned(pair, tmp_path / "out", (weight, 1))
+
+
+def test_a_weight_that_vanishes_is_refused_before_anything_is_written(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanRefused, match="its weight 1e-60 leaves nothing"):
+        planned(pair, tmp_path / "out", (1e-60, 1))
     assert not (tmp_path / "out").exists()

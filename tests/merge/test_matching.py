@@ -36,7 +36,7 @@ PATTERNS = [
 ]
 patterns = st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 9), max_size=3)
 targets = st.one_of(
-    st.lists(st.sampled_from(LINEARS), min_size=1, unique=True),
+    st.lists(st.sampled_from([*LINEARS, "model.layers.1.mlp.up_proj"]), min_size=1, unique=True),
     st.sampled_from(
         ["all-linear", r".*\.(q|v)_proj", r".*layers\.1\.mlp\.\w+_proj", r"model\.layers\.0\.self_attn\.q_proj"]
     ),
@@ -58,6 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Any]:
     alphas=patterns,
     stabilised=st.booleans(),
     layers=st.sampled_from([None, [0], 1, [0, 1]]),
+    pattern=st.sampled_from([None, "layers", ["layers", "h"]]),
     excluded=st.sampled_from([None, ["k_proj"], ["layers.1.mlp.up_proj"], r".*layers\.0\.mlp.*"]),
 )
 def test_ranks_scales_and_homes_are_pefts(
@@ -69,6 +70,7 @@ def test_ranks_scales_and_homes_are_pefts(
     alphas: dict[str, int],
     stabilised: bool,
     layers: Any,
+    pattern: Any,
     excluded: Any,
 ) -> None:
     checkpoint, model = base
@@ -80,6 +82,7 @@ def test_ranks_scales_and_homes_are_pefts(
         alpha_pattern=alphas,
         use_rslora=stabilised,
         layers_to_transform=None if isinstance(target, str) else layers,
+        layers_pattern=None if isinstance(target, str) or layers is None else pattern,
         exclude_modules=excluded,
         task_type="CAUSAL_LM",
     )
