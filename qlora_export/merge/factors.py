@@ -89,12 +89,7 @@ def match_embedding(draft: Draft, item: ModuleTensors) -> None:
 
 def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
     """Rows of an embedding that were trained whole."""
-    stated = draft.adapter.config.get("trainable_token_indices") or []
-    indices: Sequence[int] = (
-        next((found for key, found in stated.items() if f".{module}".endswith(f".{key}")), [])
-        if isinstance(stated, dict)
-        else stated
-    )
+    indices = _token_indices(draft, module)
     shape = draft.shape(f"{module}.weight")
     if shape is None or len(shape) != 2:
         _no_home(draft, rows, f"{module}.weight")
@@ -105,6 +100,16 @@ def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
         draft.problem(f"tensor {rows.spec.name} changes row {wrong[0]}, the embedding has {shape[0]}")
         return
     draft.changes.setdefault(f"{module}.weight", []).append(ReplacedRows(rows, tuple(indices)))
+
+
+def _token_indices(draft: Draft, module: str) -> Sequence[int]:
+    """The indices that the config states for a module; for a tied head that it does not name, the embedding's."""
+    stated = draft.adapter.config.get("trainable_token_indices") or []
+    if not isinstance(stated, dict):
+        return list(stated)
+    names = [module, str(draft.names.embedding)] if module == draft.names.head and draft.names.tied else [module]
+    found = [indices for name in names for key, indices in stated.items() if f".{name}".endswith(f".{key}")]
+    return found[0] if found else []
 
 
 def match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:

@@ -13,11 +13,10 @@ from qlora_export.merge.names import Names, names_of
 from qlora_export.merge.targets import match_config, parameter_names
 from qlora_export.merge.tying import settle_model
 from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
-
-CLASSIFIER_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True)

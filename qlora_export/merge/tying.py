@@ -16,6 +16,7 @@ from qlora_export.merge.draft import Draft, same_values, transposed_values
 from qlora_export.merge.merged_model import MergedModel, Output
 from qlora_export.merge.names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import PlainWeight, Weight
 from qlora_export.tensors.dtypes import FLOATS
@@ -92,6 +93,7 @@ class TiedPair:
         self._copied = not any(side.endswith(f".{name}.weight") for name in saved for side in sides)
         if self._copied:
             self._share_copies()
+        self._share_rows()
         self._base = sources.get(self._embedding) or names.checkpoint.weights[_stored_name(names, self._embedding)]
 
     @property
@@ -141,6 +143,14 @@ class TiedPair:
             self._require_same(*(self._sources[name].stored[0] for name in sides))
         self._sources[self._embedding] = self._sources[sides[0]]
         self._sources.pop(self._head, None)
+
+    def _share_rows(self) -> None:
+        """Rows of tokens that were saved for both sides are those of the one weight, where they are the same."""
+        head, embedding = self._live.get(self._head, []), self._live.get(self._embedding, [])
+        rows = [found[0] for found in (head, embedding) if len(found) == 1 and isinstance(found[0], ReplacedRows)]
+        if len(rows) == 2 and rows[0].indices == rows[1].indices and same_values(rows[0].rows, rows[1].rows):
+            self._draft.account(rows[0].rows)
+            del self._live[self._head]
 
     def _require_alike(self, head: Sequence[Change], embedding: Sequence[Change]) -> None:
         """The head's factors are those of the embedding, transposed, with the same scale."""
@@ -213,7 +223,7 @@ def _vocabulary_settings(names: Names, outputs: Mapping[str, Output], notes: lis
         for name, output in outputs.items()
         if (base := names.checkpoint.weights.get(name)) is not None
         and len(base.spec.shape) == 2
-        and name.split(".")[-2] not in ("score", "classifier")
+        and name.split(".")[-2] not in CLASSIFIER_HEADS
         and output.spec.shape[0] != base.spec.shape[0]
     ]
     if not changed:

@@ -16,6 +16,7 @@ from typing import Any
 from qlora_export.errors import InputError, Refused
 from qlora_export.sources.checkpoint import Checkpoint
 
+CLASSIFIER_HEADS = ("score", "classifier")
 EXPERT_NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -105,58 +106,60 @@ def _live_config(checkpoint: Checkpoint) -> Any:
 
 def _read(checkpoint: Checkpoint, config: Any, class_name: str) -> Architecture:
     import torch
+    from transformers.pytorch_utils import Conv1D
+
+    model = _empty_model(checkpoint, config, class_name)
+    homes, rearranged, rename = _homes(checkpoint, model)
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    dense = {name.removesuffix(".weight") for pair in tied.items() for name in pair} | {names.get(id(head))}
+    return Architecture(
+        parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        homes=homes,
+        rearranged=rearranged,
+        modules=frozenset(modules),
+        linear=frozenset(
+            name
+            for name, module in modules.items()
+            if type(module) in (torch.nn.Linear, Conv1D)
+            and name not in dense
+            and name.split(".")[-1] not in CLASSIFIER_HEADS
+        ),
+        order={
+            name: tuple(key for key, _ in module.named_parameters(recurse=False)) for name, module in modules.items()
+        },
+        input_major=frozenset(name for name, module in modules.items() if getattr(module, "is_transposed", False)),
+        embedding=names.get(id(embedding)),
+        head=names.get(id(head)) if head is not None else None,
+        tied=tied,
+        renamings=rename,
+    )
+
+
+def _empty_model(checkpoint: Checkpoint, config: Any, class_name: str) -> Any:
+    """The model without memory for its weights; raises Refused when transformers cannot build it."""
+    import torch
     import transformers
-    from transformers.core_model_loading import rename_source_key
 
     model_class = getattr(transformers, class_name, None) or transformers.AutoModelForCausalLM
     build = getattr(model_class, "from_config", None) or model_class
     try:
         with torch.device("meta"):
-            model = build(config)
+            return build(config)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refused(
             f"{checkpoint.folder}: transformers cannot build {class_name} from its config.json: {first}",
             "only models that transformers knows as a causal language model or a classifier can be merged",
         ) from None
-    homes, rearranged, rename = _homes(checkpoint, model, rename_source_key)
-    names = {id(module): name for name, module in model.named_modules()}
-    linears = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    head = model.get_output_embeddings()
-    skipped = {name.removesuffix(".weight") for pair in _tied(model).items() for name in pair}
-    return Architecture(
-        parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        homes=homes,
-        rearranged=rearranged,
-        modules=frozenset(names.values()),
-        linear=frozenset(
-            name
-            for name, module in model.named_modules()
-            if type(module) in linears and module is not head and name not in skipped
-        )
-        - {name for name in names.values() if name.split(".")[-1] in ("score", "classifier")},
-        order={
-            name: tuple(parameter for parameter, _ in module.named_parameters(recurse=False))
-            for name, module in model.named_modules()
-        },
-        input_major=frozenset(
-            name for name, module in model.named_modules() if getattr(module, "is_transposed", False)
-        ),
-        embedding=names.get(id(model.get_input_embeddings())),
-        head=names.get(id(head)) if head is not None else None,
-        tied=_tied(model),
-        renamings=rename,
-    )
 
 
-def _tied(model: Any) -> dict[str, str]:
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def _homes(checkpoint: Checkpoint, model: Any, rename_source_key: Any) -> tuple[Any, dict[str, str], Any]:
+def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any]:
     """Homes and rearranged parameters by transformers' own conversion, and its renaming of a single name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
