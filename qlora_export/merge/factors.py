@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,14 +9,12 @@ import numpy as np
 from qlora_export.merge.adapter_keys import NESTED, PREFIX, ModuleTensors
 from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
 from qlora_export.merge.draft import DISAGREE, OTHER_BASE, SAVE_AGAIN, Draft
+from qlora_export.merge.names import EMBEDDING_LIKE
 from qlora_export.sources.adapter import CONFIG_NAME
 from qlora_export.sources.architecture import Home
 from qlora_export.tensors.header import StoredTensor
 
 Pair = tuple[StoredTensor, StoredTensor]
-EMBEDDING_LIKE = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|word_embeddings|tok_embeddings|wte|wpe|embeddings?)$"
-)
 
 
 def match_linear(draft: Draft, item: ModuleTensors) -> None:

@@ -8,30 +8,31 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora_export.errors import ExportError
-from qlora_export.sources.architecture import Architecture, Home, read_architecture
+from qlora_export.sources.architecture import CLASSIFIER_HEADS, Architecture, Home, read_architecture
 from qlora_export.sources.checkpoint import Checkpoint
 
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)$")
+INPUT_EMBEDDINGS = "embed_tokens|wte|embed_in|word_embeddings|tok_embeddings"
+EMBEDDINGS = f"{INPUT_EMBEDDINGS}|embed_positions|wpe|embeddings?"
+HEADS = "lm_head|embed_out"
+EMBEDDING = re.compile(rf"(^|\.)({INPUT_EMBEDDINGS})$")
+EMBEDDING_LIKE = re.compile(rf"(^|\.)({EMBEDDINGS})$")
+HEAD = re.compile(rf"(^|\.)({HEADS})$")
+# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
+DENSE_BY_DEFAULT = re.compile(rf"(^|\.)({EMBEDDINGS}|{HEADS}|{'|'.join(CLASSIFIER_HEADS)})$")
 EXPERT = re.compile(r"\.experts\.(\d+\.)?")
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
-# Models whose layers are transformers' Conv1D: weights stored [in, out].
-INPUT_MAJOR_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 # The names that decoders usually have, from the root of the model on.
 STEM = r"((model|transformer|gpt_neox|decoder|language_model)\.)*"
 LAYER = re.compile(rf"{STEM}(layers|h|blocks)\.(?P<number>\d+)\..+")
 BESIDE_LAYERS = re.compile(
-    rf"{STEM}(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|norm|ln_f|final_layer_norm|wpe"
-    r"|embed_positions|project_in|project_out|score|classifier)"
+    rf"{STEM}({EMBEDDINGS}|{HEADS}|{'|'.join(CLASSIFIER_HEADS)}|norm|ln_f|final_layer_norm|project_in|project_out)"
 )
-# Modules whose two-dimensional weight is no linear layer, or the output head, which bitsandbytes leaves dense.
-DENSE_BY_DEFAULT = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|embed_out|embeddings?|word_embeddings|wte|wpe|lm_head|score|classifier)$"
-)
+# Models whose layers are transformers' Conv1D: weights stored [in, out].
+INPUT_MAJOR_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+INPUT_MAJOR_MODULE = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 # Families whose every other matrix is a plain nn.Linear or Conv1D; transformers is asked about the rest.
 PLAIN_FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
 )  # fmt: skip
-INPUT_MAJOR_MODULE = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
 @dataclass(frozen=True)
