@@ -11,7 +11,7 @@ from qlora_export.merge.combining import Weighted
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.recipe import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
-from qlora_export.sources.locate import identity
+from qlora_export.sources.locate import hub_id, identity
 from qlora_export.tensors.dtypes import ITEM_BYTES
 
 
@@ -19,7 +19,7 @@ def assumptions_of(inputs: Inputs) -> tuple[str, ...]:
     """Every choice that nobody stated, and everything done beyond adding deltas."""
     recipe, checkpoint, adapter = inputs.recipe, inputs.checkpoint, inputs.adapter
     model, facts, names = inputs.model, inputs.facts, inputs.names
-    found = [*_auto(recipe), *model.notes]
+    found = [*_auto(recipe), *_pinned(inputs), *model.notes]
     if adapter is None:
         found.append("no adapter: the base is released as it is, and is its own reference")
     else:
@@ -50,6 +50,15 @@ def combination_notes(combined: Sequence[Weighted], merge: Merge) -> tuple[str, 
     if how not in ("sum", "linear", "svd"):
         how += f" with density {merge.density:g}"
     return (f"adapters combined by {how}: {described}",)
+
+
+def _pinned(inputs: Inputs) -> list[str]:
+    """Which commit a branch of the Hub stood at."""
+    named = [(inputs.recipe.base, inputs.checkpoint.folder)]
+    if len(inputs.recipe.adapters) == 1 and inputs.adapter is not None:
+        named.append((inputs.recipe.adapters[0].path, inputs.adapter.folder))
+    found = [(text, identity(folder)) for text, folder in named if hub_id(text, inputs.recipe.folder) is not None]
+    return [f"{text} stood at {pinned}" for text, pinned in found if text != pinned]
 
 
 def _auto(recipe: Recipe) -> list[str]:

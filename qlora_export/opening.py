@@ -63,6 +63,9 @@ def open_sources(recipe: Recipe, out: Path) -> Sources:
         problems += combination_problems(items, recipe.merge)
         if not problems:
             adapter = _attempt(lambda: combine(items, recipe.merge, out), problems)
+    if adapter is not None and not adapter.tensors and problems:
+        # Its config alone was fetched, and is refused: no weight of it was downloaded.
+        adapter, complete = None, False
     checkpoint = None
     if complete or hub_id(recipe.base, recipe.folder) is None:
         checkpoint = _attempt(lambda: _open_base(recipe, adapter, problems), problems)

@@ -72,15 +72,6 @@ class Draft:
         self.accounted.add(tensor.spec.name)
 
 
-def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors of an adapter have the same shape and the same values."""
-    if first.spec.shape != second.spec.shape:
-        return False
-    with SourceFiles() as files:
-        pairs = zip(files.blocks(first), files.blocks(second), strict=True)
-        return all(np.array_equal(one, other) for one, other in pairs)
-
-
 def transposed_values(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two factors hold the same values, one of them transposed."""
     with SourceFiles() as files:

@@ -86,6 +86,10 @@ def match_embedding(draft: Draft, item: ModuleTensors) -> None:
 
 def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
     """Rows of an embedding that were trained whole."""
+    if draft.names.tie_contradicts_bytes:
+        message = f"tensor {rows.spec.name} was trained on a pair that config.json ties and the bytes do not"
+        draft.problem(message, "peft and transformers do not agree on that base: put tie_word_embeddings right in it")
+        return
     indices = _token_indices(draft, module)
     shape = draft.shape(f"{module}.weight")
     if shape is None or len(shape) != 2:

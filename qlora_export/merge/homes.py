@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_export.errors import ExportError, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, sort_tensors
-from qlora_export.merge.draft import DISAGREE, SAVE_AGAIN, Draft, same_values
+from qlora_export.merge.draft import DISAGREE, SAVE_AGAIN, Draft
 from qlora_export.merge.factors import match_embedding, match_linear, match_parameter, match_tokens
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import Names, names_of
@@ -17,6 +17,7 @@ from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.tensors.reading import same_values
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,18 @@ class MergedModel:
 
 
 def unmerged_model(names: Names) -> MergedModel:
-    """The base as it is."""
-    return MergedModel(
-        {
-            name: Output(name, weight, (), name in names.input_major, name in names.carried)
-            for name, weight in names.checkpoint.weights.items()
-        }
-    )
+    """The base as it is; of a tie that its bytes contradict, config.json says so no more."""
+    outputs = {
+        name: Output(name, weight, (), name in names.input_major, name in names.carried)
+        for name, weight in names.checkpoint.weights.items()
+    }
+    settings, notes = stated_tie(names)
+    return MergedModel(outputs, settings, notes=tuple(notes))
+
+
+def stated_tie(names: Names) -> tuple[dict[str, Any], list[str]]:
+    """The setting and the note for a base whose config.json ties what its bytes do not."""
+    if not names.tie_contradicts_bytes:
+        return {}, []
+    note = "config.json ties the output head to the embedding, the stored ones differ: written as untied, as they are"
+    return {"tie_word_embeddings": False}, [note]

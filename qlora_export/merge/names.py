@@ -10,6 +10,8 @@ from functools import cached_property
 from qlora_export.errors import ExportError
 from qlora_export.sources.architecture import CLASSIFIER_HEADS, Architecture, Home, read_architecture
 from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.tensors.dtypes import FLOATS
+from qlora_export.tensors.reading import same_values
 
 INPUT_EMBEDDINGS = "embed_tokens|wte|embed_in|word_embeddings|tok_embeddings"
 EMBEDDINGS = f"{INPUT_EMBEDDINGS}|embed_positions|wpe|embeddings?"
@@ -198,7 +200,31 @@ class Names:
         if not any(HEAD.search(weight.spec.module) for weight in self.checkpoint.weights.values()):
             return True
         stated = self.checkpoint.states_tying
-        return bool(self.architecture.tied) if stated is None else stated
+        return (bool(self.architecture.tied) if stated is None else stated) and not self.tie_contradicts_bytes
+
+    @cached_property
+    def tie_contradicts_bytes(self) -> bool:
+        """Whether config.json ties a stored head to an embedding of other values: loaders do not agree on such a base.
+
+        transformers 5 then leaves them untied. Both are read, where both are stored and the tie is stated.
+        """
+        if not self.checkpoint.states_tying or self.classifier:
+            return False
+        weights = self.checkpoint.weights.values()
+        sides = [
+            [
+                weight
+                for weight in weights
+                if pattern.search(weight.spec.module) and weight.spec.name.endswith(".weight")
+            ]
+            for pattern in (EMBEDDING, HEAD)
+        ]
+        if [len(side) for side in sides] != [1, 1] or not all(side[0].stored[0].path.is_file() for side in sides):
+            return False
+        embedding, head = (side[0] for side in sides)
+        floats = embedding.spec.dtype in FLOATS and head.spec.dtype in FLOATS
+        plain = embedding.storage == head.storage == "plain"
+        return plain and floats and not same_values(embedding.stored[0], head.stored[0])
 
     def _one(self, pattern: re.Pattern[str]) -> str | None:
         """The only stored module of that name, where live and stored names are the same."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.merge.changes import Change, LowRank, ReplacedRows
-from qlora_export.merge.draft import Draft, same_values, transposed_values
-from qlora_export.merge.merged_model import MergedModel, Output
+from qlora_export.merge.draft import Draft, transposed_values
+from qlora_export.merge.merged_model import MergedModel, Output, stated_tie
 from qlora_export.merge.names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
@@ -21,6 +21,7 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import PlainWeight, Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.tensors.reading import same_values
 
 
 def settle_model(draft: Draft) -> MergedModel:
@@ -28,8 +29,7 @@ def settle_model(draft: Draft) -> MergedModel:
     names, adapter = draft.names, draft.adapter
     live = {name: list(items) for name, items in draft.changes.items()}
     sources: dict[str, Weight] = {name: PlainWeight(tensor) for name, tensor in draft.replaced.items()}
-    settings: dict[str, Any] = {}
-    notes: list[str] = []
+    settings, notes = stated_tie(names)
     dropped: dict[str, str] = {}
     added: dict[str, Output] = {}
     if names.head is not None and names.tied and _touches_vocabulary(names, {*live, *sources}):
@@ -126,8 +126,8 @@ class TiedPair:
             )
         if not any(isinstance(change, ReplacedRows) for change in changes):
             changes = [*rows, *changes]
-        stored = names.checkpoint.weights[_stored_name(names, self._embedding)]
-        own = self._sources.pop(self._head, None) or (self._base if self._copied else stored)
+        shared = self._base if self._copied else names.checkpoint.weights[_stored_name(names, self._embedding)]
+        own = self._sources.pop(self._head, None) or shared
         if not names.parameter(self._head):
             return {self._head: Output(self._head, own, tuple(changes))}
         self._live[self._head] = changes

@@ -23,7 +23,7 @@ from qlora_export.errors import PlanRefused
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from tests.conftest import edit_json, edit_tensors, folder_bytes
-from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
+from tests.zoo import TOKENS, oracle, reload_logits, save_architecture, save_variant
 
 Tensors = dict[str, torch.Tensor]
 
@@ -375,3 +375,20 @@ def test_a_skip_that_matches_nothing_is_refused(bases: dict[str, Path], tmp_path
         return
     with pytest.raises(PlanRefused, match=says):
         built(bases["llama"], adapter, tmp_path / "out", "fp32", training_quantization=stated)
+
+
+@pytest.mark.parametrize("variant", ["lora", "embedding", "head", "trainable_tokens"])
+def test_a_tie_that_the_bytes_contradict(bases: dict[str, Path], tmp_path: Path, variant: str) -> None:
+    """transformers leaves such a pair untied; the written model is that one, and says so."""
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+    edit_json(base / "config.json", tie_word_embeddings=True)
+    adapter = save_variant(base, "llama", variant, tmp_path / "adapter", seed=4)
+    if variant == "trainable_tokens":
+        with pytest.raises(PlanRefused, match="config.json ties and the bytes do not"):
+            built(base, adapter, tmp_path / "out", "fp32")
+        return
+    expected = oracle(base, adapter, "llama", TOKENS)
+    plan = built(base, adapter, tmp_path / "out", "fp32")
+    assert any("the stored ones differ" in note for note in plan.assumptions)
+    assert json.loads((tmp_path / "out/fp32/config.json").read_text())["tie_word_embeddings"] is False
+    assert np.abs(reload_logits(tmp_path / "out/fp32", "llama", TOKENS) - expected.logits).max() < 1e-5
