@@ -1103,6 +1103,10 @@ LIVE: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
     ),
+    "tying-that-peft-forgets": (
+        "falcon",
+        {"target_modules": ["query_key_value", "lm_head"], "ensure_weight_tying": True},
+    ),
     "parameter-of-a-tied-head": ("gemma2", {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}),
     "layers-and-exact-names": ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),
     "alpha-of-a-parameter": (

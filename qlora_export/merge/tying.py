@@ -117,6 +117,12 @@ class TiedPair:
         """The head as a tensor of its own, where none is stored; token rows that PEFT shares go first."""
         names = self._draft.names
         changes = self._live.pop(self._head, [])
+        if changes and self._draft.adapter.config.get("ensure_weight_tying"):
+            raise Refused(
+                f"{self._draft.adapter.weights}: ensure_weight_tying is set, and {names.head} was adapted beside "
+                f"{names.embedding}: peft loads such an adapter as another model than was trained",
+                "peft 0.21 ties modules called embed_tokens and lm_head alone; train without ensure_weight_tying",
+            )
         rows = [change for change in self._live.get(self._embedding, ()) if isinstance(change, ReplacedRows)]
         if rows and self._head in self._sources:
             raise InputError(
