@@ -28,12 +28,11 @@ from qlora_export.merge.names import EMBEDDING, HEAD
 from qlora_export.merge.training_facts import training_facts
 from qlora_export.preflight import (
     base_problems,
+    merge_problems,
     opened,
     read_values,
-    shape_problems,
     training_problems,
     value_problems,
-    vocabulary_problems,
 )
 from qlora_export.recipe import Merge
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter, variant_problems
@@ -94,7 +93,8 @@ def inspect(path: Path, base: Path | None = None, weights: bool = False) -> Insp
 
 def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspection:
     adapter = open_adapter(folder)
-    modules = list(factor_modules(sort_tensors(adapter.tensors)))
+    tensors = sort_tensors(adapter.tensors)
+    modules = list(factor_modules(tensors))
     ranks = Counter(adapter.rank(item.module) for item in modules)
     config = adapter.config
     found = [name for key, name in VARIANTS.items() if config.get(key)]
@@ -106,7 +106,7 @@ def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspecti
         "rank": ", ".join(f"{rank}" if len(ranks) == 1 else f"{rank} x {n}" for rank, n in ranks.most_common()),
         "alpha": config.get("lora_alpha"),
         "targets": _targets([item.module for item in modules]),
-        "saved whole": len(sort_tensors(adapter.tensors).whole),
+        "saved whole": len(tensors.whole),
         "tensors": len(adapter.tensors),
         "bytes": sum(tensor.bytes for tensor in adapter.tensors.values()),
         "sha256": adapter.sha256,
@@ -114,21 +114,21 @@ def _inspect_adapter(folder: Path, base: Path | None, weights: bool) -> Inspecti
         "revision": config.get("revision"),
         "training quantisation": _training(adapter.training, len(adapter.training.modules)),
     }
-    problems = [*variant_problems(adapter), *value_problems(adapter, read_values(adapter), Merge())]
+    problems, values = variant_problems(adapter), read_values(adapter)
     layers: dict[str, Facts] = {}
     checkpoint = _base_of(adapter, base, weights)
-    if checkpoint is not None:
+    if checkpoint is None:
+        problems += value_problems(adapter, values, Merge())
+    else:
         facts["base"] = identity(checkpoint.folder)
         match = match_adapter(adapter, checkpoint)
-        problems += [*base_problems(checkpoint), *match.problems, *vocabulary_problems(adapter, match.model)]
+        problems += merge_problems(adapter, checkpoint, match, values, Merge())
         known = opened(partial(training_facts, adapter, None), match.names)
         if isinstance(known, Problem):
             problems.append(known)
         else:
             facts["training quantisation"] = _training(known.live, len(known.stored.quantised))
             problems += training_problems(adapter, checkpoint, known)
-        if not match.problems:
-            problems += shape_problems(checkpoint, match.model)
         if weights and not problems:
             layers = _change_sizes(match)
     return Inspection("adapter", folder, facts, layers, tuple(dict.fromkeys(problems)))

@@ -35,12 +35,11 @@ from qlora_export.preflight import (
     base_problems,
     disk_problems,
     kept_adapter_problems,
+    merge_problems,
     opened,
     read_values,
     shape_problems,
     training_problems,
-    value_problems,
-    vocabulary_problems,
 )
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter
@@ -197,29 +196,26 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     checkpoint, adapter, problems = sources.checkpoint, sources.adapter, list(sources.problems)
     if checkpoint is None or (adapter is None and recipe.adapters):
         raise PlanRefused(problems)
-    problems += base_problems(checkpoint)
     match = match_adapter(adapter, checkpoint) if adapter else None
-    if adapter is not None and match is not None:
+    names = match.names if match else names_of(checkpoint, False, ())
+    model = match.model if match else unmerged_model(names)
+    if adapter is None or match is None:
+        problems += [*base_problems(checkpoint), *shape_problems(checkpoint, model)]
+    else:
         values = read_values(adapter)
-        problems += [*match.problems, *value_problems(adapter, values, recipe.merge)]
-        problems += vocabulary_problems(adapter, match.model)
+        problems += merge_problems(adapter, checkpoint, match, values, recipe.merge)
         if values.zeros:
             notes += (
                 f"{len(values.zeros)} factors are all zero, the first is {values.zeros[0]}: kept as it was stated",
             )
-    names = match.names if match else names_of(checkpoint, False, ())
     facts = opened(partial(training_facts, adapter, recipe.stated_training), names)
     if isinstance(facts, Problem):
         raise PlanRefused([*problems, facts])
     if adapter is not None:
         problems += training_problems(adapter, checkpoint, facts)
-    problems += artifact_problems(recipe, facts)
+    problems += [*artifact_problems(recipe, facts), *kept_adapter_problems(recipe, facts, model)]
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
-    model = match.model if match else unmerged_model(names)
-    problems += [*shape_problems(checkpoint, model), *kept_adapter_problems(recipe, facts, model)]
-    if problems:
-        raise PlanRefused(problems)
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
     artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
     exports = tuple(

@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, ExportError, Problem
+from qlora_export.merge.homes import Match
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
@@ -169,6 +170,16 @@ def value_problems(adapter: Adapter, values: AdapterValues, merge: Merge) -> lis
         )
         for name in values.zeros
     ]
+
+
+def merge_problems(
+    adapter: Adapter, checkpoint: Checkpoint, match: Match, values: AdapterValues, merge: Merge
+) -> list[Problem]:
+    """Everything that keeps an adapter from being merged onto a base, but for how the base was quantised."""
+    problems = [*base_problems(checkpoint), *match.problems, *value_problems(adapter, values, merge)]
+    if not match.problems:
+        problems += [*vocabulary_problems(adapter, match.model), *shape_problems(checkpoint, match.model)]
+    return problems
 
 
 def place_problems(out: Path, sources: list[Path]) -> list[Problem]:

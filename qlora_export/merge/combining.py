@@ -115,24 +115,28 @@ def combine(items: Sequence[Weighted], merge: Merge, out: Path) -> Adapter:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     folder = out / f"{COMBINED_NAME}{digest[:12]}"
-    if not _is_whole(folder):
-        partial = folder.with_name(f"{folder.name}.partial")
-        for place in (partial, folder):
-            shutil.rmtree(place, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(items, merge, partial)
-        (partial / WHOLE_NAME).write_text(open_adapter(partial).sha256 + "\n", encoding="utf-8")
-        partial.rename(folder)
+    if (whole := _whole(folder)) is not None:
+        return whole
+    partial = folder.with_name(f"{folder.name}.partial")
+    for place in (partial, folder):
+        shutil.rmtree(place, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(items, merge, partial)
+    (partial / WHOLE_NAME).write_text(open_adapter(partial).sha256 + "\n", encoding="utf-8")
+    partial.rename(folder)
     return open_adapter(folder)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a combined adapter is there with the bytes that were written."""
+def _whole(folder: Path) -> Adapter | None:
+    """The combined adapter that is there with the bytes that were written, hashed; None where there is none."""
     recorded = folder / WHOLE_NAME
+    if not recorded.is_file():
+        return None
     try:
-        return recorded.is_file() and open_adapter(folder).sha256 == recorded.read_text(encoding="utf-8").strip()
+        adapter = open_adapter(folder)
     except ExportError:
-        return False
+        return None
+    return adapter if adapter.sha256 == recorded.read_text(encoding="utf-8").strip() else None
 
 
 def _write(items: Sequence[Weighted], merge: Merge, folder: Path) -> None:

@@ -39,7 +39,7 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
         _match_all(draft, found)
         if not draft.problems:
             model = settle_model(draft)
-            _require_all_used(draft, model)
+            _require_all_used(draft, found, model)
             if not draft.problems:
                 return Match(model, names, ())
     except ExportError as error:
@@ -73,7 +73,7 @@ def _match_all(draft: Draft, found: AdapterTensors) -> None:
         if (rows := item.part("token_adapter.trainable_tokens_delta")) is not None:
             match_tokens(draft, item.module, rows)
     if not draft.problems:
-        match_config(draft, found)
+        match_config(draft, found, parameters)
 
 
 def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
@@ -91,14 +91,12 @@ def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
         live[key] = item.module
 
 
-def _require_all_used(draft: Draft, model: MergedModel) -> None:
+def _require_all_used(draft: Draft, found: AdapterTensors, model: MergedModel) -> None:
     """Note every tensor that has no part in the merged model."""
     used = {id(tensor) for output in model.outputs.values() for change in output.changes for tensor in change.tensors}
     used |= {id(tensor) for output in model.outputs.values() for tensor in output.source.stored}
-    sorted_ones = sort_tensors(draft.adapter.tensors)
-    known = {*sorted_ones.whole.values()} | {tensor for item in sorted_ones.modules for tensor in item.parts.values()}
-    for tensor in draft.adapter.tensors.values():
-        if tensor in known and id(tensor) not in used and tensor.spec.name not in draft.accounted:
+    for tensor in [*found.whole.values(), *(tensor for item in found.modules for tensor in item.parts.values())]:
+        if id(tensor) not in used and tensor.spec.name not in draft.accounted:
             draft.problem(f"tensor {tensor.spec.name} has no home: nothing in the merged model uses it", DISAGREE)
 
 

@@ -6,7 +6,7 @@ Every target must have its tensors, and tensors of what is no target are refused
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qlora_export.errors import ExitCode, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, ModuleTensors, factor_modules
@@ -19,9 +19,11 @@ INCOMPLETE = "the adapter is incomplete, or was trained on another base: save it
 IGNORED = "peft ignores it: adapter_config.json and tensors do not agree"
 
 
-def match_config(draft: Draft, found: AdapterTensors) -> None:
-    """Note what was targeted and has no tensors, and what has tensors and was not targeted."""
-    parameters = parameter_names(draft, found)
+def match_config(draft: Draft, found: AdapterTensors, parameters: Mapping[tuple[str, int], str]) -> None:
+    """Note what was targeted and has no tensors, and what has tensors and was not targeted.
+
+    `parameters` are those of `parameter_names`.
+    """
     linear = [item for item in factor_modules(found) if (item.module, item.depth) not in parameters]
     for item in linear:
         names = {item.module, draft.names.live_module(item.module)}

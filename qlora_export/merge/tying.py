@@ -214,7 +214,8 @@ def _classifier_settings(checkpoint: Checkpoint, sources: Mapping[str, Weight]) 
             "was the adapter trained on another base?",
         )
     settings: dict[str, Any] = {"architectures": [CLASSES[kind]]}
-    heads = [weight for name, weight in sources.items() if name.split(".")[-2:] == ["score", "weight"]]
+    ends = [f"{head}.weight" for head in CLASSIFIER_HEADS]
+    heads = [weight for name, weight in sources.items() if any(f".{name}".endswith(f".{end}") for end in ends)]
     labels = heads[0].spec.shape[0] if heads else None
     if labels is not None and len(checkpoint.config.get("id2label") or ()) != labels:
         settings["id2label"] = {str(index): f"LABEL_{index}" for index in range(labels)}
