@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, cast
 
 from qlora_export.contracts import Exporter, Format, Options, Publisher, Runtime, TrainingQuantization
@@ -27,9 +27,10 @@ RUNTIMES = {
     "transformers": "qlora_export.runtimes.transformers:TransformersRuntime",
     "onnxruntime": "qlora_export.runtimes.onnxruntime:OnnxRuntime",
 }
-
-
-PUBLISHERS = {"folder": "qlora_export.publish.folder:FolderPublisher"}
+PUBLISHERS = {
+    "folder": "qlora_export.publish.folder:open_registry",
+    "hub": "qlora_export.publish.hub.publisher:open_hub",
+}
 
 
 def load_format(name: str, training: TrainingQuantization) -> Format:
@@ -47,10 +48,10 @@ def load_runtime(name: str) -> Runtime:
     return cast(Runtime, _load(RUNTIMES, "runtime", name)())
 
 
-def load_publisher(to: str, version: str | None, folder: Path) -> Publisher:
-    """The publisher of a destination `KIND:PLACE`; a relative place starts at `folder`."""
-    kind, _, place = to.partition(":")
-    return cast(Publisher, _load(PUBLISHERS, "publisher", kind)(place, version, folder))
+def load_publisher(to: str) -> Callable[..., Publisher]:
+    """What opens a destination `KIND:PLACE`, given the recipe, the run folder and the environment to publish in."""
+    kind, _, _ = to.partition(":")
+    return cast(Callable[..., Publisher], _load(PUBLISHERS, "publisher", kind))
 
 
 def require_known(table: dict[str, str], kind: str, name: str) -> None:

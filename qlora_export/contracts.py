@@ -272,13 +272,52 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Mean NLL in nats of an artifact over the first scored tokens, as measured: what reading it again must give."""
+
+    tokens: int
+    nll: float
+    nll_reference: float
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a publication tells beside its artifacts: the report, and the base's Hub id and licence where known."""
+
+    report: Mapping[str, Any]
+    base_id: str | None = None
+    base_license: str | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A publication as a consumer found it: files whose sha256 agreed, and the sample's NLL when opened there."""
+
+    files: int
+    bytes: int
+    sample_tokens: int = 0
+    nll: float | None = None
+    nll_released: float | None = None
+
+
+@dataclass(frozen=True)
 class Receipt:
-    """Where an artifact went, as which commit, and the digest of what was read back."""
+    """Where an artifact went, as which commit, and the digest of what was read back.
+
+    On the Hub also: the page's `url`, the `revision` that names the commit, the artifact's folder as `prefix`, whether
+    anything `changed`, and the `transport` of its weights, `xet` or `lfs`.
+    """
 
     artifact: str
     destination: str
     commit: str
     files: Mapping[str, str]
+    url: str | None = None
+    revision: str | None = None
+    prefix: str = ""
+    changed: bool = True
+    transport: str | None = None
+    proof: Proof | None = None
 
 
 class Publisher(Protocol):
@@ -288,8 +327,20 @@ class Publisher(Protocol):
         """Raise when the destination cannot take anything, or lies in one of these folders; before any work."""
         ...
 
-    def publish(self, verified: Sequence[Verified]) -> list[Receipt]:
+    def require_account(self, account: Account) -> None:
+        """Raise when what is known of the base is not enough to publish; before anything is built."""
+        ...
+
+    def publish(self, verified: Sequence[Verified], account: Account) -> list[Receipt]:
         """Publish all or none, read back, and say where; publishing the same bytes again changes nothing."""
+        ...
+
+    def fetch(self, receipt: Receipt) -> AbstractContextManager[Path]:
+        """The folder that a consumer of the artifact gets, for as long as it is looked at."""
+        ...
+
+    def conclude(self, receipts: Sequence[Receipt]) -> None:
+        """Give the proven publications their version."""
         ...
 
 

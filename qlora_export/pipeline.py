@@ -5,15 +5,16 @@ Every function takes values and returns values; printing is the caller's busines
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_export import catalog, engine
-from qlora_export.contracts import Artifact, Progress, Session, Track
-from qlora_export.drift.gate import DEFAULT_LIMITS
+from qlora_export.contracts import Account, Progress, Publisher, Track, Verified
+from qlora_export.drift.gate import DEFAULT_LIMITS, recall
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
 from qlora_export.drift.measure import (
     ReferenceProbabilities,
@@ -25,14 +26,18 @@ from qlora_export.drift.measure import (
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
-from qlora_export.errors import ExportError, InputError, UsageError
+from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import Recipe
-from qlora_export.report.data import write_report
+from qlora_export.publish.card.licence import licence_of
+from qlora_export.publish.proving import prove
+from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Recipe
+from qlora_export.report.data import REPORT_NAME, report, write_report
+from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Run
+from qlora_export.runtimes.opening import open_artifact
 from qlora_export.settling import require_evidence, settle
-from qlora_export.sources.adapter import open_adapter
-from qlora_export.sources.text import read_text
+from qlora_export.sources.locate import hub_id_of_base
+from qlora_export.sources.text import DriftText, read_text
 
 
 @contextmanager
@@ -43,11 +48,12 @@ def untracked(stage: str) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes and how it shows its progress."""
+    """Where a run writes and how it shows its progress; the publisher may have an environment of its own."""
 
     out: Path
     workers: int = field(default_factory=lambda: engine.BuildOptions().workers)
     track: Track = untracked
+    publisher_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
@@ -82,16 +88,13 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def check(recipe: Recipe, options: RunOptions) -> Run:
     """Plan, build what is missing, and measure every artifact against the model that was trained."""
-    if recipe.drift is None:
-        raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
-    text = read_text(recipe.path(recipe.drift.text))
-    run = _build(recipe, options, require_reference)
+    return _check(recipe, options, require_reference)
 
-    from qlora_export.runtimes.loading import FolderTokenizer
 
-    tokenizer = FolderTokenizer(_tokenizer_folder(run))
-    tokens = token_set(text, tokenizer, recipe.drift.window_tokens, recipe.drift.tokens)
-    _require_in_vocabulary(tokens, run.plan)
+def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
+    text = _drift_text(recipe)
+    run = _build(recipe, options, require)
+    tokens = _tokens(run, text)
     with reference_probabilities(options.out, tokens) as store:
         references = _measure_references(run.plan, store, options)
         ledger = _measure_artifacts(run, references, tokens, store, options)
@@ -100,22 +103,94 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
     """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
-    if recipe.publish is None:
-        raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
-    publisher = catalog.load_publisher(recipe.publish.to, recipe.publish.version, recipe.folder)
-    publisher.require_ready([recipe.path(text) for text in recipe.sources])
-    run = check(recipe, options)
+    publisher = _ready_publisher(recipe, options)
+
+    def require(plan: Plan) -> None:
+        require_reference(plan)
+        publisher.require_account(_account(plan, {}))
+
+    run = _check(recipe, options, require)
     write_report(run, options.out)
     entries = run.ledger.entries if run.ledger else ()
     if any(not entry.as_expected and not entry.withheld for entry in entries):
         return run
     chosen = [entry.verified for entry in entries if entry.verified is not None and entry.as_expected]
     try:
-        with options.track("publish"):
-            return replace(run, receipts=tuple(publisher.publish(chosen)))
+        return _publish(run, chosen, report(run), publisher, options)
     except ExportError as error:
         write_report(replace(run, failure=error.exit_code), options.out)
         raise
+
+
+def publish(recipe: Recipe, options: RunOptions) -> Run:
+    """Publish what an earlier check of this recipe measured and passed; builds and measures nothing."""
+    publisher = _ready_publisher(recipe, options)
+    recorded = read_report(options.out / REPORT_NAME)
+    settled = settle(recipe, options.out, partial(_trial, options))
+    plan = make_plan(settled.recipe, options.out, settled.notes)
+    publisher.require_account(_account(plan, recorded))
+    artifacts = tuple(engine.finished(plan, options.out))
+    chosen = []
+    for item, artifact in zip(plan.recipe.artifacts, artifacts, strict=True):
+        entry = recorded_entry(recorded, artifact.name) or {}
+        if not _is_left_out(item, entry):
+            chosen.append(recall(artifact, entry))
+    return _publish(Run(plan, artifacts), chosen, recorded, publisher, options)
+
+
+def _is_left_out(item: ArtifactRecipe, entry: Mapping[str, Any]) -> bool:
+    """Whether an artifact failed as expected or is withheld; raises GateFailed when it should have failed."""
+    outcome = entry.get("verdict")
+    if item.expect == "fail" and outcome == "pass":
+        raise GateFailed(f"{item.name}: passed, and the recipe expects it to fail", "look at report.md")
+    return outcome in ("fail", "inconclusive") and (item.expect == outcome or item.on_failure == "withhold")
+
+
+def _ready_publisher(recipe: Recipe, options: RunOptions) -> Publisher:
+    if recipe.publish is None:
+        raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
+    publisher = catalog.load_publisher(recipe.publish.to)(recipe, options.out, options.publisher_environment)
+    publisher.require_ready([recipe.path(text) for text in recipe.sources])
+    return publisher
+
+
+def _account(plan: Plan, recorded: Mapping[str, Any]) -> Account:
+    """What a publication tells beside the artifacts."""
+    return Account(
+        recorded, hub_id_of_base(plan.recipe.base_id, plan.checkpoint.folder), licence_of(plan.checkpoint.folder)
+    )
+
+
+def _publish(
+    run: Run, chosen: Sequence[Verified], recorded: Mapping[str, Any], publisher: Publisher, options: RunOptions
+) -> Run:
+    """Publish, prove what consumers get, and only then give it its version."""
+    with options.track("publish"):
+        receipts = publisher.publish(chosen, _account(run.plan, recorded))
+    if run.plan.recipe.publish is not None and run.plan.recipe.publish.prove:
+        tokens = _tokens(run, _drift_text(run.plan.recipe)) if run.plan.recipe.drift else None
+        for number, receipt in enumerate(receipts):
+            sample = recorded_sample(recorded, receipt.artifact)
+            with options.track(f"prove {receipt.artifact}"), publisher.fetch(receipt) as fetched:
+                receipts[number] = replace(receipt, proof=prove(receipt, fetched, run.plan, sample, tokens))
+    publisher.conclude(receipts)
+    return replace(run, receipts=tuple(receipts))
+
+
+def _drift_text(recipe: Recipe) -> DriftText:
+    if recipe.drift is None:
+        raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
+    return read_text(recipe.path(recipe.drift.text))
+
+
+def _tokens(run: Run, text: DriftText) -> TokenSet:
+    """The tokens that every model of the run is measured on."""
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    drift = run.plan.recipe.drift or DriftRecipe(text="")
+    tokens = token_set(text, FolderTokenizer(_tokenizer_folder(run)), drift.window_tokens, drift.tokens)
+    _require_in_vocabulary(tokens, run.plan)
+    return tokens
 
 
 def _tokenizer_folder(run: Run) -> Path:
@@ -163,22 +238,9 @@ def _measure_artifacts(
     planned = {item.name: item for item in run.plan.artifacts}
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
         runtime = str(artifact.manifest["runtime"])
-        with _opened(runtime, artifact, run.plan) as session, options.track(f"measure {artifact.name}") as progress:
+        with open_artifact(artifact, run.plan) as session, options.track(f"measure {artifact.name}") as progress:
             measured = measure(artifact.name, runtime, session, store, progress)
         kept = survival(run.plan, planned[artifact.name], artifact) if artifact.name in planned else {}
         limits = recipe.limits.over(defaults)
         entries.append(enter(artifact, recipe, measured, kept, references, limits, tokens))
     return make_ledger(tokens, references, tuple(entries))
-
-
-@contextmanager
-def _opened(runtime: str, artifact: Artifact, plan: Plan) -> Iterator[Session]:
-    """An artifact in its own runtime; an adapter on its own runs on the base of its training."""
-    if runtime == "as-trained":
-        from qlora_export.runtimes.as_trained import open_as_trained
-
-        rows = plan.model.settings.get("vocab_size")
-        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training, rows).tuned()
-        return
-    with catalog.load_runtime(runtime).open(artifact.path) as session:
-        yield session

@@ -120,11 +120,38 @@ class DriftRecipe(_Facts):
     limits: Limits = Limits()
 
 
+class CardRecipe(_Facts):
+    """What the model card says that no file of the run knows; a licence of None is inherited from the base."""
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    datasets: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
 class PublishRecipe(_Facts):
-    """Where verified artifacts go, as `KIND:PLACE`, and under which version; by default a prefix of their digest."""
+    """Where verified artifacts go, as `KIND:PLACE`, and under which version; by default a prefix of their digest.
+
+    `{name}` and `{format}` in `to` and `subfolder` stand for those of each artifact; `sign` is `key:FILE` or `sigstore`.
+    `prove` reads what was published back and opens it; `collection` is the slug of a collection on the Hub. A request
+    to the Hub ends after `timeout_seconds` of silence, the whole publication after `deadline_seconds`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     to: str
     version: str | None = None
+    visibility: Literal["private", "public"] = "private"
+    mode: Literal["commit", "pull-request"] = Field("commit", alias="as")
+    subfolder: str | None = None
+    prove: bool = True
+    sign: str | None = None
+    collection: str | None = None
+    timeout_seconds: float = Field(120, gt=0)
+    deadline_seconds: float | None = Field(None, gt=0)
+    card: CardRecipe = CardRecipe()
 
     @field_validator("to")
     @classmethod

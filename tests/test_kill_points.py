@@ -19,7 +19,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export import engine, make_recipe
-from qlora_export.contracts import Drift, Verdict, Verified
+from qlora_export.contracts import Account, Drift, Verdict, Verified
 from qlora_export.engine.building import BuildOptions
 from qlora_export.planning import make_plan
 from qlora_export.publish.folder import FolderPublisher
@@ -43,7 +43,7 @@ plan = make_plan(recipe, out)
 made = engine.build(plan, out, BuildOptions(workers=1, checkpoint_bytes=100_000))
 made += [engine.export(plan, item, None, out) for item in plan.exports]
 verified = [Verified(artifact, Verdict("pass"), Drift(*([1.0] * 14))) for artifact in made]
-FolderPublisher(str(Path(place) / "registry"), "v1", Path()).publish(verified)
+FolderPublisher(str(Path(place) / "registry"), "v1", Path()).publish(verified, Account({}))
 print(syncs)
 """
 

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qlora_export import __version__
-from qlora_export.cli import build, check, clean, demo, inspect, plan, release
+from qlora_export.cli import build, check, clean, demo, inspect, plan, publish, rehearse, release
 from qlora_export.cli.options import command_of
 from qlora_export.errors import ExitCode, ExportError, PlanRefused
 
@@ -30,6 +30,8 @@ app.command("release")(command_of(release.release))
 app.command("plan")(command_of(plan.plan))
 app.command("build")(command_of(build.build))
 app.command("check")(command_of(check.check))
+app.command("publish")(command_of(publish.publish))
+app.command("rehearse")(rehearse.rehearse)
 app.command("inspect")(inspect.inspect)
 app.command("clean")(clean.clean)
 

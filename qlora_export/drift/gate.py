@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_export.contracts import Artifact, Drift, Outcome, Verdict, Verified
-from qlora_export.errors import VerifyMismatch
+from qlora_export.errors import GateFailed, VerifyMismatch
 from qlora_export.recipe import Limits
 
 Z_95 = 1.959964
@@ -93,3 +95,16 @@ def verify(artifact: Artifact, verdict: Verdict, drift: Drift) -> Verified:
     if artifact.manifest_sha256 != found:
         raise VerifyMismatch(f"{artifact.path}: the manifest changed while it was measured", "run the check again")
     return Verified(artifact, verdict, drift)
+
+
+def recall(artifact: Artifact, recorded: Mapping[str, Any]) -> Verified:
+    """An artifact that was measured before, by its entry in the report; raises GateFailed when it did not pass."""
+    if recorded.get("manifest_sha256") != artifact.manifest_sha256:
+        raise GateFailed(f"{artifact.path}: was not measured since it was built", "run check first")
+    verdict = Verdict(recorded["verdict"], tuple(recorded["reasons"]))
+    if verdict.outcome != "pass":
+        raise GateFailed(
+            f"{artifact.name}: the report's verdict is {verdict.outcome}; {'; '.join(verdict.reasons)}",
+            "only a passing artifact is published; run check, or release",
+        )
+    return verify(artifact, verdict, Drift(**recorded["drift"]))

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-from qlora_export.contracts import Artifact, Drift, Measurement, Verdict, Verified
+from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
 from qlora_export.drift.gate import judge, verify
-from qlora_export.drift.statistics import compare
+from qlora_export.drift.statistics import compare, sample_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.recipe import ArtifactRecipe, Limits
 
@@ -28,6 +28,7 @@ class Entry:
     limits: Limits
     verdict: Verdict
     verified: Verified | None
+    sample: Sample
 
     @property
     def as_expected(self) -> bool:
@@ -79,7 +80,8 @@ def enter(
         limits = limits.model_copy(update={"gain_kept": None})
     verdict = judge(drift, limits, tokens.count, measured.nonfinite)
     verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
-    return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified)
+    sample = sample_of(measured, references.tuned, tokens)
+    return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified, sample)
 
 
 def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Drift, Measurement
-from qlora_export.drift.tokens import TokenSet
+from qlora_export.contracts import Drift, Measurement, Sample
+from qlora_export.drift.tokens import TokenSet, first_windows
 
 RESAMPLES = 1000
 SEED = 0
+SAMPLE_TOKENS = 256
 SMALLEST_GAIN_NATS = 1e-3
 
 Values = NDArray[np.float64]
@@ -73,6 +74,12 @@ def compare(candidate: Measurement, reference: Measurement, base: Measurement, t
         gain_kept=gain,
         gain_kept_stderr=gain_stderr,
     )
+
+
+def sample_of(candidate: Measurement, reference: Measurement, tokens: TokenSet) -> Sample:
+    """The candidate on the leading windows: enough to notice another model, few enough to repeat anywhere."""
+    count = first_windows(tokens, SAMPLE_TOKENS).count
+    return Sample(count, float(candidate.nll[:count].mean()), float(reference.nll[:count].mean()))
 
 
 def _binomial_stderr(same: Values) -> float:

@@ -48,6 +48,11 @@ class TokenSet:
         return digest.hexdigest()
 
 
+def first_windows(tokens: TokenSet, at_least: int) -> TokenSet:
+    """The leading windows that hold at least so many scored tokens, or all of them."""
+    return TokenSet(tuple(_until(at_least, iter(tokens.windows))), tokens.protocol)
+
+
 def token_set(text: DriftText, tokenizer: Tokenizer, window_tokens: int, limit: int | None) -> TokenSet:
     """Windows of at most `window_tokens` until `limit` tokens are scored; raises InputError when none are."""
     found: Iterator[Window]

@@ -2,5 +2,6 @@
 
 from qlora_export.engine.building import BuildOptions, build
 from qlora_export.engine.export import export
+from qlora_export.engine.finished import finished
 
-__all__ = ["BuildOptions", "build", "export"]
+__all__ = ["BuildOptions", "build", "export", "finished"]

@@ -49,7 +49,7 @@ def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
         raise UsageError(f"{out}: is a file", "--out names a folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        finished = {item.name: _finished(item, out) for item in plan.artifacts}
+        finished = {item.name: finished_artifact(item, out) for item in plan.artifacts}
         kept = [artifact for artifact in finished.values() if artifact is not None]
         missing = [item for item in plan.artifacts if finished[item.name] is None]
         digests = SourceDigests(plan.checkpoint.files)
@@ -183,7 +183,7 @@ def _open_job(
     return TensorJob(plan, source, files, destinations.get(id(source), ()))
 
 
-def _finished(item: ArtifactPlan, out: Path) -> Artifact | None:
+def finished_artifact(item: ArtifactPlan, out: Path) -> Artifact | None:
     """The verified artifact of this plan when its folder is there; raises when the folder is anything else."""
     folder = out / item.name
     if not os.path.lexists(folder):

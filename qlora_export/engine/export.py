@@ -36,7 +36,7 @@ def export(plan: Plan, item: ExportPlan, source: Artifact | None, out: Path) -> 
     final = out / item.name
     with locked(out):
         if os.path.lexists(final):
-            return _kept(item, source, final)
+            return kept_export(item, source, final)
         partial = out / f"{item.name}.partial"
         if os.path.lexists(partial):
             _remove_ours(partial, item)
@@ -52,7 +52,8 @@ def export(plan: Plan, item: ExportPlan, source: Artifact | None, out: Path) -> 
         return read_artifact(final)
 
 
-def _kept(item: ExportPlan, source: Artifact | None, final: Path) -> Artifact:
+def kept_export(item: ExportPlan, source: Artifact | None, final: Path) -> Artifact:
+    """The verified artifact of this export; raises when the folder is anything else."""
     artifact = read_artifact(final)
     made_from = (artifact.manifest["sources"].get("artifact") or {}).get("manifest_sha256")
     if artifact.manifest["plan_digest"] != item.digest or made_from != (source.manifest_sha256 if source else None):

@@ -17,22 +17,24 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora_export.contracts import Artifact, Receipt, Verified
+from qlora_export.contracts import Account, Artifact, Receipt, Verified
 from qlora_export.engine.building import disk_errors
 from qlora_export.engine.manifest import file_facts
 from qlora_export.engine.partial import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
+from qlora_export.recipe import Recipe
 
 MARKER_NAME = "registry.json"
 MARKER_PARTIAL = f".{MARKER_NAME}.partial"
 MARKER = {"schema": 1, "kind": "qlora-export registry"}
 LATEST = "latest"
 VERSION_DIGITS = 12
+RECEIPT_KEYS = ("artifact", "destination", "commit", "files")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class FolderPublisher:
                 raise UsageError(f"{self._registry}: lies in the source {folder}", "publish to another folder")
         _require_ours(self._registry)
 
-    def publish(self, verified: Sequence[Verified]) -> list[Receipt]:
+    def require_account(self, account: Account) -> None:
+        """Nothing: a folder tells what its manifest tells."""
+
+    def publish(self, verified: Sequence[Verified], account: Account) -> list[Receipt]:
         """Stage everything, then name it; raises RemoteConflict when a version exists with other bytes."""
         places = [self._place(item.artifact) for item in verified]
         with _opened(self._registry):
@@ -87,16 +92,33 @@ class FolderPublisher:
                     sync_folder(place.shelf)
             return [_receive(place) for place in places]
 
+    @contextmanager
+    def fetch(self, receipt: Receipt) -> Iterator[Path]:
+        """The version's own folder."""
+        yield Path(receipt.destination)
+
+    def conclude(self, receipts: Sequence[Receipt]) -> None:
+        """Nothing: a version of a registry has its name since it was published."""
+
     def _place(self, artifact: Artifact) -> _Place:
         version = self._version or artifact.manifest_sha256[:VERSION_DIGITS]
         return _Place(artifact, self._registry / artifact.name, version)
+
+
+def open_registry(recipe: Recipe, out: Path, environment: Mapping[str, str]) -> FolderPublisher:
+    """The registry that a recipe publishes to."""
+    publish = recipe.publish
+    if publish is None:
+        raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`")
+    return FolderPublisher(publish.to.partition(":")[2], publish.version, recipe.folder)
 
 
 def _receive(place: _Place) -> Receipt:
     """Read a version back, point `latest` to it if it is new, and write its receipt last."""
     found = _read_back(place.artifact, place.final)
     receipt = Receipt(place.artifact.name, str(place.final), place.artifact.manifest_sha256, found)
-    text = json.dumps(asdict(receipt), indent=2) + "\n"
+    facts = {key: value for key, value in asdict(receipt).items() if key in RECEIPT_KEYS}
+    text = json.dumps(facts, indent=2) + "\n"
     if not place.receipt.exists() or place.receipt.read_text(encoding="utf-8") != text:
         _point(place.shelf / LATEST, place.version)
         _write_whole(place.receipt, text)

@@ -48,6 +48,11 @@ def report(run: Run) -> dict[str, Any]:
     return cleaned
 
 
+def publication(run: Run) -> dict[str, Any]:
+    """What was published, as plain data."""
+    return {"schema": 1, "published": [asdict(receipt) for receipt in run.receipts], "exit_code": 0}
+
+
 def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
     """The plan as JSON."""
     return {
@@ -140,6 +145,7 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
         "limits": entry.limits.model_dump(),
         "drift": asdict(entry.drift),
         "survival": dict(entry.survival),
+        "sample": asdict(entry.sample),
     }
 
 

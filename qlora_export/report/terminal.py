@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from qlora_export import contracts
-from qlora_export.contracts import Drift
+from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
 from qlora_export.report.run import Run
 
@@ -70,11 +70,9 @@ def print_artifacts(run: Run) -> None:
 def print_release(run: Run) -> None:
     """The ledger, and where the artifacts went."""
     print_ledger(run)
-    console = console_for_result()
-    for receipt in run.receipts:
-        console.print(f"published {receipt.artifact} to {receipt.destination}", highlight=False, soft_wrap=True)
+    print_publication(run)
     if not run.receipts:
-        console.print("nothing was published", highlight=False)
+        console_for_result().print("nothing was published", highlight=False)
 
 
 def print_ledger(run: Run) -> None:
@@ -103,6 +101,13 @@ def print_ledger(run: Run) -> None:
         for reason in entry.verdict.reasons:
             console.print(f"{entry.artifact.name}: {reason}", highlight=False, soft_wrap=True)
     _print_assumptions(console, run)
+
+
+def print_publication(run: Run) -> None:
+    """Where the artifacts went, and what was proven of them."""
+    console = console_for_result()
+    for receipt in run.receipts:
+        console.print(_published(receipt), highlight=False, soft_wrap=True, markup=False)
 
 
 class _Stdout(Console):
@@ -137,6 +142,23 @@ def size(count: int) -> str:
             break
         count /= 1000  # type: ignore[assignment]
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def _published(receipt: Receipt) -> str:
+    """One line: what went where, as which commit, and what reading it back proved."""
+    place = receipt.url or receipt.destination
+    line = f"{'published' if receipt.changed else 'already published'} {receipt.artifact} to {place}"
+    if receipt.revision is not None:
+        transport = "" if receipt.transport == "xet" else "; classic LFS, since the endpoint has no xet"
+        line = f"{line} ({receipt.revision}, commit {receipt.commit[:12]}{transport})"
+    if (proof := receipt.proof) is None:
+        return line
+    measured = ""
+    if proof.nll is not None and proof.nll_released is not None:
+        measured = (
+            f", {proof.nll:.5f} nats a token over {proof.sample_tokens} tokens as released ({proof.nll_released:.5f})"
+        )
+    return f"{line}\n  proven: {proof.files} files, {size(proof.bytes)} read back{measured}"
 
 
 def _verdict(entry: Entry) -> str:

@@ -21,7 +21,7 @@ from qlora_export.tensors.header import StoredTensor
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 CACHE_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICEN*", "NOTICE*", "USE_POLICY*"]
+SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICEN*", "NOTICE*", "USE_POLICY*"]
 WEIGHT_FILES = ["*.safetensors"]
 
 
@@ -56,6 +56,13 @@ def identity(folder: Path) -> str:
     if place.parent.name == "snapshots" and found is not None:
         return f"{found['owner']}/{found['name']}@{place.name}"
     return place.name
+
+
+def hub_id_of_base(stated: str | None, folder: Path) -> str | None:
+    """`owner/name` of a base: as it was stated, else that of its snapshot in the Hub's cache."""
+    name = stated or identity(folder)
+    repository, _, _ = name.partition("@")
+    return repository if "/" in repository else None
 
 
 def commit_of(folder: Path) -> str | None:

@@ -1,0 +1,25 @@
+"""An artifact in the runtime that its manifest names; an adapter on its own runs on the base of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qlora_export import catalog
+from qlora_export.contracts import Artifact, Session
+from qlora_export.planning import Plan
+from qlora_export.sources.adapter import open_adapter
+
+
+@contextmanager
+def open_artifact(artifact: Artifact, plan: Plan) -> Iterator[Session]:
+    """Open it as its consumers would; raises InputError when it does not load."""
+    runtime = str(artifact.manifest["runtime"])
+    if runtime == "as-trained":
+        from qlora_export.runtimes.as_trained import open_as_trained
+
+        rows = plan.model.settings.get("vocab_size")
+        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training, rows).tuned()
+        return
+    with catalog.load_runtime(runtime).open(artifact.path) as session:
+        yield session
