@@ -27,6 +27,7 @@ from qlora_export.drift.reference import require_reference
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
 from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
+from qlora_export.pinned import require_pinned, require_pinned_bytes
 from qlora_export.planning import Plan, make_plan
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove
@@ -48,12 +49,18 @@ def untracked(stage: str) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes and how it shows its progress; the publisher may have an environment of its own."""
+    """Where a run writes and how it shows its progress.
+
+    `keeps_plan` has a plan take the digests that a later run is held to, which come back as `pinned`;
+    `publisher_environment` is what the environment of the publisher's process has beside ours.
+    """
 
     out: Path
     workers: int = field(default_factory=lambda: engine.BuildOptions().workers)
     track: Track = untracked
     publisher_environment: Mapping[str, str] = field(default_factory=dict)
+    pinned: Mapping[str, Any] | None = None
+    keeps_plan: bool = False
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
@@ -76,6 +83,8 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     settled = settle(recipe, options.out, partial(_trial, options))
     recipe = settled.recipe
     plan = make_plan(recipe, options.out, settled.notes)
+    if options.pinned is not None:
+        require_pinned(plan, options.pinned)
     require(plan)
     with options.track("build") as progress:
         built = engine.build(plan, options.out, engine.BuildOptions(options.workers, progress=progress))
@@ -83,6 +92,8 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     for item in plan.exports:
         with options.track(f"export {item.name}"):
             made[item.name] = engine.export(plan, item, made.get(item.source_name), options.out)
+    if options.pinned is not None:
+        require_pinned_bytes(built, options.pinned)
     return Run(plan, tuple(made[item.name] for item in recipe.artifacts))
 
 

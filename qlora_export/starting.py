@@ -15,11 +15,12 @@ import yaml
 
 from qlora_export.catalog import DENSE_FORMATS
 from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
+from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.errors import InputError, UsageError
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe import make_recipe
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
-from qlora_export.sources.locate import COMMIT, CACHE_FOLDER, HUB_ID, hub_id, identity, local_folder
+from qlora_export.sources.locate import CACHE_FOLDER, COMMIT, HUB_ID, hub_id, identity, local_folder
 
 PLACEHOLDER = "REPLACE-ME.jsonl"
 
@@ -49,7 +50,7 @@ def first_recipe(start: Start) -> str:
     adapter = _opened_adapter(start.adapter)
     base = start.base or _trained_on(adapter)
     if base is None:
-        raise UsageError("no base", "give --base, a folder or a Hub id, or an adapter that names the base it was trained on")
+        raise UsageError("no base", "give --base, a folder or a Hub id, or an adapter that names its base")
     checkpoint = _opened_base(base)
     known = _Known(
         base=_pinned(_place(base, start.folder), adapter),
@@ -58,15 +59,9 @@ def first_recipe(start: Start) -> str:
         dense=_dense_format(checkpoint),
         training=adapter.training if adapter else None,
     )
-    text = "\n".join(
-        [*_sources(known), "", *_artifacts(known), "", *_drift(start), "", *_publish(start.to), ""],
-    )
-    _require_loads(text, start.folder)
+    text = "\n".join([*_sources(known), "", *_artifacts(known), "", *_drift(start), "", *_publish(start.to), ""])
+    make_recipe(yaml.safe_load(text), start.folder, "the new recipe")
     return text
-
-
-def _require_loads(text: str, folder: Path) -> Recipe:
-    return make_recipe(yaml.safe_load(text), folder, "the new recipe")
 
 
 def _opened_adapter(text: str | None) -> Adapter | None:
@@ -115,9 +110,12 @@ def _pinned(base: str, adapter: Adapter | None) -> str:
 
 
 def _place(text: str, folder: Path) -> str:
-    """A source as the recipe names it: Hub ids as they are, paths from the recipe's folder unless they share no root."""
-    if hub_id(text, Path()) is not None:
-        return text
+    """A source as the recipe names it: Hub ids as they are, paths as seen from the recipe's folder."""
+    return text if hub_id(text, Path()) is not None else _relative(text, folder)
+
+
+def _relative(text: str, folder: Path) -> str:
+    """A path from a folder; absolute where nothing but the root is shared."""
     place, home = Path(text).expanduser().absolute(), folder.absolute()
     if len(Path(os.path.commonpath([place, home])).parts) == 1:
         return str(place)
@@ -180,9 +178,9 @@ def _training(training: TrainingQuantization | None) -> list[str]:
 def _artifacts(known: _Known) -> list[str]:
     ships_adapter = known.adapter is not None and (known.training is None or known.training.quant_type == "nf4")
     lines = [
-        "# What is made, all in one pass over the base; `qlora-export formats` lists what there is. Each entry may have",
-        "# a name, onto, keep (modules that stay dense), limits of its own, on_failure: withhold (the others go on",
-        "# without it), and expect: fail.",
+        "# What is made, all in one pass over the base; `qlora-export formats` lists what there is. Each entry may",
+        "# have a name, onto, keep (modules that stay dense), limits of its own, on_failure: withhold (the others go",
+        "# on without it), and expect: fail.",
         "artifacts:",
         f"  - format: {known.dense}   # merged, dense: for serving at full size, and for further quantisation",
     ]
@@ -196,7 +194,7 @@ def _artifacts(known: _Known) -> list[str]:
 
 
 def _drift(start: Start) -> list[str]:
-    text = _place(start.text, start.folder) if start.text else PLACEHOLDER
+    text = _relative(start.text, start.folder) if start.text else PLACEHOLDER
     note = "" if start.text else "   # <- REPLACE: text that training never saw, in the form the model will meet"
     return [
         "# The gate: every artifact is opened in its own runtime and compared with the model that was trained.",
@@ -207,18 +205,18 @@ def _drift(start: Start) -> list[str]:
         "  # window_tokens: 1024",
         "  # Limits judge; one that is null is reported only. These are the defaults.",
         "  limits:",
-        "    perplexity_ratio: 1.03   # at most",
-        "    mean_kl: 0.05            # at most, nats per token",
-        "    same_top1: 0.95          # at least: share of tokens with the same most likely answer",
-        "    gain_kept: 0.95          # at least: share of what fine-tuning gained",
-        "    survival_min: 0.9        # at least: share of the delta that the lowest layer kept",
+        f"    perplexity_ratio: {DEFAULT_LIMITS.perplexity_ratio}   # at most",
+        f"    mean_kl: {DEFAULT_LIMITS.mean_kl}            # at most, nats per token",
+        f"    same_top1: {DEFAULT_LIMITS.same_top1}          # at least: share of tokens with the same best answer",
+        f"    gain_kept: {DEFAULT_LIMITS.gain_kept}          # at least: share of what fine-tuning gained",
+        f"    survival_min: {DEFAULT_LIMITS.survival_min}        # at least: what the lowest layer kept of the delta",
     ]
 
 
 def _publish(to: str | None) -> list[str]:
     mark = "" if to else "# "
     return [
-        "# Where artifacts go that passed; `check` works without. {name} and {format} stand for those of each artifact.",
+        "# Where artifacts go that passed; `check` works without. {name} and {format} stand for each artifact's.",
         f"{mark}publish:",
         f"{mark}  to: {_scalar(to or 'hub:owner/model-{name}')}   # or folder:PATH, a registry on this machine",
         f"{mark}  visibility: private    # private | public; an existing repository must have it already",

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qlora_export.errors import ExitCode
+from qlora_export.testing import HubServer
 from tests.conftest import edit_json
-from tests.hub import Hub, hub
 
 
 @pytest.fixture
@@ -20,7 +22,25 @@ def served(base_copy: Path, adapter_copy: Path) -> dict[str, Path]:
     return {"acme/base": base_copy, "acme/adapter": adapter_copy}
 
 
-def run(server: Hub | None, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def hub(folders: dict[str, Path]) -> Iterator[HubServer]:
+    """A Hub that serves these folders."""
+    with HubServer() as server:
+        for name, folder in folders.items():
+            server.add_repository(name, folder)
+        yield server
+
+
+def downloaded(server: HubServer) -> list[str]:
+    """Weight files that were fetched whole."""
+    return [
+        record.path.rsplit("/", 1)[-1]
+        for record in server.requests
+        if record.method == "GET" and record.path.endswith(".safetensors") and record.range is None
+    ]
+
+
+def run(server: HubServer | None, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, with a cache of its own."""
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment["HF_ENDPOINT"] = server.endpoint if server else "http://127.0.0.1:9"
@@ -28,20 +48,20 @@ def run(server: Hub | None, cache: Path, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def build(server: Hub | None, tmp_path: Path, base: str, adapter: str) -> subprocess.CompletedProcess[str]:
+def build(server: HubServer | None, tmp_path: Path, base: str, adapter: str) -> subprocess.CompletedProcess[str]:
     flags = ["--base", base, "--adapter", adapter, "--format", "bf16", "--out", str(tmp_path / "out")]
     return run(server, tmp_path / "cache", "build", *flags)
 
 
 def test_base_and_adapter_come_from_the_hub_once(served: dict[str, Path], tmp_path: Path) -> None:
     with hub(served) as server:
-        commit = server.commit("acme/base")
+        commit = server.repositories["acme/base"].head()
         first = build(server, tmp_path, f"acme/base@{commit}", "acme/adapter")
         assert first.returncode == 0, first.stderr
-        assert sorted(server.downloaded()) == ["adapter_model.safetensors", "model.safetensors"]
+        assert sorted(downloaded(server)) == ["adapter_model.safetensors", "model.safetensors"]
         again = build(server, tmp_path, f"acme/base@{commit}", "acme/adapter")
         assert "verified, kept" in again.stdout, again.stderr
-        assert len(server.downloaded()) == 2
+        assert len(downloaded(server)) == 2
     manifest = json.loads((tmp_path / "out/bf16/manifest.json").read_text())
     assert manifest["sources"]["base"]["id"] == f"acme/base@{commit}"
     assert manifest["sources"]["adapter"]["id"].startswith("acme/adapter@")
@@ -58,7 +78,7 @@ def test_what_cannot_be_merged_is_refused_before_any_weight(served: dict[str, Pa
         result = build(server, tmp_path, "acme/base", "acme/adapter")
         assert result.returncode == ExitCode.REFUSED
         assert "KaSA cannot be merged" in result.stderr
-        assert server.downloaded() == []
+        assert downloaded(server) == []
     assert not (tmp_path / "out").exists()
 
 
@@ -68,7 +88,7 @@ def test_a_misfit_is_found_from_headers_alone(served: dict[str, Path], tmp_path:
         result = build(server, tmp_path, "acme/base", "acme/adapter")
         assert result.returncode == ExitCode.BAD_INPUT
         assert "the base and r need [3, 64]" in result.stderr
-        assert server.downloaded() == ["adapter_model.safetensors"]
+        assert downloaded(server) == ["adapter_model.safetensors"]
 
 
 def test_another_revision_than_in_training_is_refused(served: dict[str, Path], tmp_path: Path) -> None:

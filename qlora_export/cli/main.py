@@ -13,7 +13,23 @@ from typing import Annotated, NoReturn
 import typer
 
 from qlora_export import __version__
-from qlora_export.cli import build, check, clean, demo, inspect, plan, publish, rehearse, release
+from qlora_export.cli import (
+    build,
+    check,
+    clean,
+    demo,
+    doctor,
+    explain,
+    formats,
+    init,
+    inspect,
+    plan,
+    publish,
+    rehearse,
+    release,
+    schema,
+    verify,
+)
 from qlora_export.cli.options import command_of
 from qlora_export.errors import ExitCode, ExportError, PlanRefused
 
@@ -21,7 +37,7 @@ app = typer.Typer(
     name="qlora-export",
     help="Release a QLoRA fine-tune: merge, re-quantise, measure the drift from the model that was trained.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -31,9 +47,15 @@ app.command("plan")(command_of(plan.plan))
 app.command("build")(command_of(build.build))
 app.command("check")(command_of(check.check))
 app.command("publish")(command_of(publish.publish))
+app.command("verify")(verify.verify)
 app.command("rehearse")(rehearse.rehearse)
 app.command("inspect")(inspect.inspect)
 app.command("clean")(clean.clean)
+app.command("init")(init.init)
+app.command("doctor")(doctor.doctor)
+app.command("formats")(formats.formats)
+app.command("explain")(explain.explain)
+app.command("schema")(schema.schema)
 
 
 RESUME = "run the same command again to go on where it stopped"

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from qlora_export.pipeline import RunOptions
     from qlora_export.recipe import Recipe
 
-RecipePath = Annotated[Path | None, typer.Argument(help="A recipe file; or use the flags instead.", metavar="[RECIPE]")]
+RecipePath = Annotated[
+    Path | None,
+    typer.Argument(help="A recipe, or a plan kept by `plan -o`; or use the flags instead.", metavar="[RECIPE]"),
+]
 Base = Annotated[str | None, typer.Option("--base", help="Folder of the base model, or its Hub id.")]
 Adapters = Annotated[
     list[str] | None,
@@ -71,8 +75,12 @@ def command_of(verb: Verb) -> Callable[..., None]:
             "--training-quantization": training,
             "--text": text,
         }
-        facts = recipe_from(recipe, flags, settings or [])
-        finish(verb(facts, run_options(recipe, out, workers)), as_json, output)
+        options = replace(run_options(recipe, out, workers), keeps_plan=output is not None)
+        if recipe is not None and recipe.suffix == ".json":
+            facts, options = _kept_plan(recipe, flags, settings or [], options)
+        else:
+            facts = recipe_from(recipe, flags, settings or [])
+        finish(verb(facts, options), as_json, output)
 
     command.__doc__ = verb.__doc__
     return command
@@ -118,6 +126,18 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
     if flags["--text"]:
         data["drift"] = {"text": flags["--text"]}
     return make_recipe(data, Path(), "flags", settings)
+
+
+def _kept_plan(
+    path: Path, flags: dict[str, Any], settings: list[str], options: RunOptions
+) -> tuple[Recipe, RunOptions]:
+    """The recipe of a kept plan, and options that hold the run to it."""
+    from qlora_export.pinned import pinned_recipe
+
+    if settings or any(value is not None and value != [] for value in flags.values()):
+        raise UsageError(f"{path}: a plan is released as it is", "plan again with the changed recipe")
+    recipe, pinned = pinned_recipe(path)
+    return recipe, replace(options, pinned=pinned)
 
 
 def _adapters(given: list[str]) -> str | list[dict[str, Any]]:

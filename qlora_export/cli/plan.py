@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 def plan(recipe: Recipe, options: RunOptions) -> Outcome:
     """Say what a build would make, from headers alone: files, sizes, memory, assumptions, and every problem at once."""
     from qlora_export import pipeline
+    from qlora_export.pinned import pins
     from qlora_export.report.data import plan_summary
     from qlora_export.report.terminal import print_plan
 
     run = pipeline.plan(recipe, options)
-    return plan_summary(run.plan, options.workers), lambda: print_plan(run, options.workers), 0
+    data = plan_summary(run.plan, options.workers)
+    if options.keeps_plan:
+        data |= pins(run.plan, options.workers)
+    return data, lambda: print_plan(run, options.workers), 0

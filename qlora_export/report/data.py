@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import Artifact
-from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
 from qlora_export.planning import Plan
 from qlora_export.report.markdown import write_markdown
@@ -37,7 +37,7 @@ def report(run: Run) -> dict[str, Any]:
     data = {
         "schema": 1,
         "recipe_digest": run.plan.recipe.digest,
-        "tokens": _tokens(run.ledger),
+        "tokens": _tokens(run),
         "reference": _reference(run),
         "assumptions": list(run.plan.assumptions),
         "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
@@ -103,10 +103,18 @@ def write_report(run: Run, folder: Path) -> Path:
     return path
 
 
-def _tokens(ledger: Ledger | None) -> dict[str, Any] | None:
-    if ledger is None:
+def _tokens(run: Run) -> dict[str, Any] | None:
+    """The tokens of the ledger, and what makes them again from the same text."""
+    if run.ledger is None or run.plan.recipe.drift is None:
         return None
-    return {"sha256": ledger.tokens.sha256, "count": ledger.tokens.count, "protocol": ledger.tokens.protocol}
+    tokens, drift = run.ledger.tokens, run.plan.recipe.drift
+    return {
+        "sha256": tokens.sha256,
+        "count": tokens.count,
+        "protocol": tokens.protocol,
+        "window_tokens": drift.window_tokens,
+        "limit": drift.tokens,
+    }
 
 
 def _reference(run: Run) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.contracts import Drift
@@ -14,6 +16,16 @@ HEAD = (
     "| model | bytes | perplexity | ratio | mean KL | same top-1 | gain kept | survival | verdict |\n"
     "|---|---:|---:|---:|---:|---:|---:|---:|---|"
 )
+
+
+@dataclass(frozen=True)
+class ArtifactRow:
+    """One artifact's line in the table."""
+
+    name: str
+    bytes: int
+    drift: Drift
+    verdict: str
 
 
 def markdown(run: Run) -> str:
@@ -40,15 +52,22 @@ def write_markdown(run: Run, folder: Path) -> Path:
     return path
 
 
-def _ledger(ledger: Ledger) -> list[str]:
-    reference = f"| **reference** | | {ledger.reference.perplexity:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"
-    lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", "", HEAD, reference]
-    rows = (("base alone", ledger.base), ("merged, 16 bit", ledger.merged))
+def ledger_table(
+    reference: float, base: Drift | None, merged: Drift | None, artifacts: Sequence[ArtifactRow]
+) -> list[str]:
+    """The ledger as a Markdown table: the reference by its perplexity, what it is compared with, the artifacts."""
+    lines = [HEAD, f"| **reference** | | {reference:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"]
+    rows = (("base alone", base), ("merged, 16 bit", merged))
     lines += [_row(label, "", drift, "") for label, drift in rows if drift is not None]
-    lines += [
-        _row(f"`{entry.artifact.name}`", str(entry.artifact.bytes), entry.drift, _verdict(entry))
-        for entry in ledger.entries
+    return lines + [_row(f"`{row.name}`", str(row.bytes), row.drift, row.verdict) for row in artifacts]
+
+
+def _ledger(ledger: Ledger) -> list[str]:
+    rows = [
+        ArtifactRow(entry.artifact.name, entry.artifact.bytes, entry.drift, _verdict(entry)) for entry in ledger.entries
     ]
+    lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", ""]
+    lines += ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
     lines += ["", f"{ledger.tokens.protocol}; tokens `{ledger.tokens.sha256}`."]
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines

@@ -33,23 +33,25 @@ def is_large(attributes: str, path: str) -> bool:
 
 
 def is_ignored(rules: str, path: str) -> bool:
-    """Whether .gitignore rules leave a path, or a folder above it, out."""
+    """Whether .gitignore rules leave out a path, or a folder above it, which no later rule brings back."""
     parts = path.split("/")
-    ignored = False
-    for line in rules.splitlines():
-        rule = line.strip()
-        if not rule or rule.startswith("#"):
-            continue
-        pattern = rule.lstrip("!")
-        depths = range(1, len(parts)) if pattern.endswith("/") else range(1, len(parts) + 1)
-        if any(_meets(pattern.rstrip("/"), "/".join(parts[:depth])) for depth in depths):
-            ignored = not rule.startswith("!")
-    return ignored
+    folders = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+    return any(_is_left_out(rules, folder, True) for folder in folders) or _is_left_out(rules, path, False)
 
 
 def large_rule(path: str) -> str:
     """The line that makes one path a large file."""
     return f"{path.replace(' ', '[[:space:]]')} {LARGE_RULE}\n"
+
+
+def _is_left_out(rules: str, path: str, folder: bool) -> bool:
+    left_out = False
+    for line in rules.splitlines():
+        rule = line.strip()
+        pattern = rule.lstrip("!")
+        if rule and not rule.startswith("#") and (folder or not pattern.endswith("/")):
+            left_out = not rule.startswith("!") if _meets(pattern.rstrip("/"), path) else left_out
+    return left_out
 
 
 def _meets(pattern: str, path: str) -> bool:

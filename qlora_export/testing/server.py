@@ -146,6 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             reply = answer(self.server.service, request)
             body.drain()
         except HangUp:
+            body.drain()
             self._note(path, query, 0)
             self.close_connection = True
             return

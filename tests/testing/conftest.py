@@ -13,6 +13,7 @@ import pytest
 from qlora_export.testing import HubServer
 
 Connect = Callable[..., huggingface_hub.HfApi]
+CLIENT_WARNING = "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"
 CARD = "---\nlicense: apache-2.0\nbase_model: acme/base\nbase_model_relation: finetune\n---\n# A model\n"
 
 

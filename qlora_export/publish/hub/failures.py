@@ -66,7 +66,8 @@ def said(error: Exception) -> str:
     response = getattr(error, "response", None)
     try:
         body = json.loads(response.content) if response is not None else {}
-        told = body.get("error") or "; ".join(item["message"] for item in body.get("errors", ()))
+        lines = [str(body.get("error") or ""), *(str(item["message"]) for item in body.get("errors", ()))]
+        told = ": ".join(line for line in lines if line)
     except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
         told = ""
     text = str(told or getattr(error, "server_message", None) or str(error).strip().splitlines()[:1] or "")

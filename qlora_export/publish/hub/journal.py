@@ -17,18 +17,11 @@ class PublicationJournal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        whole = (
-            [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            if (path.exists())
-            else []
-        )
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
         self.events = [json.loads(line) for line in whole]
-        if path.exists():
+        if len(whole) < len(lines):
             os.truncate(path, sum(map(len, whole)))
-
-    def sent(self, sha256: str) -> bool:
-        """Whether a file of this content was sent whole before."""
-        return any(event.get("uploaded") == sha256 for event in self.events)
 
     def note(self, **event: Any) -> None:
         """Write an event down; raises OSError when the disk does not take it."""

@@ -10,11 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from huggingface_hub import HfApi, get_session, get_token, snapshot_download
-from huggingface_hub.utils import hf_raise_for_status, is_xet_available
+from huggingface_hub import HfApi, constants, get_session, get_token, snapshot_download
+from huggingface_hub.utils import hf_raise_for_status
 
 from qlora_export.errors import ExitCode, RemoteConflict
 from qlora_export.publish.hub import commit
@@ -54,7 +55,7 @@ def create(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
     remotes = [Remote(api, target_from(data)) for data in job["targets"]]
     for remote in remotes:
         remote.create()
-    return {"heads": [remote.head() for remote in remotes], "xet": is_xet_available() and remotes[0].speaks_xet()}
+    return {"heads": [remote.head() for remote in remotes], "xet": _may_use_xet() and remotes[0].speaks_xet()}
 
 
 def publish(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
@@ -139,6 +140,11 @@ def main() -> None:
             answers,
             {"error": {"exit_code": int(failure.exit_code), "message": failure.message, "hint": failure.hint}},
         )
+
+
+def _may_use_xet() -> bool:
+    """Whether the client has its library for xet, and the user has not switched it off."""
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 def _list(api: HfApi, collection: str, repository: str) -> None:

@@ -1,0 +1,60 @@
+"""What a recipe asks of this machine: sources, text, extras, space, and the repositories that it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_export.diagnosis.checks import Check
+from qlora_export.diagnosis.machine import Needs
+from qlora_export.errors import ExportError, PlanRefused
+from qlora_export.planning import Plan, make_plan
+from qlora_export.recipe import Recipe
+from qlora_export.sources.locate import hub_id
+
+
+def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check], Needs]:
+    """Whether the recipe can be planned and measured, and what it takes; on the Hub's sources nothing is fetched."""
+    found = [_text(recipe)]
+    remote = [text for text in recipe.sources if hub_id(text, recipe.folder) is not None]
+    if remote:
+        found.append(Check("sources", "ok", f"{', '.join(remote)} on the Hub: `qlora-export plan` looks at them"))
+        return found, Needs()
+    try:
+        plan = make_plan(recipe, out)
+    except PlanRefused as error:
+        message = "; ".join(problem.message for problem in error.problems)
+        return [*found, Check("sources", "fail", message, error.hint.replace("\n", " "))], Needs()
+    except ExportError as error:
+        return [*found, Check("sources", "fail", error.message, error.hint)], Needs()
+    found.append(Check("sources", "ok", f"the plan holds: {', '.join(_names(plan))}"))
+    return found, Needs(plan.bytes, plan.peak_memory_bytes(workers))
+
+
+def extras_of(recipe: Recipe) -> set[str]:
+    """The extras that the recipe cannot do without."""
+    needed = {"onnx"} if any(item.format.startswith("onnx") for item in recipe.artifacts) else set()
+    return needed | ({"sign"} if recipe.publish is not None and recipe.publish.sign else set())
+
+
+def repositories_of(recipe: Recipe) -> list[str]:
+    """The repositories on the Hub that the recipe publishes to, in the order of its artifacts."""
+    kind, _, place = recipe.publish.to.partition(":") if recipe.publish is not None else ("", "", "")
+    if kind != "hub":
+        return []
+    names = [place.replace("{name}", item.name).replace("{format}", item.format) for item in recipe.artifacts]
+    return list(dict.fromkeys(name.partition("@")[0] for name in names))
+
+
+def _text(recipe: Recipe) -> Check:
+    if recipe.drift is None:
+        fix = "add `drift: {text: FILE}`: release and check need it"
+        return Check("drift.text", "warn", "the recipe names no text to measure on", fix)
+    path = recipe.path(recipe.drift.text)
+    if not path.is_file():
+        return Check("drift.text", "fail", f"{path} is not there", "name a .jsonl or .txt file that training never saw")
+    return Check("drift.text", "ok", str(path))
+
+
+def _names(plan: Plan) -> Sequence[str]:
+    return [item.name for item in plan.artifacts] + [item.name for item in plan.exports]

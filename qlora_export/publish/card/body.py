@@ -1,0 +1,184 @@
+"""The text of the managed block: what this is, how to load it, how far it drifted, what was assumed, how to check it.
+
+Numbers come from the published report alone and names of the machine are left out, so the same publication gives the
+same text wherever it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_export.publish.card.escaping import code, escape, recipe_yaml
+from qlora_export.publish.card.facts import CardFacts, CardItem, drift_from
+from qlora_export.publish.card.snippets import served, snippet
+from qlora_export.report.markdown import ArtifactRow, ledger_table
+
+NOTICE = (
+    "<!-- Written by qlora-export. A new release replaces what stands between these two lines, and nothing else. -->"
+)
+LIMITS = (
+    ("perplexity_ratio", "perplexity ratio at most {:g}"),
+    ("mean_kl", "mean KL at most {:g}"),
+    ("same_top1", "same top-1 at least {:.4g} %"),
+    ("gain_kept", "gain kept at least {:.4g} %"),
+    ("survival_min", "lowest survival at least {:.4g} %"),
+)
+PERCENT = {"same_top1", "gain_kept", "survival_min"}
+LEGEND = (
+    "Ratio: of perplexities, paired, ± standard error. Mean KL: in nats a token, from the reference to the artifact. "
+    "Same top-1: the same most likely token. Gain kept: share of the fine-tuning gain. Survival: of the delta, in the "
+    "worst layer."
+)
+
+
+def body(facts: CardFacts) -> str:
+    """Everything between the two markers, as Markdown."""
+    sections = [
+        [NOTICE],
+        *([paragraph(facts, item)] for item in facts.items),
+        *_loading(facts),
+        *_drift(facts),
+        *_assumed(facts),
+        *_recipe(facts),
+        *_checking(facts),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def paragraph(facts: CardFacts, item: CardItem) -> str:
+    """What one artifact is, in a few sentences."""
+    base = code(facts.base_id) + (f" at commit {code(facts.base_commit)}" if facts.base_commit else "")
+    where = f"In {code(item.prefix)}: " if item.prefix else ""
+    form = item.artifact.format
+    if form == "adapter":
+        text = f"the LoRA adapter {_adapter(item)} for {base}, as it was trained, without the base"
+    elif form == "nf4-adapter":
+        text = (
+            f"{base} in {item.kind.weights}, in the codes that the adapter was trained on, with the adapter "
+            f"{_adapter(item)} untouched in {code(f'{item.prefix}adapter/')}. Both must be loaded: the base alone "
+            "opens without an error and is not the fine-tuned model"
+        )
+    elif item.has_adapter:
+        text = f"{base} with the adapter {_adapter(item)} merged into its weights, {_stored(item)}. {_onto(item)}"
+    else:
+        text = f"{base} as it is, {_stored(item)}; no adapter was merged into it"
+    return f"{where}{text[0].upper() if not where else text[0]}{text[1:]}."
+
+
+def _adapter(item: CardItem) -> str:
+    combined = item.manifest["sources"].get("combined_from") or []
+    if combined:
+        return "combined from " + ", ".join(f"{code(str(part['id']))} × {part['weight']:g}" for part in combined)
+    return code(str(item.manifest["sources"]["adapter"]["id"]))
+
+
+def _stored(item: CardItem) -> str:
+    verb = "exported to" if item.kind.library == "onnx" else "stored in"
+    if item.artifact.format == "nf4":
+        verb = "rounded to"
+    return f"{verb} {item.kind.weights}"
+
+
+def _onto(item: CardItem) -> str:
+    """What the adapter was added to."""
+    training: Mapping[str, Any] = item.manifest.get("training_quantization") or {}
+    kind = training.get("quant_type", "none")
+    if item.manifest.get("onto") == "original":
+        seen = "" if kind == "none" else f", not to the {kind} weights that training saw"
+        return f"The delta was added to the base's original weights{seen}"
+    if kind == "none":
+        return "The delta was added to the base's weights, which training saw as they are"
+    return f"The delta was added to the base as training saw it: its {kind} weights, de-quantised"
+
+
+def _loading(facts: CardFacts) -> Iterator[list[str]]:
+    yield ["## How to load it"]
+    for item in facts.items:
+        if len(facts.items) > 1:
+            yield [f"{code(item.artifact.name)}:"]
+        yield ["```bash", f"pip install {' '.join(item.kind.packages)}", "```"]
+        yield ["```python", snippet(facts, item), "```"]
+        training = item.manifest.get("training_quantization") or {}
+        if item.artifact.format == "adapter" and training.get("block_size", 64) != 64:
+            yield [
+                f"Training quantised in blocks of {int(training['block_size'])} values, bitsandbytes' default is 64: "
+                "set the same block size where you load the base."
+            ]
+        if command := served(facts, item):
+            yield ["vLLM serves it where it knows the architecture:"]
+            yield ["```bash", command, "```"]
+
+
+def _drift(facts: CardFacts) -> Iterator[list[str]]:
+    report = facts.report
+    tokens, reference = report.get("tokens"), report.get("reference")
+    if not tokens or not reference:
+        return
+    tuned = facts.main.has_adapter
+    yield [f"## Drift from {'the model that was trained' if tuned else 'the base'}"]
+    yield [
+        f"Every artifact was opened from its own files in its own runtime and compared, token by token, with "
+        f"{'the model that was trained' if tuned else 'the base'} ({escape(str(reference['model']))}) on "
+        f"{int(tokens['count'])} tokens. That tells how close they are, not how good or how safe the model is."
+    ]
+    base, merged = (drift_from(found) if found else None for found in (reference["base"], reference["merged"]))
+    rows = [
+        ArtifactRow(
+            item.artifact.name, item.artifact.bytes, facts.drift(item), str(facts.entry(item).get("verdict", "pass"))
+        )
+        for item in facts.items
+    ]
+    yield ledger_table(_number(reference["perplexity"]), base, merged, rows)
+    yield [
+        f"{escape(str(tokens['protocol']))}; {escape(str(reference['activations']))} activations; "
+        f"tokens {code(str(tokens['sha256']))}. {LEGEND}"
+    ]
+    yield from _limits(facts)
+
+
+def _limits(facts: CardFacts) -> Iterator[list[str]]:
+    """What the gate wanted of each artifact."""
+    lines = []
+    for item in facts.items:
+        limits = facts.entry(item).get("limits")
+        if limits is None:
+            continue
+        wanted = [
+            text.format(limits[name] * 100 if name in PERCENT else limits[name])
+            for name, text in LIMITS
+            if limits.get(name) is not None
+        ]
+        lines.append(f"- {code(item.artifact.name)}: {'; '.join(wanted) or 'no limits'}")
+    if lines:
+        yield ["The limits that it kept with 95 % confidence:"]
+        yield lines
+
+
+def _assumed(facts: CardFacts) -> Iterator[list[str]]:
+    stated = (str(text) for item in facts.items for text in item.manifest.get("assumptions", ()))
+    if lines := [f"- {escape(text)}" for text in dict.fromkeys(stated)]:
+        yield ["## What was assumed"]
+        yield lines
+
+
+def _recipe(facts: CardFacts) -> Iterator[list[str]]:
+    yield ["<details>", "<summary>The recipe</summary>"]
+    yield ["```yaml", recipe_yaml(facts.recipe).rstrip("\n"), "```"]
+    yield ["</details>"]
+
+
+def _checking(facts: CardFacts) -> Iterator[list[str]]:
+    manifests = ", ".join(f"[{item.prefix}manifest.json]({item.prefix}manifest.json)" for item in facts.items)
+    yield ["## How to check it"]
+    yield [
+        "All numbers are in [qlora-export/report.json](qlora-export/report.json), where every byte comes from in "
+        "[qlora-export/provenance.json](qlora-export/provenance.json), the sha256 of every file in "
+        f"[SHA256SUMS](SHA256SUMS), and how each artifact was made in {manifests}. To compare what you downloaded "
+        "with all of them:"
+    ]
+    yield ["```bash", f"qlora-export verify {facts.repository}@COMMIT", "```"]
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

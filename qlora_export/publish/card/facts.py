@@ -1,0 +1,124 @@
+"""What a model card is made from, and what follows from it without looking at any weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora_export.contracts import Artifact, Drift
+from qlora_export.publish.card.kinds import Kind, kind_of
+from qlora_export.recipe import CardRecipe
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class CardItem:
+    """One artifact of the repository: its drift as measured, and its folder as a prefix, `""` or `"onnx-int4/"`."""
+
+    artifact: Artifact
+    drift: Drift
+    prefix: str
+
+    @property
+    def kind(self) -> Kind:
+        """What its format means to those who load it."""
+        return kind_of(self.artifact.format)
+
+    @property
+    def subfolder(self) -> str:
+        """Its folder in the repository, without a slash at the end."""
+        return self.prefix.rstrip("/")
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Its manifest."""
+        return self.artifact.manifest
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is in it; without one it is the base in another form."""
+        return self.manifest["sources"]["adapter"] is not None
+
+    @property
+    def files(self) -> Mapping[str, Any]:
+        """Its files by name."""
+        files: Mapping[str, Any] = self.manifest["files"]
+        return files
+
+    @cached_property
+    def is_classifier(self) -> bool:
+        """Whether it is a sequence classifier, by its config or its adapter's."""
+        architectures = self._json("config.json").get("architectures") or [""]
+        task = self._json("adapter_config.json").get("task_type")
+        return str(architectures[0]).endswith("ForSequenceClassification") or task == "SEQ_CLS"
+
+    @cached_property
+    def chats(self) -> bool:
+        """Whether a chat template is shipped with it."""
+        return "chat_template.jinja" in self.files or "chat_template" in self._json("tokenizer_config.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.artifact.path / name
+        data = json.loads(path.read_bytes()) if name in self.files else {}
+        return data if isinstance(data, dict) else {}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card tells: `report` is report.json, `recipe` the recipe's facts, `license` as settled."""
+
+    repository: str
+    items: tuple[CardItem, ...]
+    base_id: str
+    license: str
+    settings: CardRecipe
+    report: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return Path(self.repository).name
+
+    @property
+    def main(self) -> CardItem:
+        """The artifact that decides library and relation: the first that is no ONNX, which has a folder of its own."""
+        return next((item for item in self.items if item.kind.library != "onnx"), self.items[0])
+
+    @property
+    def base_commit(self) -> str | None:
+        """The commit of the base on the Hub, where the run knows it."""
+        stated = (str(self.recipe.get("base", "")), str(self.items[0].manifest["sources"]["base"]["id"]))
+        for text in stated:
+            repository, _, revision = text.partition("@")
+            if repository == self.base_id and COMMIT.fullmatch(revision):
+                return revision
+        return None
+
+    def entry(self, item: CardItem) -> Mapping[str, Any]:
+        """What the report says of this very artifact; empty where it does not know these bytes."""
+        for entry in self.report.get("artifacts", ()):
+            if entry["name"] == item.artifact.name:
+                same = entry.get("manifest_sha256") in (None, item.artifact.manifest_sha256)
+                return entry if same and isinstance(entry, Mapping) else {}
+        return {}
+
+    def drift(self, item: CardItem) -> Drift:
+        """The published report's numbers, so that card and report agree; else those of the item."""
+        recorded = self.entry(item).get("drift")
+        return drift_from(recorded) if recorded else item.drift
+
+
+def drift_from(recorded: Mapping[str, Any]) -> Drift:
+    """A drift read back from the report, where a number that was not finite is null."""
+    optional = {"gain_kept", "gain_kept_stderr", "survival_median", "survival_min"}
+    numbers = {
+        name: float("nan") if value is None and name not in optional else value for name, value in recorded.items()
+    }
+    return Drift(**numbers)

@@ -1,0 +1,51 @@
+"""What a format means to those who load it: one line for each format and exporter of the catalog.
+
+`nf4-adapter` is peft's and not transformers', although transformers opens its root: a page that offers the snippet of
+transformers would hand out the base without the adapter, in silence, and that of peft stops with an error instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_export.errors import UsageError
+
+Library = Literal["transformers", "peft", "onnx"]
+Relation = Literal["finetune", "quantized", "adapter"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Library, relation to the base, words for its weights, what must be installed, tags; `served` by vLLM as it is."""
+
+    library: Library
+    relation: Relation
+    weights: str
+    packages: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    served: bool = False
+
+
+TRANSFORMERS = ("transformers", "accelerate")
+ONNX = ("onnxruntime-genai", "huggingface_hub")
+NF4_WORDS = "bitsandbytes NF4 (4 bits)"
+KINDS = {
+    "fp32": Kind("transformers", "finetune", "float32", TRANSFORMERS, served=True),
+    "bf16": Kind("transformers", "finetune", "bfloat16", TRANSFORMERS, served=True),
+    "fp16": Kind("transformers", "finetune", "float16", TRANSFORMERS, served=True),
+    "nf4": Kind("transformers", "quantized", NF4_WORDS, (*TRANSFORMERS, "bitsandbytes"), ("bitsandbytes", "4-bit")),
+    "nf4-adapter": Kind(
+        "peft", "quantized", NF4_WORDS, (*TRANSFORMERS, "bitsandbytes", "peft"), ("bitsandbytes", "4-bit", "lora")
+    ),
+    "adapter": Kind("peft", "adapter", "the adapter's own", (*TRANSFORMERS, "bitsandbytes", "peft"), ("lora",)),
+    "onnx-int4": Kind("onnx", "quantized", "ONNX with 4-bit integers", ONNX, ("onnx",)),
+    "onnx-fp32": Kind("onnx", "finetune", "ONNX in float32", ONNX, ("onnx",)),
+}
+
+
+def kind_of(form: str) -> Kind:
+    """The kind of a format; raises UsageError for one that no card can be written for."""
+    if form not in KINDS:
+        raise UsageError(f"no model card can be written for the format {form!r}", f"known: {', '.join(KINDS)}")
+    return KINDS[form]

@@ -1,0 +1,75 @@
+"""quantization_config against the tensors: the method, its kind, double quantisation, and what it says stays dense."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_export.errors import Problem
+from qlora_export.publish.lint.rules import finding
+from qlora_export.sources.weights import FourBitWeight, PlainWeight, Weight
+from qlora_export.tensors.dtypes import FLOATS
+from qlora_export.tensors.header import StoredTensor
+
+BUILD_AGAIN = "build the artifact again; config.json and weights do not belong together"
+# Parts that only quantised weights have, whoever packed them.
+MARKS = (
+    ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_global_scale", ".weight_scale_inv", ".qweight",
+    ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB",
+)  # fmt: skip
+
+
+def quantisation_problems(
+    path: str, config: Mapping[str, Any], weights: Mapping[str, Weight], tensors: Mapping[str, StoredTensor]
+) -> Iterator[Problem]:
+    """Where config.json and the tensors do not tell the same of how weights are quantised."""
+    stated = config.get("quantization_config")
+    kinds = Counter(weight.storage for weight in weights.values() if weight.storage != "plain")
+    packed = next((name for name in tensors if name.endswith(MARKS)), None)
+    if stated is None:
+        if kinds or packed:
+            first = next((weight.spec.name for weight in weights.values() if weight.storage != "plain"), packed)
+            what = f"has no quantization_config, and {first} is stored quantised"
+            yield finding("config", path, what, BUILD_AGAIN)
+        return
+    if not isinstance(stated, Mapping):
+        yield finding("config", path, f"quantization_config is {stated!r}, expected a table", BUILD_AGAIN)
+        return
+    method = stated.get("quant_method")
+    if not kinds and packed is None and all(tensor.spec.dtype in FLOATS for tensor in tensors.values()):
+        what = f"has a quantization_config ({method}), and every weight is stored dense"
+        yield finding("config", path, what, BUILD_AGAIN)
+        return
+    expected = _expected(stated)
+    if (expected is not None and set(kinds) != {expected}) or (expected is None and kinds):
+        found = ", ".join(sorted(kinds)) or "of another kind"
+        yield finding("config", path, f"says {expected or method}, the quantised weights are {found}", BUILD_AGAIN)
+        return
+    if method == "bitsandbytes":
+        yield from _bitsandbytes(path, stated, weights)
+
+
+def _expected(stated: Mapping[str, Any]) -> str | None:
+    """The kind of storage that a loader of this method expects; None for methods whose tensors are read as they are."""
+    if stated.get("quant_method") == "fp8":
+        return "fp8"
+    if stated.get("quant_method") != "bitsandbytes":
+        return None
+    return "int8" if stated.get("load_in_8bit") else str(stated.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _bitsandbytes(path: str, stated: Mapping[str, Any], weights: Mapping[str, Weight]) -> Iterator[Problem]:
+    double = bool(stated.get("bnb_4bit_use_double_quant", False))
+    skipped = stated.get("llm_int8_skip_modules") or []
+    for weight in weights.values():
+        if isinstance(weight, FourBitWeight) and (weight.offset is not None) != double:
+            have = "nested" if weight.offset is not None else "plain"
+            what = f"says bnb_4bit_use_double_quant {double}, the absmax of {weight.spec.name} is {have}"
+            yield finding("config", path, what, BUILD_AGAIN)
+            return
+    for weight in weights.values():
+        if not isinstance(weight, PlainWeight) and weight.spec.module in skipped:
+            what = f"skips {weight.spec.module} in quantisation, and it is stored quantised"
+            yield finding("config", path, what, BUILD_AGAIN)
+            return

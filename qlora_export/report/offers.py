@@ -1,0 +1,83 @@
+"""What can be made: every format of the catalog in one line, with its size and the runtime that opens it.
+
+The size is measured on the parts that a square weight of 4096 rows becomes; an exporter states its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_export import catalog
+from qlora_export.contracts import Part, TensorSpec, TrainingQuantization
+from qlora_export.report.terminal import new_table
+from qlora_export.tensors.dtypes import ITEM_BYTES
+
+LINES = {
+    "fp32": "merged, dense float32",
+    "bf16": "merged, dense bfloat16: for serving at full size and for further quantisation",
+    "fp16": "merged, dense float16; a value beyond 65504 stops the build",
+    "nf4": "merged, rounded to the nearest NF4 code: small, and a small delta may not survive it",
+    "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",
+    "adapter": "the adapter on its own, for the base it was trained on",
+    "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; needs the extra [onnx]",
+    "onnx-fp32": "merged, ONNX in float32 for ONNX Runtime GenAI; needs the extra [onnx]",
+}
+SAMPLE = TensorSpec("model.layers.0.mlp.up_proj.weight", "BF16", (4096, 4096))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One format: what it is, bytes for a weight of a linear layer where it stores any, and its runtime."""
+
+    format: str
+    kind: str
+    what: str
+    bytes_per_weight: float | None
+    runtime: str
+
+
+def offers() -> list[Offer]:
+    """Every format and exporter of the catalog, in its order."""
+    return [_format(name) for name in catalog.FORMATS] + [_exporter(name) for name in catalog.EXPORTERS]
+
+
+def offers_data(found: list[Offer]) -> dict[str, Any]:
+    """The offers as JSON."""
+    return {"schema": 1, "formats": [asdict(offer) for offer in found]}
+
+
+def offers_table(found: list[Offer]) -> Table:
+    """The offers for people."""
+    table = new_table("Formats")
+    table.add_column("format", no_wrap=True)
+    table.add_column("bytes a weight", justify="right")
+    table.add_column("runtime", no_wrap=True)
+    table.add_column("what it is")
+    for offer in found:
+        table.add_row(
+            offer.format,
+            f"{offer.bytes_per_weight:.3g}" if offer.bytes_per_weight else "",
+            offer.runtime,
+            escape(offer.what),
+        )
+    return table
+
+
+def _format(name: str) -> Offer:
+    form = catalog.load_format(name, TrainingQuantization())
+    size = sum(_part_bytes(part) for part in form.parts(SAMPLE)) / SAMPLE.size
+    return Offer(name, "format", LINES[name], round(size, 3), "transformers")
+
+
+def _part_bytes(part: Part) -> int:
+    return prod(part.shape) * ITEM_BYTES[part.dtype]
+
+
+def _exporter(name: str) -> Offer:
+    exporter = catalog.load_exporter(name, {})
+    return Offer(name, "export", LINES[name], exporter.bytes_per_weight or None, exporter.runtime)
