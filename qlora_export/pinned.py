@@ -1,7 +1,7 @@
 """A plan kept in a file, and the promise that a later run does exactly that.
 
-`plan -o plan.json` keeps the recipe, the digest of every artifact's plan, and the sha256 of everything that is read: the
-base's weights, the adapter, the texts. `release plan.json` compares all of it, headers and texts before it builds, the
+`plan -o plan.json` keeps the recipe, the digest of every artifact's plan, and the sha256 of all that is read: the base's
+weights, the adapter, the texts. `release plan.json` compares all of it, headers and texts before it builds, the
 base's bytes as it reads them anyway, and refuses when one differs. Cost of keeping a plan: reading the base once.
 """
 
@@ -48,7 +48,9 @@ def pinned_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such plan", "make one with plan RECIPE -o plan.json") from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path}: no plan that was kept by plan -o", "make one with plan RECIPE -o plan.json") from None
+        raise UsageError(
+            f"{path}: no plan that was kept by plan -o", "make one with plan RECIPE -o plan.json"
+        ) from None
     if version != __version__:
         raise Refused(f"{path}: planned by version {version}, this is {__version__}", AGAIN)
     return recipe, found
@@ -78,7 +80,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.digest,
         "base": plan.checkpoint.headers_sha256,
         "adapter": plan.adapter.sha256 if plan.adapter else None,
-        "artifact": {item.name: item.digest for item in (*plan.artifacts, *plan.exports)},
+        "artifact": {
+            **{item.name: item.digest for item in plan.artifacts},
+            **{item.name: item.digest for item in plan.exports},
+        },
         "text": _sha256(plan.recipe.path(drift.text)) if drift else None,
         "assumptions": list(plan.assumptions),
     }

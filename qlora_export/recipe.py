@@ -134,7 +134,7 @@ class CardRecipe(_Facts):
 class PublishRecipe(_Facts):
     """Where verified artifacts go, as `KIND:PLACE`, and under which version; by default a prefix of their digest.
 
-    `{name}` and `{format}` in `to` and `subfolder` stand for those of each artifact; `sign` is `key:FILE` or `sigstore`.
+    `{name}` and `{format}` in `to` and `subfolder` are those of each artifact; `sign` is `key:FILE` or `sigstore`.
     `prove` reads what was published back and opens it; `collection` is the slug of a collection on the Hub. A request
     to the Hub ends after `timeout_seconds` of silence, the whole publication after `deadline_seconds`.
     """

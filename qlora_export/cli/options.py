@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_export.errors import UsageError
+from qlora_export.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from qlora_export.pipeline import RunOptions
@@ -41,6 +41,7 @@ Settings = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE or out].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+JunitXml = Annotated[Path | None, typer.Option("--junit-xml", help="Also write a JUnit report to this file.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object to this file.")]
 
 # What a verb makes of a recipe: the JSON object, how it prints for people, and its exit code.
@@ -64,9 +65,11 @@ def command_of(verb: Verb) -> Callable[..., None]:
         workers: Workers = None,
         as_json: Json = False,
         output: Output = None,
+        junit_xml: JunitXml = None,
     ) -> None:
-        if output is not None and not output.absolute().parent.is_dir():
-            raise UsageError(f"{output}: its folder does not exist", "make the folder, or choose another file")
+        for file in (output, junit_xml):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise UsageError(f"{file}: its folder does not exist", "make the folder, or choose another file")
         flags = {
             "--base": base,
             "--adapter": adapter,
@@ -80,10 +83,40 @@ def command_of(verb: Verb) -> Callable[..., None]:
             facts, options = _kept_plan(recipe, flags, settings or [], options)
         else:
             facts = recipe_from(recipe, flags, settings or [])
-        finish(verb(facts, options), as_json, output)
+        try:
+            outcome = verb(facts, options)
+        except ExportError as error:
+            tell_ci(failure_data(error), options.out, junit_xml)
+            raise
+        tell_ci(outcome[0], options.out, junit_xml)
+        finish(outcome, as_json, output)
 
     command.__doc__ = verb.__doc__
     return command
+
+
+def failure_data(error: ExportError) -> dict[str, Any]:
+    """An error as JSON."""
+    return {
+        "schema": 1,
+        "exit_code": int(error.exit_code),
+        "error": {"message": error.message, "hint": error.hint},
+    }
+
+
+def tell_ci(data: dict[str, Any], out: Path, junit_xml: Path | None) -> None:
+    """Write the JUnit report, and what the job's runner shows of a release where one is at work."""
+    from qlora_export.report.data import REPORT_NAME
+    from qlora_export.report.github import announce
+    from qlora_export.report.junit import junit
+    from qlora_export.report.markdown import MARKDOWN_NAME
+
+    if junit_xml is not None:
+        junit_xml.write_text(junit(data), encoding="utf-8")
+    markdown = out / MARKDOWN_NAME
+    text = markdown.read_text(encoding="utf-8") if markdown.is_file() else ""
+    for line in announce(data, text, out / REPORT_NAME):
+        print(line, file=sys.stderr)
 
 
 def finish(outcome: Outcome, as_json: bool, output: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`qlora-export verify`: is this still what was released?"""
+"""`qlora-export verify`: whether a published model is still what was released."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def verify(
     place: Annotated[str, typer.Argument(help="A folder, or a model on the Hub.", metavar="DIR|OWNER/NAME[@REV]")],
-    sample: Annotated[str, typer.Option("--sample", help="Read a random share only, as in 5%; opens nothing.")] = "100%",
+    sample: Annotated[
+        str, typer.Option("--sample", help="Read a random share only, as in 5%; opens nothing.")
+    ] = "100%",
     text: Annotated[Path | None, typer.Option("--text", help="The text of the drift check: repeat its sample.")] = None,
     signer: Annotated[
         str | None, typer.Option("--signer", help="Check the signature: key:PUBLIC.pem or sigstore:IDENTITY,ISSUER.")

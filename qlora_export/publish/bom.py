@@ -43,7 +43,7 @@ def bill_of_materials(
     license_id: str,
     report: Mapping[str, Any],
 ) -> bytes:
-    """Content of bom.cdx.json of the model `name`; `license_id` is the Hub's word for it, `report` the published one."""
+    """Content of bom.cdx.json of the model `name`; `license_id` is the Hub's word, `report` the published one."""
     model = {
         "type": "machine-learning-model",
         "bom-ref": "model",

@@ -3,7 +3,7 @@
     OUT/.publication/OWNER--NAME@BRANCH/        hard links to the artifact's files; card, report, provenance, sums
     OUT/.publication/OWNER--NAME@BRANCH.ndjson  what has been sent
 
-A publication is told by its invocation: a digest over the manifests, where they lie, the recipe, and the tool's version.
+A publication is told by its invocation: a digest over manifests, where they lie, the recipe, and the tool's version.
 Where the Hub already holds that invocation, the documents are made from the report that lies there, so that publishing
 again changes no byte, whatever a second measurement on another machine gave.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from qlora_export import __version__
 from qlora_export.contracts import Account, Artifact, Verified
 from qlora_export.engine.manifest import MANIFEST_NAME, FileFacts, file_facts
-from qlora_export.errors import ExportError, PlanRefused, Refused
+from qlora_export.errors import PlanRefused
 from qlora_export.publish.bom import bill_of_materials
 from qlora_export.publish.card import CardFacts, CardItem, make_card
 from qlora_export.publish.checksums import checksums
@@ -41,7 +41,8 @@ from qlora_export.publish.hub.job import (
 from qlora_export.publish.lint import lint
 from qlora_export.publish.provenance import invocation_of, provenance
 from qlora_export.publish.public_recipe import public_recipe, public_report
-from qlora_export.publish.signing import parse_signer, sign, signature_holds
+from qlora_export.publish.signers import Signer, parse_signer
+from qlora_export.publish.signing import sign, signature_holds
 from qlora_export.publish.staged import Staged
 from qlora_export.recipe import CardRecipe, Recipe
 
@@ -119,6 +120,15 @@ def staging_folder(out: Path, place: Place) -> Path:
     return out / FOLDER_NAME / name
 
 
+def signer_of(recipe: Recipe) -> Signer | None:
+    """Who signs, if anybody; a key's path starts at the recipe's folder. Raises UsageError for what is no signer."""
+    stated = recipe.publish.sign if recipe.publish else None
+    if stated is None:
+        return None
+    kind, colon, path = stated.partition(":")
+    return parse_signer(f"key:{recipe.path(path)}" if kind == "key" and colon else stated)
+
+
 def _link_artifacts(folder: Path, artifacts: Mapping[str, Artifact]) -> FileFacts:
     files: FileFacts = {}
     for prefix, artifact in artifacts.items():
@@ -148,7 +158,9 @@ def _write_documents(folder: Path, publication: Publication, files: FileFacts) -
     documents = {
         REPORT_PATH: json.dumps(report, indent=2).encode() + b"\n",
         PROVENANCE_PATH: provenance(artifact_files, manifests, publication.told, publication.invocation),
-        BOM_PATH: bill_of_materials(repository, publication.invocation, artifact_files, manifests, publication.license or "", report),
+        BOM_PATH: bill_of_materials(
+            repository, publication.invocation, artifact_files, manifests, publication.license or "", report
+        ),
     }
     for path, content in documents.items():
         _write(folder, path, content, files)
@@ -190,10 +202,9 @@ def _card(publication: Publication, held: Found | None, report: Mapping[str, Any
 
 def _sign(folder: Path, publication: Publication, held: Found | None, files: FileFacts) -> None:
     """Sign what lies there; a signature that the Hub holds and that still fits is kept, since each is another one."""
-    wanted = publication.recipe.publish.sign if publication.recipe.publish else None
-    if wanted is None:
+    signer = signer_of(publication.recipe)
+    if signer is None:
         return
-    signer = parse_signer(wanted, publication.recipe.folder)
     path, ignored = folder / SIGNATURE_PATH, [folder / name for name in IGNORED_BY_SIGNATURE]
     if held is not None and SIGNATURE_PATH in held.texts:
         path.write_text(held.texts[SIGNATURE_PATH], encoding="utf-8")
@@ -201,12 +212,7 @@ def _sign(folder: Path, publication: Publication, held: Found | None, files: Fil
             files[SIGNATURE_PATH] = file_facts(path)
             return
         path.unlink()
-    try:
-        sign(folder, signer, path, ignored)
-    except ExportError:
-        raise
-    except Exception as error:
-        raise Refused(f"{folder}: cannot be signed: {error}", "check publish.sign and its key") from error
+    sign(folder, signer, path, ignored)
     files[SIGNATURE_PATH] = file_facts(path)
 
 

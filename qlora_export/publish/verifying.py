@@ -149,7 +149,8 @@ def _chosen(expected: Mapping[str, str], sizes: Mapping[str, int], share: float)
         return dict(expected)
     names = sorted(expected)
     random.SystemRandom().shuffle(names)
-    budget, chosen = share * sum(sizes.values()), {}
+    budget = share * sum(sizes.values())
+    chosen: dict[str, str] = {}
     for name in names:
         if chosen and budget <= 0:
             break

@@ -13,7 +13,21 @@ from qlora_export.errors import InputError, Refused
 from qlora_export.publish.checksums import checksums, read_checksums
 
 DIGEST = hashlib.sha256(b"").hexdigest()
-HOSTILE = ["/etc/passwd", "../up", "a/../../b", "a//b", "./a", "a/", "", "-", "a\nb", "a\\b", "a\0b", "a\x1b[31m", "a\u202eb"]
+HOSTILE = [
+    "/etc/passwd",
+    "../up",
+    "a/../../b",
+    "a//b",
+    "./a",
+    "a/",
+    "",
+    "-",
+    "a\nb",
+    "a\\b",
+    "a\0b",
+    "a\x1b[31m",
+    "a\u202eb",
+]
 
 
 def facts(*names: str) -> FileFacts:
@@ -64,7 +78,10 @@ def test_files_come_back(contents: dict[str, bytes]) -> None:
     assert not contents or read_checksums(written) == expected
 
 
-@given(st.binary(max_size=200) | st.lists(st.sampled_from([DIGEST.encode(), b"  ", b" *", b"a", b"\n", b"\r", b"/"])).map(b"".join))
+@given(
+    st.binary(max_size=200)
+    | st.lists(st.sampled_from([DIGEST.encode(), b"  ", b" *", b"a", b"\n", b"\r", b"/"])).map(b"".join)
+)
 def test_anything_else_is_an_input_error(content: bytes) -> None:
     try:
         found = read_checksums(content)

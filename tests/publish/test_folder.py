@@ -167,7 +167,10 @@ def test_all_or_nothing(verified: Verified, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b'{"schema": 2}'])
 def test_a_marker_that_is_not_ours(verified: Verified, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "registry.json").write_bytes(content)
-    for attempt in (lambda: publisher(tmp_path).publish([verified], ACCOUNT), lambda: publisher(tmp_path).require_ready([])):
+    for attempt in (
+        lambda: publisher(tmp_path).publish([verified], ACCOUNT),
+        lambda: publisher(tmp_path).require_ready([]),
+    ):
         with pytest.raises(UsageError, match="not the marker"):
             attempt()
 

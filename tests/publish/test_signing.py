@@ -359,7 +359,9 @@ def test_who_signs_is_said_in_one_of_two_ways(text: str) -> None:
     assert "key:FILE or sigstore" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["", "key:", "sigstore", "sigstore:me@acme.com", "sigstore:,https://a", "sigstore:a,b"])
+@pytest.mark.parametrize(
+    "text", ["", "key:", "sigstore", "sigstore:me@acme.com", "sigstore:,https://a", "sigstore:a,b"]
+)
 def test_who_is_expected_is_said_in_one_of_two_ways(text: str) -> None:
     with pytest.raises(UsageError, match="does not say whose signature is expected") as caught:
         parse_verifier(text)

@@ -83,17 +83,11 @@ def commit(prepared: Prepared) -> Committed:
 
 def require_arrived(prepared: Prepared, committed: Committed) -> None:
     """Compare every path of the commit's tree; raises VerifyMismatch naming the first that is not ours."""
-    wrong = ""
-    for pause in (*PAUSES_SECONDS, 0.0):
-        tree = prepared.remote.tree(committed.commit)
-        wrong = _first_difference(prepared, tree)
-        if not wrong:
-            return
-        time.sleep(pause)
-    raise VerifyMismatch(
-        f"{committed.repository}@{committed.commit}: {wrong}",
-        "the commit is there and not what was sent: do not use it; run again, or take the commit back on the Hub",
-    )
+    if wrong := _settled_difference(prepared, committed.commit):
+        raise VerifyMismatch(
+            f"{committed.repository}@{committed.commit}: {wrong}",
+            "the commit is there and not what was sent: do not use it; run again, or take the commit back on the Hub",
+        )
 
 
 def _addition(upload: Upload, path: str) -> CommitOperationAdd:
@@ -144,7 +138,7 @@ def _reconcile(prepared: Prepared, error: Exception) -> Committed | None:
     head = remote.head()
     if head is None or head == upload.parent:
         return None
-    if _matches(prepared, remote.tree(head)):
+    if not _settled_difference(prepared, head):
         prepared.journal.note(committed=head, revision=upload.target.branch, reconciled=True)
         return _committed(prepared, head, upload.target.branch, changed=True)
     raise RemoteConflict(
@@ -164,6 +158,16 @@ def _committed(prepared: Prepared, oid: str, reference: str, changed: bool) -> C
     if reference.startswith("refs/pr/"):
         url = f"{url}/discussions/{reference.rsplit('/', 1)[-1]}"
     return Committed(remote.name, oid, reference, url, changed)
+
+
+def _settled_difference(prepared: Prepared, commit_oid: str) -> str:
+    """In words what differs in a fresh commit's tree, looked at again for as long as a listing may lag behind it."""
+    for pause in (*PAUSES_SECONDS, None):
+        wrong = _first_difference(prepared, prepared.remote.tree(commit_oid))
+        if not wrong or pause is None:
+            return wrong
+        time.sleep(pause)
+    raise AssertionError
 
 
 def _matches(prepared: Prepared, tree: Mapping[str, RemoteFile]) -> bool:
@@ -188,7 +192,7 @@ def _holds(found: RemoteFile | None, addition: CommitOperationAdd, facts: Mappin
     if found is None or found.bytes != facts["bytes"]:
         return False
     if found.sha256 is not None:
-        return found.sha256 == facts["sha256"]
+        return found.sha256 == str(facts["sha256"])
     return found.git_sha1 == git_blob_sha1(Path(str(addition.path_or_fileobj)))
 
 

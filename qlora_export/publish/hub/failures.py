@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from qlora_export.errors import (
     EnvironmentProblem,
@@ -51,19 +52,33 @@ def is_transient(error: Exception) -> bool:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether nobody knows what the server made of the request."""
-    family = {kind.__name__ for kind in type(error).__mro__}
+    cause: BaseException | None = error
+    family: set[str] = set()
+    while cause is not None:
+        family |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__
     return bool(family & NAMES_OF_LOST_CONNECTIONS) and "OfflineModeIsEnabled" not in family
 
 
 def status_of(error: Exception) -> int | None:
     """The HTTP status that the error reports, if the Hub answered at all."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
+    response = response_of(error)
+    return int(response.status_code) if response is not None else None
+
+
+def response_of(error: BaseException | None) -> Any:
+    """The Hub's answer, which the client may have wrapped in an error of its own (uploads of large files)."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(getattr(response, "status_code", None), int):
+            return response
+        error = error.__cause__
+    return None
 
 
 def said(error: Exception) -> str:
     """What the server wrote, in one line."""
-    response = getattr(error, "response", None)
+    response = response_of(error)
     try:
         body = json.loads(response.content) if response is not None else {}
         lines = [str(body.get("error") or ""), *(str(item["message"]) for item in body.get("errors", ()))]

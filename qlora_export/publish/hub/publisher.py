@@ -32,8 +32,9 @@ from qlora_export.publish.hub.job import (
     seen_from,
 )
 from qlora_export.publish.hub.process import Client, run_job
+from qlora_export.publish.signing import require_signer
 from qlora_export.publish.staged import Staged
-from qlora_export.publish.staging import FOLDER_NAME, Publication, stage, staging_folder
+from qlora_export.publish.staging import FOLDER_NAME, Publication, signer_of, stage, staging_folder
 from qlora_export.recipe import PublishRecipe, Recipe
 
 TEXTS = (CARD_PATH, PROVENANCE_PATH, REPORT_PATH, SIGNATURE_PATH)
@@ -62,6 +63,8 @@ class HubPublisher:
 
     def require_ready(self, forbidden: Sequence[Path]) -> None:
         """Raise unless the endpoint knows this token and every repository that exists is as private as is asked."""
+        if (signer := signer_of(self._recipe)) is not None:
+            require_signer(signer)
         run_job(self._client, "authorise")
         self._look(self._places)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 
 from qlora_export.errors import ExitCode, ExportError
 from qlora_export.publish.hub.job import Target
-from qlora_export.publish.hub.process import run_job
+from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.testing import HubServer
-from tests.publish.hub.conftest import client, create, publish
+from tests.publish.hub.conftest import client, create, publish, upload
 
 Library = Mapping[str, str]
 
@@ -30,6 +31,11 @@ def require_whole(hub: HubServer, folder: Path, reference: str = "main") -> None
     assert names <= set(repository.files(reference)) <= names | {".gitattributes"}
     for name in names:
         assert repository.read(reference, name) == (folder / name).read_bytes()
+
+
+def tag(runner: Client, commit: str) -> None:
+    commits = [{"repository": "acme/model", "commit": commit}]
+    run_job(runner, "name", commits=commits, version="v1", collection=None)
 
 
 def test_one_commit_holds_everything(hub: HubServer, release: Path, library: Library) -> None:
@@ -130,8 +136,6 @@ def test_a_server_that_stalls_is_left_after_the_timeout(release: Path) -> None:
 
 
 def test_the_deadline_ends_the_child(release: Path) -> None:
-    import time
-
     with HubServer(faults=["put-slow:30"]) as hub:
         parent = create(client(hub, {}))
         runner = client(hub, {}, deadline=time.monotonic() + 2)
@@ -145,8 +149,6 @@ def test_a_file_that_changes_on_the_way(hub: HubServer, release: Path) -> None:
     runner = client(hub, {})
     parent = create(runner)
     path = release / "model-00001-of-00002.safetensors"
-    from tests.publish.hub.conftest import upload
-
     job = upload(release, parent)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -200,15 +202,13 @@ def test_a_branch_of_its_own(hub: HubServer, release: Path, library: Library) ->
 def test_tags_name_one_commit_for_ever(hub: HubServer, release: Path, library: Library) -> None:
     runner = client(hub, library)
     made = publish(runner, release, create(runner))
-    job = {"commits": [{"repository": "acme/model", "commit": made["commit"]}], "collection": None}
     for _ in range(2):
-        run_job(runner, "name", version="v1", **job)
+        tag(runner, made["commit"])
     assert hub.repositories["acme/model"].tags == {"v1": made["commit"]}
     (release / "config.json").write_text('{"a": 1}')
     second = publish(runner, release, made["commit"])
-    job["commits"][0]["commit"] = second["commit"]  # type: ignore[index]
     with pytest.raises(ExportError, match="the tag v1 names") as raised:
-        run_job(runner, "name", version="v1", **job)
+        tag(runner, second["commit"])
     assert raised.value.exit_code == ExitCode.REMOTE_CONFLICT
 
 
@@ -217,8 +217,7 @@ def test_a_tag_that_somebody_else_made_meanwhile(release: Path, library: Library
         runner = client(hub, library)
         made = publish(runner, release, create(runner))
         with pytest.raises(ExportError, match="the tag v1 names") as raised:
-            commits = [{"repository": "acme/model", "commit": made["commit"]}]
-            run_job(runner, "name", commits=commits, version="v1", collection=None)
+            tag(runner, made["commit"])
         assert raised.value.exit_code == ExitCode.REMOTE_CONFLICT
 
 
