@@ -30,7 +30,7 @@ from qlora_export.cli import (
     schema,
     verify,
 )
-from qlora_export.cli.options import command_of
+from qlora_export.cli.options import command_of, public
 from qlora_export.errors import ExitCode, ExportError, PlanRefused
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("release")(command_of(release.release))
-app.command("plan")(command_of(plan.plan))
+app.command("plan")(command_of(plan.plan, announces=False))
 app.command("build")(command_of(build.build))
 app.command("check")(command_of(check.check))
 app.command("publish")(command_of(publish.publish))
@@ -104,7 +104,7 @@ def _run() -> int:
             hint = "set NUMBA_CACHE_DIR to a folder that can be written"
             _print_error("numba has no place to keep its compiled kernels", hint, ExitCode.ENVIRONMENT)
             return int(ExitCode.ENVIRONMENT)
-        traceback.print_exc()
+        print(public(traceback.format_exc()), file=sys.stderr)
         _print_error(f"{type(error).__name__}: {error}", "this is a bug: please report it", ExitCode.BUG)
         return int(ExitCode.BUG)
     return int(code or 0)
@@ -121,6 +121,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _print_error(message: str, hint: str, code: ExitCode, several: bool = False) -> None:
+    message, hint = public(message), public(hint)
     lines = message.splitlines() if several else [message]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)

@@ -44,13 +44,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 JunitXml = Annotated[Path | None, typer.Option("--junit-xml", help="Also write a JUnit report to this file.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object to this file.")]
 
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN")
+
 # What a verb makes of a recipe: the JSON object, how it prints for people, and its exit code.
 Outcome = tuple[dict[str, Any], Callable[[], None], int]
 Verb = Callable[["Recipe", "RunOptions"], Outcome]
 
 
-def command_of(verb: Verb) -> Callable[..., None]:
-    """A typer command with the shared flags, which runs `verb` and prints what it came to."""
+def command_of(verb: Verb, announces: bool = True) -> Callable[..., None]:
+    """A typer command with the shared flags, which runs `verb`, prints what it came to, and tells a CI job."""
 
     def command(
         recipe: RecipePath = None,
@@ -88,7 +90,8 @@ def command_of(verb: Verb) -> Callable[..., None]:
         except ExportError as error:
             tell_ci(failure_data(error), options.out, junit_xml)
             raise
-        tell_ci(outcome[0], options.out, junit_xml)
+        if announces:
+            tell_ci(outcome[0], options.out, junit_xml)
         finish(outcome, as_json, output)
 
     command.__doc__ = verb.__doc__
@@ -100,8 +103,15 @@ def failure_data(error: ExportError) -> dict[str, Any]:
     return {
         "schema": 1,
         "exit_code": int(error.exit_code),
-        "error": {"message": error.message, "hint": error.hint},
+        "error": {"message": public(error.message), "hint": public(error.hint)},
     }
+
+
+def public(text: str) -> str:
+    """A text without any token, before it reaches a log, a report or a page."""
+    from qlora_export.publish.redaction import redact
+
+    return redact(text, [os.environ[name] for name in SECRET_VARIABLES if os.environ.get(name)])
 
 
 def tell_ci(data: dict[str, Any], out: Path, junit_xml: Path | None) -> None:

@@ -22,6 +22,7 @@ from qlora_export.errors import (
 AGAIN = "run the same command again: what was uploaded is not sent twice"
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 TOKEN_HINT = "set HF_TOKEN to a token that may write there, or HF_OIDC_RESOURCE for a trusted publisher"  # noqa: S105
+TRUST_HINT = "name this repository and workflow among the trusted publishers in the settings of the model"
 NAMES_OF_LOST_CONNECTIONS = {"TransportError", "ConnectionError", "TimeoutError"}
 
 
@@ -34,6 +35,8 @@ def translated(error: Exception, place: str) -> ExportError:
         return EnvironmentProblem(f"{place}: the Hub's client is offline", "unset HF_HUB_OFFLINE")
     status = status_of(error)
     if status is not None:
+        if str(getattr(response_of(error), "url", "")).endswith("/oauth/token"):
+            return NotAuthorised(f"{place}: the Hub does not trust this publisher: {said(error)}", TRUST_HINT)
         return _answered(status, said(error), place)
     if isinstance(error, OSError) and error.errno is not None and not is_lost_connection(error):
         return EnvironmentProblem(f"{place}: {error}", "check the disk and its permissions, then run again")

@@ -177,8 +177,16 @@ def _require_valid_card(api: HfApi, place: str, card: Path) -> None:
 
 
 def _tell(answers: TextIO, event: Mapping[str, Any]) -> None:
-    answers.write(redact(json.dumps(event), [get_token() or ""]) + "\n")
+    answers.write(redact(json.dumps(event), _tokens()) + "\n")
     answers.flush()
+
+
+def _tokens() -> list[str]:
+    """The token in use, unless getting one is what fails."""
+    try:
+        return [token] if (token := get_token()) else []
+    except Exception:  # noqa: BLE001  an exchange that fails has no token to hide
+        return []
 
 
 if __name__ == "__main__":

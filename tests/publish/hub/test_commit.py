@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from qlora_export.testing import HubServer
 from tests.publish.hub.conftest import client, create, publish, upload
 
 Library = Mapping[str, str]
+# An unsigned identity token: header, claims and signature of a JSON web token.
+IDENTITY = ".".join(
+    base64.urlsafe_b64encode(part).decode().rstrip("=") for part in (b'{"alg":"none"}', b'{"sub":"ci"}', b"none")
+)
 
 
 def commits_of(hub: HubServer, reference: str = "main") -> list[str]:
@@ -228,6 +233,26 @@ def test_a_wrong_token_is_told_without_the_token(release: Path, library: Library
             run_job(client(hub, wrong), "authorise")
     assert raised.value.exit_code == ExitCode.NOT_AUTHORISED
     assert "hf_wrong" not in raised.value.message + raised.value.hint
+
+
+def test_a_trusted_publisher_needs_no_stored_token(release: Path, tmp_path: Path) -> None:
+    with HubServer(token="hf_rightrightrightrightright") as hub:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there" / "README.md").write_text("# here\n")
+        parent = hub.add_repository("acme/model", tmp_path / "there", private=True)
+        oidc = {"HF_TOKEN": "", "HF_OIDC_RESOURCE": "acme/model", "HF_OIDC_ID_TOKEN": IDENTITY}
+        runner = client(hub, {**oidc, "HF_HOME": str(tmp_path / "home")})
+        assert create(runner) == parent
+        made = publish(runner, release, parent)
+        assert commits_of(hub) == [made["commit"], parent]
+
+
+def test_a_trusted_publisher_that_the_hub_does_not_trust(tmp_path: Path) -> None:
+    with HubServer(token="hf_rightrightrightrightright") as hub:
+        oidc = {"HF_TOKEN": "", "HF_OIDC_RESOURCE": "acme/other", "HF_OIDC_ID_TOKEN": IDENTITY}
+        with pytest.raises(ExportError, match="invalid_grant") as raised:
+            run_job(client(hub, {**oidc, "HF_HOME": str(tmp_path)}), "authorise")
+    assert raised.value.exit_code == ExitCode.NOT_AUTHORISED
 
 
 def test_a_hub_that_nobody_serves() -> None:
