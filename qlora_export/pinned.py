@@ -34,7 +34,7 @@ def pins(plan: Plan, workers: int) -> dict[str, Any]:
     return {
         "version": __version__,
         "folder": str(recipe.folder),
-        "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
         "pinned": {**_facts(plan), "base_files": _base_files(plan, workers)},
     }
 

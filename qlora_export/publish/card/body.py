@@ -34,16 +34,16 @@ LEGEND = (
 
 def body(facts: CardFacts) -> str:
     """Everything between the two markers, as Markdown."""
-    sections = [
-        [NOTICE],
-        *([paragraph(facts, item)] for item in facts.items),
+    parts = [
+        NOTICE,
+        *(paragraph(facts, item) for item in facts.items),
         *_loading(facts),
         *_drift(facts),
         *_assumed(facts),
         *_recipe(facts),
         *_checking(facts),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections)
+    return "\n\n".join(parts)
 
 
 def paragraph(facts: CardFacts, item: CardItem) -> str:
@@ -69,7 +69,7 @@ def paragraph(facts: CardFacts, item: CardItem) -> str:
 def _adapter(item: CardItem) -> str:
     combined = item.manifest["sources"].get("combined_from") or []
     if combined:
-        return "combined from " + ", ".join(f"{code(str(part['id']))} × {part['weight']:g}" for part in combined)
+        return "combined from " + ", ".join(f"{code(str(part['id']))} x {part['weight']:g}" for part in combined)
     return code(str(item.manifest["sources"]["adapter"]["id"]))
 
 
@@ -92,52 +92,51 @@ def _onto(item: CardItem) -> str:
     return f"The delta was added to the base as training saw it: its {kind} weights, de-quantised"
 
 
-def _loading(facts: CardFacts) -> Iterator[list[str]]:
-    yield ["## How to load it"]
+def _loading(facts: CardFacts) -> Iterator[str]:
+    yield "## How to load it"
     for item in facts.items:
         if len(facts.items) > 1:
-            yield [f"{code(item.artifact.name)}:"]
-        yield ["```bash", f"pip install {' '.join(item.kind.packages)}", "```"]
-        yield ["```python", snippet(facts, item), "```"]
-        training = item.manifest.get("training_quantization") or {}
-        if item.artifact.format == "adapter" and training.get("block_size", 64) != 64:
-            yield [
-                f"Training quantised in blocks of {int(training['block_size'])} values, bitsandbytes' default is 64: "
-                "set the same block size where you load the base."
-            ]
+            yield f"{code(item.artifact.name)}:"
+        yield _fenced("bash", f"pip install {' '.join(item.kind.packages)}")
+        yield _fenced("python", snippet(facts, item))
+        block_size = (item.manifest.get("training_quantization") or {}).get("block_size", 64)
+        if item.artifact.format == "adapter" and block_size != 64:
+            yield (
+                f"Training quantised in blocks of {int(block_size)} values, where bitsandbytes takes 64 by default: "
+                "the base above is not exactly the one that training saw."
+            )
         if command := served(facts, item):
-            yield ["vLLM serves it where it knows the architecture:"]
-            yield ["```bash", command, "```"]
+            yield "vLLM serves it where it knows the architecture:"
+            yield _fenced("bash", command)
 
 
-def _drift(facts: CardFacts) -> Iterator[list[str]]:
-    report = facts.report
-    tokens, reference = report.get("tokens"), report.get("reference")
+def _drift(facts: CardFacts) -> Iterator[str]:
+    tokens, reference = facts.report.get("tokens"), facts.report.get("reference")
     if not tokens or not reference:
         return
-    tuned = facts.main.has_adapter
-    yield [f"## Drift from {'the model that was trained' if tuned else 'the base'}"]
-    yield [
-        f"Every artifact was opened from its own files in its own runtime and compared, token by token, with "
-        f"{'the model that was trained' if tuned else 'the base'} ({escape(str(reference['model']))}) on "
-        f"{int(tokens['count'])} tokens. That tells how close they are, not how good or how safe the model is."
-    ]
+    original = "the model that was trained" if facts.main.has_adapter else "the base"
+    yield f"## Drift from {original}"
+    yield (
+        "Every artifact was opened from its own files in its own runtime and compared, token by token, with "
+        f"{original} ({escape(str(reference['model']))}) on {int(tokens['count'])} tokens. That tells how close they "
+        "are, not how good or how safe the model is."
+    )
     base, merged = (drift_from(found) if found else None for found in (reference["base"], reference["merged"]))
-    rows = [
-        ArtifactRow(
-            item.artifact.name, item.artifact.bytes, facts.drift(item), str(facts.entry(item).get("verdict", "pass"))
-        )
-        for item in facts.items
-    ]
-    yield ledger_table(_number(reference["perplexity"]), base, merged, rows)
-    yield [
+    rows = [_row(facts, item) for item in facts.items]
+    yield "\n".join(ledger_table(float(reference["perplexity"]), base, merged, rows))
+    yield (
         f"{escape(str(tokens['protocol']))}; {escape(str(reference['activations']))} activations; "
         f"tokens {code(str(tokens['sha256']))}. {LEGEND}"
-    ]
+    )
     yield from _limits(facts)
 
 
-def _limits(facts: CardFacts) -> Iterator[list[str]]:
+def _row(facts: CardFacts, item: CardItem) -> ArtifactRow:
+    verdict = str(facts.entry(item).get("verdict", "pass"))
+    return ArtifactRow(item.artifact.name, item.artifact.bytes, facts.drift(item), verdict)
+
+
+def _limits(facts: CardFacts) -> Iterator[str]:
     """What the gate wanted of each artifact."""
     lines = []
     for item in facts.items:
@@ -151,34 +150,33 @@ def _limits(facts: CardFacts) -> Iterator[list[str]]:
         ]
         lines.append(f"- {code(item.artifact.name)}: {'; '.join(wanted) or 'no limits'}")
     if lines:
-        yield ["The limits that it kept with 95 % confidence:"]
-        yield lines
+        yield "The limits that it kept with 95 % confidence:"
+        yield "\n".join(lines)
 
 
-def _assumed(facts: CardFacts) -> Iterator[list[str]]:
+def _assumed(facts: CardFacts) -> Iterator[str]:
     stated = (str(text) for item in facts.items for text in item.manifest.get("assumptions", ()))
     if lines := [f"- {escape(text)}" for text in dict.fromkeys(stated)]:
-        yield ["## What was assumed"]
-        yield lines
+        yield "## What was assumed"
+        yield "\n".join(lines)
 
 
-def _recipe(facts: CardFacts) -> Iterator[list[str]]:
-    yield ["<details>", "<summary>The recipe</summary>"]
-    yield ["```yaml", recipe_yaml(facts.recipe).rstrip("\n"), "```"]
-    yield ["</details>"]
+def _recipe(facts: CardFacts) -> Iterator[str]:
+    yield "<details>\n<summary>The recipe</summary>"
+    yield _fenced("yaml", recipe_yaml(facts.recipe).rstrip("\n"))
+    yield "</details>"
 
 
-def _checking(facts: CardFacts) -> Iterator[list[str]]:
+def _checking(facts: CardFacts) -> Iterator[str]:
     manifests = ", ".join(f"[{item.prefix}manifest.json]({item.prefix}manifest.json)" for item in facts.items)
-    yield ["## How to check it"]
-    yield [
+    yield "## How to check it"
+    yield (
         "All numbers are in [qlora-export/report.json](qlora-export/report.json), where every byte comes from in "
         "[qlora-export/provenance.json](qlora-export/provenance.json), the sha256 of every file in "
-        f"[SHA256SUMS](SHA256SUMS), and how each artifact was made in {manifests}. To compare what you downloaded "
-        "with all of them:"
-    ]
-    yield ["```bash", f"qlora-export verify {facts.repository}@COMMIT", "```"]
+        f"[SHA256SUMS](SHA256SUMS), and how it was made in {manifests}. To compare the published files with them:"
+    )
+    yield _fenced("bash", f"qlora-export verify {facts.repository}@COMMIT")
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,6 +1,6 @@
-"""The YAML between the two `---` lines of a README, edited in place by the text of its top-level keys.
+r"""The YAML between the two `---` lines of a README, edited in place by the text of its top-level keys.
 
-    BOM? blank*  ---\\n  metadata  \\n---\\n  prose
+    BOM? blank*  ---\n  metadata  \n---\n  prose
 
 The Hub's own pattern says what is front matter, so a `---` further down is prose. A key whose value is already the
 wanted one keeps its text, comments and all; a list that only grows gets lines at its end; any other value replaces the
@@ -177,7 +177,7 @@ def _yaml(value: Any, indent: str, readme: Readme) -> str:
 
 def _keys(text: str) -> Iterator[Key]:
     """Top-level keys in their order, by the parser's events."""
-    events = iter(list(yaml.parse(text, Loader=TextLoader)))
+    events: Iterator[Any] = iter(list(yaml.parse(text, Loader=TextLoader)))
     if not any(isinstance(event, yaml.MappingStartEvent) for event in events):
         return
     for event in events:
@@ -191,14 +191,15 @@ def _keys(text: str) -> Iterator[Key]:
         yield Key(name, mark.line, start, end, " " * mark.column)
 
 
-def _end(event: yaml.Event, events: Iterator[yaml.Event]) -> int:
+def _end(event: Any, events: Iterator[Any]) -> int:
     """Where the node that starts with an event has its last character; takes all its events."""
     end: int = event.end_mark.index
     if not isinstance(event, yaml.CollectionStartEvent):
         return end
     for inner in events:
         if isinstance(inner, yaml.CollectionEndEvent):
-            return inner.end_mark.index if event.flow_style else end
+            last: int = inner.end_mark.index
+            return last if event.flow_style else end
         end = _end(inner, events)
     return end
 

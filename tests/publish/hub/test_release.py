@@ -259,7 +259,7 @@ def test_a_whole_release_through_faults(recipe: Callable[..., Recipe], measured:
 def test_a_killed_release_goes_on(recipe: Callable[..., Recipe], measured: Path, tmp_path: Path) -> None:
     """SIGTERM while a shard is on its way: exit 143, nothing on the branch; the next run publishes once."""
     out = Path(shutil.copytree(measured, tmp_path / "out"))
-    facts = recipe(version="v1").model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    facts = recipe(version="v1").model_dump(mode="json", by_alias=True, exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(json.dumps(facts))
     words = [sys.executable, "-m", "qlora_export", "publish", str(tmp_path / "recipe.yaml"), "--out", str(out)]
     with HubServer(faults=["put-slow:60"]) as hub:
