@@ -1,6 +1,6 @@
 """A plan kept in a file, and the promise that a later run does exactly that.
 
-`plan -o plan.json` keeps the recipe, the digest of every artifact's plan, and the sha256 of all that is read: the base's
+`plan -o plan.json` keeps the recipe, the digest of every artifact's plan, and the sha256 of all that is read: base
 weights, the adapter, the texts. `release plan.json` compares all of it, headers and texts before it builds, the
 base's bytes as it reads them anyway, and refuses when one differs. Cost of keeping a plan: reading the base once.
 """

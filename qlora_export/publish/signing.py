@@ -142,9 +142,10 @@ def _certified_files(signature: Path) -> dict[str, str] | None:
 
 
 def _in_words(text: str) -> str:
-    """What differs, which model-signing tells as the text of a Python list, as one sentence."""
+    """What differs, which model-signing tells as the text of a Python list, as one sentence without the raw digests."""
     start, found, rest = text.partition(": [")
     try:
-        return f"{start.lower()}: {'; '.join(ast.literal_eval(f'[{rest}'))}" if found else text
-    except (ValueError, SyntaxError, TypeError):
+        items = [item.partition(": Expected ")[0] for item in ast.literal_eval(f"[{rest}")] if found else []
+    except (ValueError, SyntaxError, AttributeError):
         return text
+    return f"{start.lower()}: {'; '.join(items)}" if items else text

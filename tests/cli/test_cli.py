@@ -43,7 +43,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert found.stderr.strip() == "0 set()"
-    for verb in ("demo", "plan", "build", "check"):
+    for verb in ("demo", "plan", "build", "check", "publish", "verify", "rehearse", "init", "doctor", "explain"):
         assert verb in found.stdout
 
 
@@ -90,7 +90,7 @@ def test_check_reports_every_key_of_schema_1(recipe: Path, tmp_path: Path) -> No
     data = json.loads(found.stdout)
     assert data == json.loads((tmp_path / "out/report.json").read_text())
     assert {"schema", "recipe_digest", "tokens", "reference", "artifacts", "published", "exit_code"} <= set(data)
-    assert set(data["tokens"]) == {"sha256", "count", "protocol"}
+    assert set(data["tokens"]) == {"sha256", "count", "protocol", "window_tokens", "limit"}
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in data["artifacts"]}
     assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass"}
     keys = {

@@ -95,7 +95,7 @@ def test_anything_else_is_an_input_error(content: bytes) -> None:
 def test_hostile_names_are_refused(name: str) -> None:
     with pytest.raises(Refused, match="cannot stand in SHA256SUMS"):
         checksums({name: {"bytes": 0, "sha256": DIGEST}})
-    with pytest.raises(InputError, match="SHA256SUMS: line 2"):
+    with pytest.raises(InputError, match="SHA256SUMS: line [23]"):
         read_checksums(f"{DIGEST}  good\n{DIGEST}  {name}\n".encode())
 
 

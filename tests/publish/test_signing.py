@@ -153,7 +153,7 @@ def lose_signature(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (change_file, r"model\.sig: signature mismatch: Hash mismatch for 'config\.json': Expected '\w{64}'"),
+        (change_file, r"model\.sig: signature mismatch: Hash mismatch for 'config\.json'$"),
         (add_file, r"signature mismatch: Extra files found in model .*: qlora-export/evil\.py$"),
         (remove_file, r"signature mismatch: Missing files in model .*: model\.safetensors$"),
         (link_folder, r"linked: a link to a folder is in no signature"),
@@ -328,7 +328,9 @@ def test_nobody_is_asked_who_they_are(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(NotAuthorised, match="sigstore: this process has no identity to sign as"):
         require_signer(SigstoreSigner())
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    with pytest.raises(NotAuthorised, match="sigstore: .*id-token") as caught:
+    with pytest.raises(
+        NotAuthorised, match="sigstore: GitHub: missing or insufficient OIDC token permissions"
+    ) as caught:
         require_signer(SigstoreSigner())
     assert "id-token: write" in caught.value.hint
 

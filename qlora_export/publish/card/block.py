@@ -19,17 +19,22 @@ LINE_BREAKS_AT_END = re.compile(r"(?:\r\n|\r|\n)*\Z")
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
-def place_block(readme: Readme, content: str, title: str) -> str:
-    """The prose with our block in its place, or at its end; raises RemoteConflict when its place is not clear.
+def find_block(readme: Readme) -> tuple[int, int] | None:
+    """Where in the prose the block starts and ends, if there is one; raises RemoteConflict when that is not clear."""
+    markers = list(MARKER.finditer(readme.prose))
+    if not markers:
+        return None
+    _require_one_pair(readme, markers)
+    return markers[0].start(1), markers[1].end(1)
 
-    A README without prose gets the title before the block.
-    """
-    newline = readme.newline
+
+def place_block(readme: Readme, content: str, title: str) -> str:
+    """The prose with our block in its place, or at its end; without prose, below the title."""
+    newline, prose = readme.newline, readme.prose
     block = f"{BEGIN}\n{content.strip()}\n{END}".replace("\n", newline)
-    prose = readme.prose
-    if found := list(MARKER.finditer(prose)):
-        _require_one_pair(readme, found)
-        return prose[: found[0].start(1)] + block + prose[found[1].end(1) :]
+    if found := find_block(readme):
+        start, end = found
+        return prose[:start] + block + prose[end:]
     heading = "" if prose.strip() else f"{title}{newline * 2}"
     return f"{prose}{_gap(readme)}{heading}{block}{newline}"
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 MACHINE_PATH = re.compile(
-    r"""(?<![\w.~/\\-]) (?: (?:file:)?//(?=/) | ~\w*(?=[/\\]) | [A-Za-z]:(?=[/\\]) )?
+    r"""(?<![^\s(\[{'"=:,`]) (?: (?:file:)?//(?=/) | ~\w*(?=[/\\]) | [A-Za-z]:(?=[/\\]) )?
     [/\\] (?:[^\s/\\:;,'"]+[/\\])* ([^\s/\\:;,'"]+) [/\\]*""",
     re.VERBOSE,
 )
@@ -20,7 +20,7 @@ WHOLE_MACHINE_PATH = re.compile(
     r"(?P<kind>(?!file:)[a-z]{2,}:(?!//))?(?:file://)?(?:~[^/\\]*|[A-Za-z]:)?[/\\].*", re.DOTALL
 )
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "$": "&#36;"}
-LIVE_IN_TEXT = re.compile(r"[`*_\[\]|~#]")
+LIVE_IN_TEXT = {**ENTITIES, **{character: f"\\{character}" for character in "`*_[]|~#"}}
 STARTS_A_BLOCK = re.compile(r"^(?:[-+=:]|\d+(?=[.)]))")
 # Whatever could end a code block, or be taken for a comment of HTML, is written as an escape of YAML.
 LIVE_IN_CODE = re.compile(r"[<`]")
@@ -28,9 +28,7 @@ LIVE_IN_CODE = re.compile(r"[<`]")
 
 def escape(text: str) -> str:
     """One line of plain text as Markdown that shows exactly this text, without paths of a machine."""
-    line = _one_line(text)
-    line = "".join(ENTITIES.get(character, character) for character in line)
-    line = LIVE_IN_TEXT.sub(lambda found: f"\\{found[0]}", line)
+    line = "".join(LIVE_IN_TEXT.get(character, character) for character in _one_line(text))
     return STARTS_A_BLOCK.sub(lambda found: f"&#{ord(found[0][0])};{found[0][1:]}", line)
 
 

@@ -197,10 +197,10 @@ def _end(event: Any, events: Iterator[Any]) -> int:
     if not isinstance(event, yaml.CollectionStartEvent):
         return end
     for inner in events:
+        last = _end(inner, events)
         if isinstance(inner, yaml.CollectionEndEvent):
-            last: int = inner.end_mark.index
             return last if event.flow_style else end
-        end = _end(inner, events)
+        end = last
     return end
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_export.publish.card.block import place_block
+from qlora_export.publish.card.block import find_block, place_block
 from qlora_export.publish.card.body import body
 from qlora_export.publish.card.facts import CardFacts
 from qlora_export.publish.card.front_matter import edit_metadata, read_metadata, split_readme
@@ -18,6 +18,7 @@ def make_card(facts: CardFacts, existing: str | None) -> str:
     for a managed block that was torn apart.
     """
     readme = split_readme(existing or "")
+    find_block(readme)  # so that a complaint tells the line of the file as it is
     before = read_metadata(readme)
     edited = edit_metadata(readme, metadata(facts, before), dropped_keys(facts, before))
     return replace(edited, prose=place_block(edited, body(facts), f"# {facts.name}")).text

@@ -11,6 +11,8 @@ from qlora_export.errors import ExportError, InputError, Problem
 from qlora_export.publish.lint.rules import finding
 from qlora_export.sources.checkpoint import read_json
 
+RESTORE = "build and stage the artifact again"
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -43,7 +45,7 @@ class Contents:
     def finding(self, rule: str, name: str, error: ExportError) -> Problem:
         """An error as a finding about a file, without the folder that it was staged in."""
         what = error.message.replace(f"{self.folder}/", "").removeprefix(f"{name}: ")
-        return finding(rule, name, what, error.hint)
+        return finding(rule, name, what, error.hint or RESTORE)
 
 
 def directory_of(name: str) -> str:

@@ -71,15 +71,19 @@ def hostile(path: str) -> str:
 
 def collisions(paths: Iterable[str]) -> Iterator[Problem]:
     """Paths that are one on a disk that ignores case or composes letters, and files that others want as a folder."""
-    files = set(paths)
+    files = sorted(set(paths))
     spellings: dict[str, set[str]] = {}
+    folders: dict[str, str] = {}
     for path in files:
         parts = path.split("/")
         for count in range(1, len(parts) + 1):
             whole = "/".join(parts[:count])
             spellings.setdefault(_folded(whole), set()).add(whole)
-            if count < len(parts) and whole in files:
-                yield finding("hostile-path", whole, f"is a file, and the folder of {path!a}", RENAME)
+            if count < len(parts):
+                folders.setdefault(whole, path)
+    for path in files:
+        if path in folders:
+            yield finding("hostile-path", path, f"is a file, and the folder of {folders[path]!a}", RENAME)
     for found in spellings.values():
         if len(found) > 1:
             first, *others = sorted(found)

@@ -76,7 +76,7 @@ def _tensors(contents: Contents, graph: str) -> list[Any] | Problem:
     """The tensors of a graph that lie outside of it, or why it cannot be read."""
     try:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
     except ImportError:
         return finding(
             "onnx", graph, "the onnx package is not installed, so the graph cannot be checked",
@@ -86,6 +86,8 @@ def _tensors(contents: Contents, graph: str) -> list[Any] | Problem:
         model = onnx.load(contents.path(graph), load_external_data=False)
     except (DecodeError, ValueError) as error:
         return finding("onnx", graph, f"is no ONNX graph ({str(error).splitlines()[0]})", EXPORT_AGAIN)
+    if not model.HasField("graph"):
+        return finding("onnx", graph, "is no ONNX graph (it is empty)", EXPORT_AGAIN)
     outside = onnx.TensorProto.EXTERNAL
     return [
         tensor

@@ -1,0 +1,48 @@
+"""The release of the embedded demo, and copies of it that are staged as for an upload."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_export.engine import BuildOptions, build, export
+from qlora_export.planning import make_plan
+from qlora_export.publish.staged import Staged
+from qlora_export.recipe import make_recipe
+from tests.conftest import DEMO
+from tests.publish.lint_stage import (
+    FORMATS,
+    listed,
+)
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's artifacts, every format, unmeasured."""
+    out = tmp_path_factory.mktemp("release")
+    data = {"base": str(DEMO / "base"), "adapter": str(DEMO / "adapter"), "artifacts": [*FORMATS]}
+    plan = make_plan(make_recipe(data, Path(), "test"), out)
+    made = {artifact.name: artifact for artifact in build(plan, out, BuildOptions())}
+    for item in plan.exports:
+        made[item.name] = export(plan, item, made.get(item.source_name), out)
+    return out
+
+
+@pytest.fixture
+def stage(release: Path, tmp_path: Path) -> Callable[..., Staged]:
+    """Stage artifacts by prefix, with files of the publisher beside them."""
+
+    def make(**artifacts: str) -> Staged:
+        folder = tmp_path / "staged"
+        for prefix, name in artifacts.items():
+            shutil.copytree(release / name, folder / prefix.replace("root", ""), dirs_exist_ok=True)
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nUse a token: hf_xxxxxxxxxxxxxxxxxxxxxxxx\n")
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        (folder / "qlora-export").mkdir()
+        (folder / "qlora-export/report.json").write_text("{}\n")
+        return listed(folder, *("" if prefix == "root" else f"{prefix}/" for prefix in artifacts))
+
+    return make
