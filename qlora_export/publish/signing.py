@@ -125,7 +125,7 @@ def _inside(folder: Path, path: Path) -> Path | None:
 
 def _files(folder: Path, signature: Path, ignored: Sequence[Path]) -> dict[str, str]:
     """sha256 of every file that is to be signed."""
-    found = _hashing(folder, signature, ignored).hash(folder)
+    found = _hashing(folder, signature, ignored).set_allow_symlinks(True).hash(folder)
     return {item.identifier: item.digest.digest_hex for item in found.resource_descriptors()}
 
 

@@ -80,6 +80,7 @@ def verify(place: str, wanted: Wanted, client: Client) -> Verification:
         else:
             copy = stack.enter_context(_remote(named[0], named[1] or "main", wanted, client))
         proof = prove_files(copy.folder, copy.chosen)
+        _require_manifests(copy)
         signature = _signature(copy, wanted)
         opened = _opened(copy, wanted) if wanted.opens and copy.chosen == copy.expected else {}
     return Verification(place, copy.commit, proof.files, len(copy.expected), proof.bytes, signature, opened)
@@ -157,6 +158,17 @@ def _chosen(expected: Mapping[str, str], sizes: Mapping[str, int], share: float)
         chosen[name] = expected[name]
         budget -= sizes.get(name, 0)
     return chosen
+
+
+def _require_manifests(copy: _Copy) -> None:
+    """Raise VerifyMismatch where a manifest and the list of checksums tell of different files."""
+    for name in copy.chosen:
+        if name.rsplit("/", 1)[-1] != MANIFEST_NAME:
+            continue
+        prefix = name.removesuffix(MANIFEST_NAME)
+        for file, facts in read_artifact((copy.folder / name).parent).manifest["files"].items():
+            if copy.expected.get(f"{prefix}{file}") != facts["sha256"]:
+                raise VerifyMismatch(f"{copy.folder / name}: {CHECKSUMS_PATH} has another {prefix}{file}", DO_NOT_USE)
 
 
 def _signature(copy: _Copy, wanted: Wanted) -> str:

@@ -231,6 +231,8 @@ def test_of_a_sigstore_signature_the_files_are_compared(folder: Path, signature:
     bundle["verificationMaterial"] = {"certificate": {"rawBytes": ""}}
     signature.write_text(json.dumps(bundle))
     assert signature_holds(folder, signature, SigstoreSigner(), IGNORED)
+    linked = link_as_the_cache_does(folder)
+    assert signature_holds(linked, linked / "model.sig", SigstoreSigner(), IGNORED)
     change_file(folder)
     assert not signature_holds(folder, signature, SigstoreSigner(), IGNORED)
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,11 @@ CLASSIC = {"HF_HUB_DISABLE_XET": "1"}
 
 
 def open_hub(recipe: Recipe, out: Path, environment: Mapping[str, str]) -> HubPublisher:
-    """The publisher of a recipe; its deadline starts now."""
+    """The publisher of a recipe."""
     publish = recipe.publish
     if publish is None:
         raise UsageError("the recipe has no publish.to", "add `publish: {to: hub:OWNER/NAME}`")
-    seconds = publish.deadline_seconds
-    deadline = time.monotonic() + seconds if seconds is not None else None
-    return HubPublisher(recipe, publish, out, Client(environment, publish.timeout_seconds, deadline))
+    return HubPublisher(recipe, publish, out, Client(environment, publish.timeout_seconds))
 
 
 class HubPublisher:
@@ -81,7 +80,14 @@ class HubPublisher:
             )
 
     def publish(self, verified: Sequence[Verified], account: Account) -> list[Receipt]:
-        """Stage, lint, upload, commit and read back; where the Hub holds this very publication, nothing is sent."""
+        """Stage, lint, upload, commit and read back; where the Hub holds this very publication, nothing is sent.
+
+        The recipe's deadline starts here, and holds for the proof and the version too.
+        """
+        if not verified:
+            return []
+        if (seconds := self._publish.deadline_seconds) is not None:
+            self._client = replace(self._client, deadline=time.monotonic() + seconds)
         places = [place for place in self._places if any(item.artifact.name in place.prefixes for item in verified)]
         publications = [self._publication(place, seen, verified, account) for place, seen in self._look(places)]
         staged = [stage(item, self._out) for item in publications]
@@ -119,6 +125,8 @@ class HubPublisher:
 
     def conclude(self, receipts: Sequence[Receipt]) -> None:
         """Tag the commits with the recipe's version, if it has one, and list the repositories in its collection."""
+        if not receipts:
+            return
         commits = [{"repository": receipt.destination, "commit": receipt.commit} for receipt in receipts]
         version = self._publish.version if self._publish.mode == "commit" else None
         run_job(self._client, "name", commits=commits, version=version, collection=self._publish.collection)
@@ -160,8 +168,7 @@ class HubPublisher:
         """The client with classic LFS where the endpoint has no xet."""
         if xet:
             return self._client
-        environment = {**self._client.environment, **CLASSIC}
-        return Client(environment, self._client.timeout_seconds, self._client.deadline)
+        return replace(self._client, environment={**self._client.environment, **CLASSIC})
 
 
 def _receipts(item: Publication, committed: Mapping[str, Any], transport: str) -> list[Receipt]:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from qlora_export import pipeline
+from qlora_export.contracts import Account
+from qlora_export.engine.manifest import file_facts
 from qlora_export.errors import (
     ExitCode,
     ExportError,
@@ -26,7 +28,9 @@ from qlora_export.errors import (
     VerifyMismatch,
 )
 from qlora_export.pipeline import RunOptions
+from qlora_export.publish.checksums import checksums
 from qlora_export.publish.hub.process import Client
+from qlora_export.publish.hub.publisher import open_hub
 from qlora_export.publish.verifying import Wanted, verify
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.report.data import write_report
@@ -368,3 +372,20 @@ def test_a_proof_that_fails_gets_no_version(hub: HubServer, recipe: Callable[...
     with pytest.raises(VerifyMismatch, match="the release measured"):
         pipeline.publish(recipe(version="v1"), options)
     assert not hub.repositories["acme/bot-bf16"].tags
+
+
+def test_checksums_that_were_rewritten(measured: Path, tmp_path: Path) -> None:
+    """A changed file with a checksum that fits it still differs from its manifest."""
+    folder = Path(shutil.copytree(measured / "bf16", tmp_path / "bf16"))
+    (folder / "config.json").write_text("{}")
+    files = {path.name: file_facts(path) for path in folder.iterdir()}
+    (folder / "SHA256SUMS").write_bytes(checksums(files))
+    with pytest.raises(VerifyMismatch, match=r"SHA256SUMS has another config\.json"):
+        verify(str(folder), Wanted(opens=False), Client())
+
+
+def test_a_release_of_nothing(hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions) -> None:
+    publisher = open_hub(recipe(), options.out, environment(hub))
+    assert publisher.publish([], Account({})) == []
+    publisher.conclude([])
+    assert not hub.repositories
