@@ -184,14 +184,14 @@ def test_keys_of_people_survive_with_their_comments_and_order(release: Release) 
     existing = (
         "---\n# about us\nzeta:   {b: 1,  a: 2}   # odd\nlicense: mit  # was once\n"
         "widget:\n- text: |\n    # no comment\n    hi\n\n# above the tags\n"
-        "tags:\n- friendly # ours\n- nf4\nrelease: 2024-13-45\n# the end\n---\nHello.\n"
+        "tags:\n- friendly # ours\n- nf4\n# of the release\nrelease: 2024-13-45\n# the end\n---\nHello.\n"
     )
     card = make_card(release.facts("nf4"), existing)
     assert card.startswith(
         "---\n# about us\nzeta:   {b: 1,  a: 2}   # odd\nlicense: apache-2.0\n"
         "widget:\n- text: |\n    # no comment\n    hi\n\n# above the tags\n"
         "tags:\n- friendly # ours\n- nf4\n- qlora-export\n- bitsandbytes\n- 4-bit\n- qlora\n"
-        "release: 2024-13-45\n# the end\nbase_model: acme/base\n"
+        "# of the release\nrelease: 2024-13-45\n# the end\nbase_model: acme/base\n"
     )
     assert "\n---\nHello.\n\n<!-- qlora-export:begin -->\n" in card
 

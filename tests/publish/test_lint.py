@@ -98,6 +98,14 @@ def test_a_manifest_that_is_not_the_verified_one(stage: Callable[..., Staged]) -
     ]
 
 
+@pytest.mark.parametrize("name", ["a:b.json", "evil\u202enosj.json", "back\\slash.json", "two\nlines.json"])
+def test_a_hostile_name_on_the_disk_is_refused_and_not_opened(stage: Callable[..., Staged], name: str) -> None:
+    staged = stage(root="bf16")
+    (staged.folder / name).write_text("hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz")
+    messages = found(again(staged))
+    assert [message.rpartition(" ")[2] for message in messages] == ["[hostile-path]", "[foreign-file]"]
+
+
 def test_links_pipes_and_sockets_are_no_files(stage: Callable[..., Staged], tmp_path: Path) -> None:
     staged = stage(root="bf16")
     for name in ("config.json", "tokenizer.json", "generation_config.json", "qlora-export/report.json"):

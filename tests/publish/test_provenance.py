@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -104,6 +105,11 @@ def model_of(bom: bytes) -> dict[str, Any]:
     return found
 
 
+def digest(content: bytes) -> str:
+    """What is compared in place of long documents, whose differences take minutes to print."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def dependencies(content: bytes) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(content)["predicate"]["buildDefinition"]["resolvedDependencies"]
     return found
@@ -195,9 +201,10 @@ def test_the_same_release_gives_the_same_bytes(
     made: Made, recipe: Recipe, files: FileFacts, manifests: list[Mapping[str, Any]], report: dict[str, Any]
 ) -> None:
     shuffled = dict(reversed(files.items()))
-    assert provenance(shuffled, manifests, public_recipe(recipe), INVOCATION) == made["provenance"]
+    assert digest(provenance(shuffled, manifests, public_recipe(recipe), INVOCATION)) == digest(made["provenance"])
     report = public_report(report)
-    assert bill_of_materials("acme/bot", "v1", shuffled, manifests, "apache-2.0", report) == made["bom"]
+    again = bill_of_materials("acme/bot", "v1", shuffled, manifests, "apache-2.0", report)
+    assert digest(again) == digest(made["bom"])
     other = bill_of_materials("acme/bot", "v2", files, manifests, "apache-2.0", report)
     assert json.loads(other)["serialNumber"] != json.loads(made["bom"])["serialNumber"]
 
@@ -232,6 +239,17 @@ def test_the_bill_of_materials_is_cyclonedx(made: Made) -> None:
     validator = JsonStrictValidator(SchemaVersion.V1_6)
     assert validator.validate_str(made["bom"].decode()) is None
     assert validator.validate_str(made["bom"].decode().replace("machine-learning-model", "model")) is not None
+
+
+def test_every_reference_in_the_bill_is_of_one_thing(made: Made) -> None:
+    found: list[str] = []
+
+    def collect(item: dict[str, Any]) -> dict[str, Any]:
+        found.extend(value for key, value in item.items() if key == "bom-ref")
+        return item
+
+    json.loads(made["bom"], object_hook=collect)
+    assert len(found) == len(set(found)) > len(model_of(made["bom"])["components"])
 
 
 @pytest.mark.parametrize(
