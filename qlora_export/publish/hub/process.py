@@ -1,24 +1,27 @@
 """Running one job in the Hub's child process: environment, progress, deadline, and its errors as ours.
 
-The child is ended when the deadline passes and when this process is told to stop. A commit that it was making may land
-all the same; the next run finds it.
+The child is ended when the deadline passes and when this process is told to stop, and ends by itself when this one is
+killed. A commit that it was making may land all the same; the next run finds it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_export.contracts import Progress
-from qlora_export.errors import ExitCode, ExportError, RemoteProblem
+from qlora_export.errors import EnvironmentProblem, ExitCode, ExportError, RemoteProblem
+from qlora_export.publish.hub.failures import AGAIN
 from qlora_export.publish.redaction import redact
 
 WORKER = "qlora_export.publish.hub.worker"
@@ -63,8 +66,11 @@ def run_job(client: Client, operation: str, progress: Progress | None = None, **
         if answer is not None:
             return _result(answer)
         if late.fired:
-            raise RemoteProblem(
-                "the deadline passed before the Hub had everything", "run the same command again: it goes on from here"
+            raise RemoteProblem("the deadline passed before the Hub had everything", AGAIN)
+        if process.returncode < 0:
+            raise EnvironmentProblem(
+                f"the publisher's process was ended by {signal.Signals(-process.returncode).name}",
+                f"was the memory full? {AGAIN}",
             )
         complaints.seek(0)
         told = redact(complaints.read().decode("utf-8", errors="replace"), _secrets(environment))
@@ -100,8 +106,9 @@ def _end(process: subprocess.Popen[bytes], alarm: _Alarm) -> None:
             process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
-        if stream is not None and not stream.closed:
-            stream.close()
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.close()
 
 
 def _converse(process: subprocess.Popen[bytes], job: str, progress: Progress | None) -> dict[str, Any] | None:
@@ -109,8 +116,8 @@ def _converse(process: subprocess.Popen[bytes], job: str, progress: Progress | N
     if process.stdin is None or process.stdout is None:
         return None
     try:
-        process.stdin.write(job.encode())
-        process.stdin.close()
+        process.stdin.write(job.encode() + b"\n")
+        process.stdin.flush()
     except BrokenPipeError:
         return None
     for line in process.stdout:

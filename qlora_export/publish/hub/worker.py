@@ -1,6 +1,7 @@
 """The child process of the Hub's publisher: one job on stdin, progress and the answer on stdout as NDJSON.
 
-It alone imports huggingface_hub, after its environment was set. Whatever it writes has tokens taken out of it.
+It alone imports huggingface_hub, after its environment was set. Whatever it writes has tokens taken out of it. It ends
+when its parent is gone, however that went: nobody is left who would hear of a commit.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -127,7 +129,8 @@ def main() -> None:
     """Do one job and leave."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     place = job.get("repository") or ", ".join(target["repository"] for target in job.get("targets", ())) or "the Hub"
     try:
         api = connect(job["endpoint"], job["timeout_seconds"])
@@ -140,6 +143,13 @@ def main() -> None:
             answers,
             {"error": {"exit_code": int(failure.exit_code), "message": failure.message, "hint": failure.hint}},
         )
+
+
+def _leave_with_parent() -> None:
+    """End this process when the parent's end of stdin is closed, which a kill does, too."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(ExitCode.REMOTE)
 
 
 def _may_use_xet() -> bool:
