@@ -4,10 +4,11 @@
     asymmetric:  scale = (high - low) / number of steps       zero = nearest(clamp(first - low / scale, first, last))
 
 with low <= 0 <= high, `first` the lowest code, and every operation rounded to the dtype of the weight, which is that of
-the scales too. A scale of zero becomes the dtype's epsilon; where it came from 0 / 0, the zero point is 0. Groups lie
-along the columns of [rows, columns] and are whole: as many columns each as there are in a row, divided by the groups of
-the output. Source: compressed-tensors `quantization/utils/helpers.py: calculate_qparams`. Cost: one pass over memory
-for a range; floats are compared as integers, which is the same order and lets the compiler use whole vectors.
+the scales too. A scale of zero becomes the dtype's epsilon; where it came from 0 / 0, the zero point is 0. A range that
+the dtype cannot hold has an infinite scale, as there. Groups lie along the columns of [rows, columns] and are
+whole: as many columns each as there are in a row, divided by the groups of the output.
+Source: compressed-tensors `quantization/utils/helpers.py: calculate_qparams`. Cost: one pass over memory for a range;
+floats are compared as integers, which is the same order and lets the compiler use whole vectors.
 """
 
 from __future__ import annotations

@@ -95,6 +95,11 @@ def test_weights_of_every_size_are_coded_as_the_library_codes_them(dtype: str) -
     assert_same(torch.full((1, 128), largest, dtype=TORCH[dtype]), dtype)
 
 
+@pytest.mark.parametrize(("dtype", "large", "tiny"), [("F16", 65504.0, 2.0**-24), ("BF16", 1792.0, 2.0**-133)])
+def test_a_quotient_that_vanishes_in_the_dtype_has_no_sign(dtype: str, large: float, tiny: float) -> None:
+    assert_same(torch.tensor([[large, -tiny, tiny, -1.0, -0.0]], dtype=TORCH[dtype]), dtype)
+
+
 @pytest.mark.parametrize("dtype", TORCH)
 def test_one_scale_for_the_tensor(dtype: str) -> None:
     weight = torch.from_numpy(random_values(8, 100)).to(TORCH[dtype])

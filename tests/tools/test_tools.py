@@ -23,6 +23,14 @@ def test_the_build_benchmark() -> None:
     assert all(row["seconds"] > 0 for row in data["rows"].values())
 
 
+def test_the_kernel_benchmark() -> None:
+    data = json.loads(tool("bench_kernels.py", "--weights", "2e5", "--json"))
+    assert data["weights"] == 49 * 4096
+    assert all(row["streamed"] > 0 and row["cached"] > 0 and row["share"] > 0 for row in data["rows"].values())
+    assert {"nf4 encode of bf16", "int4 g128 of bf16, packed", "fp8 rows of bf16"} <= set(data["rows"])
+    assert data["ratios"]["nf4_encode_vs_bitsandbytes"] > 0
+
+
 def test_the_demo_maker(tmp_path: Path) -> None:
     """A base and an adapter of a few steps, with record, sidecar and no trace of this machine."""
     sizes = ["--base-steps", "2", "--steps", "2", "--dialogues", "20"]
