@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.diagnosis.checks import Check
+from qlora_export.publish.hub.failures import NOT_SPOKEN
 
 PROBE = "qlora_export.diagnosis.probe"
 PROBE_SECONDS = 90
 QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-NOT_SPOKEN = (404, 405, 501)
 REFUSED = (401, 403)
 NEW_TOKEN = "set HF_TOKEN to a valid token: https://huggingface.co/settings/tokens"  # noqa: S105
 WRITE_TOKEN = "set HF_TOKEN to a token with write permission for it, or HF_OIDC_RESOURCE for a trusted publisher"  # noqa: S105

@@ -21,6 +21,8 @@ from qlora_export.errors import (
 
 AGAIN = "run the same command again: what was uploaded is not sent twice"
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+# What an endpoint answers that does not know a request; not every one that speaks the protocol speaks all of it.
+NOT_SPOKEN = (404, 405, 501)
 TOKEN_HINT = "set HF_TOKEN to a token that may write there, or HF_OIDC_RESOURCE for a trusted publisher"  # noqa: S105
 TRUST_HINT = "name this repository and workflow among the trusted publishers in the settings of the model"
 NAMES_OF_LOST_CONNECTIONS = {"TransportError", "ConnectionError", "TimeoutError"}

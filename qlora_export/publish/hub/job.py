@@ -58,7 +58,8 @@ class Seen:
 class Upload:
     """Everything of one commit: the allow-list of files below `folder`, and the head it was made for.
 
-    `revision` names that head; it is a tag or a pull request where one holds this publication already.
+    `revision` names that head; it is a tag or a pull request where one holds this publication already. `title` and
+    `description` are the commit's message, which tells this publication from every other.
     """
 
     target: Target
@@ -68,6 +69,7 @@ class Upload:
     parent: str | None
     revision: str
     title: str
+    description: str
     journal: str
 
 

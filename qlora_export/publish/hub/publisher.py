@@ -160,7 +160,8 @@ class HubPublisher:
             prefixes=tuple(item.artifacts),
             parent=held.commit if held else item.seen.head or head,
             revision=held.revision if held else target.branch,
-            title=f"Release{version}: {names}\n\nInvocation {item.invocation}",
+            title=f"Release{version}: {names}",
+            description=f"Invocation {item.invocation}",
             journal=str(staged.folder.with_name(f"{staged.folder.name}.ndjson")),
         )
 

@@ -17,11 +17,10 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from qlora_export import __version__
 from qlora_export.errors import RemoteConflict
-from qlora_export.publish.hub.failures import is_transient, status_of, translated
+from qlora_export.publish.hub.failures import NOT_SPOKEN, is_transient, status_of, translated
 from qlora_export.publish.hub.job import PROVENANCE_PATH, Found, Target
 
 Answer = TypeVar("Answer")
-WITHOUT_XET = (404, 405, 501)
 PAUSES_SECONDS = (0.5, 2.0, 5.0)
 PULL_REQUESTS_LOOKED_AT = 10
 CREATION_HINT = "a trusted publisher's token cannot create a repository: create it first, or set HF_TOKEN"
@@ -97,7 +96,7 @@ class Remote:
 
         def ask() -> bool:
             response = get_session().get(address, headers=build_hf_headers())
-            if response.status_code in WITHOUT_XET:
+            if response.status_code in NOT_SPOKEN:
                 return False
             hf_raise_for_status(response)
             return "X-Xet-Cas-Url" in response.headers
@@ -122,6 +121,16 @@ class Remote:
             return {entry.path: _remote_file(entry) for entry in entries if hasattr(entry, "blob_id")}
 
         return asked(self.name, listed)
+
+    def message(self, commit: str) -> str | None:
+        """A commit's title and message; None where the endpoint has no history."""
+        try:
+            history = asked(self.name, lambda: self.api.list_repo_commits(self.name, revision=commit))
+        except Exception as error:
+            if status_of(error) in NOT_SPOKEN:
+                return None
+            raise
+        return f"{history[0].title}\n{history[0].message}" if history else None
 
     def tags(self) -> dict[str, str]:
         """Tags and the commits they name."""

@@ -21,7 +21,7 @@ from huggingface_hub.utils import hf_raise_for_status
 
 from qlora_export.errors import ExitCode, RemoteConflict
 from qlora_export.publish.hub import commit
-from qlora_export.publish.hub.failures import status_of, translated
+from qlora_export.publish.hub.failures import NOT_SPOKEN, status_of, translated
 from qlora_export.publish.hub.job import Seen, Target, as_data, target_from, upload_from
 from qlora_export.publish.hub.remote import Remote, asked, connect
 from qlora_export.publish.redaction import redact
@@ -47,7 +47,7 @@ def authorise(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
     try:
         return {"name": str(api.whoami()["name"])}
     except Exception as error:
-        if status_of(error) in (404, 405, 501):
+        if status_of(error) in NOT_SPOKEN:
             return {"name": None}
         raise
 

@@ -70,6 +70,7 @@ def upload(folder: Path, parent: str | None, target: Target | None = None, **cha
         parent=parent,
         revision="main",
         title="Release: model",
+        description="Invocation 1",
         journal=str(folder.parent / "journal.ndjson"),
     )
     return {**vars(value), "target": vars(value.target), **changes}
