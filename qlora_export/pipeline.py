@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import catalog, engine
-from qlora_export.contracts import Account, Progress, Publisher, Track, Verified
+from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import DEFAULT_LIMITS, recall
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
 from qlora_export.drift.measure import (
@@ -26,6 +26,7 @@ from qlora_export.drift.measure import (
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
+from qlora_export.engine.building import locked
 from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
 from qlora_export.pinned import require_pinned, require_pinned_bytes
 from qlora_export.planning import Plan, make_plan
@@ -175,17 +176,27 @@ def _account(plan: Plan, recorded: Mapping[str, Any]) -> Account:
 def _publish(
     run: Run, chosen: Sequence[Verified], recorded: Mapping[str, Any], publisher: Publisher, options: RunOptions
 ) -> Run:
-    """Publish, prove what consumers get, and only then give it its version."""
-    with options.track("publish"):
-        receipts = publisher.publish(chosen, _account(run.plan, recorded))
-    if run.plan.recipe.publish is not None and run.plan.recipe.publish.prove:
-        tokens = _tokens(run, _drift_text(run.plan.recipe)) if run.plan.recipe.drift else None
-        for number, receipt in enumerate(receipts):
-            sample = recorded_sample(recorded, receipt.artifact)
-            with options.track(f"prove {receipt.artifact}"), publisher.fetch(receipt) as fetched:
-                receipts[number] = replace(receipt, proof=prove(receipt, fetched, run.plan, sample, tokens))
-    publisher.conclude(receipts)
+    """Publish, prove what consumers get, and only then give it its version; one run at a time in a run folder."""
+    with locked(options.out):
+        with options.track("publish"):
+            receipts = publisher.publish(chosen, _account(run.plan, recorded))
+        if run.plan.recipe.publish is not None and run.plan.recipe.publish.prove:
+            receipts = _proven(run, receipts, recorded, publisher, options)
+        publisher.conclude(receipts)
     return replace(run, receipts=tuple(receipts))
+
+
+def _proven(
+    run: Run, receipts: Sequence[Receipt], recorded: Mapping[str, Any], publisher: Publisher, options: RunOptions
+) -> list[Receipt]:
+    """The receipts with the proof of each: fetched, compared, opened, and its sample repeated."""
+    tokens = _tokens(run, _drift_text(run.plan.recipe)) if run.plan.recipe.drift else None
+    proven = []
+    for receipt in receipts:
+        sample = recorded_sample(recorded, receipt.artifact)
+        with options.track(f"prove {receipt.artifact}"), publisher.fetch(receipt) as fetched:
+            proven.append(replace(receipt, proof=prove(receipt, fetched, run.plan, sample, tokens)))
+    return proven
 
 
 def _drift_text(recipe: Recipe) -> DriftText:

@@ -73,12 +73,19 @@ def test_our_bf16_is_pefts_merge_onto_the_dequantised_base(out: Path) -> None:
         assert ((tensor.float() - merged[name]).abs() <= half_step(merged[name])).all(), name
 
 
-def test_a_second_run_keeps_everything(out: Path) -> None:
+def test_its_rehearsal_keeps_what_was_built_and_publishes_it_to_a_hub(out: Path) -> None:
     before = folder_bytes(out)
-    words = [sys.executable, "-m", "qlora_export", "demo", "--out", str(out), "--json"]
-    found = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert all(artifact["reused"] for artifact in json.loads(found.stdout)["artifacts"])
-    after = folder_bytes(out)
+    words = [sys.executable, "-m", "qlora_export", "rehearse", "--out", str(out), "--json"]
+    found = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    data = json.loads(found.stdout)
+    assert all(artifact["reused"] for artifact in data["artifacts"])
+    assert [item["destination"] for item in data["published"]] == [
+        "rehearsal/bf16", "rehearsal/nf4-adapter", "rehearsal/onnx-int4",
+    ]  # fmt: skip
+    for item in data["published"]:
+        assert item["proof"]["nll"] == pytest.approx(item["proof"]["nll_released"], abs=1e-6)
+    after = {name: raw for name, raw in folder_bytes(out).items() if not name.startswith(".publication/")}
     for name in ("report.json", "report.md"):
         before.pop(name)
         after.pop(name)

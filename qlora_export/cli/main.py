@@ -42,11 +42,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
-app.command("release")(command_of(release.release))
+app.command("release")(command_of(release.release, publishes=True))
 app.command("plan")(command_of(plan.plan, announces=False))
 app.command("build")(command_of(build.build))
 app.command("check")(command_of(check.check))
-app.command("publish")(command_of(publish.publish))
+app.command("publish")(command_of(publish.publish, publishes=True))
 app.command("verify")(verify.verify)
 app.command("rehearse")(rehearse.rehearse)
 app.command("inspect")(inspect.inspect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -42,6 +43,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: ou
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 JunitXml = Annotated[Path | None, typer.Option("--junit-xml", help="Also write a JUnit report to this file.")]
+Prove = Annotated[
+    bool | None, typer.Option("--prove/--no-prove", help="Read back what was published and open it [default: --prove].")
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object to this file.")]
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN")
@@ -51,8 +55,11 @@ Outcome = tuple[dict[str, Any], Callable[[], None], int]
 Verb = Callable[["Recipe", "RunOptions"], Outcome]
 
 
-def command_of(verb: Verb, announces: bool = True) -> Callable[..., None]:
-    """A typer command with the shared flags, which runs `verb`, prints what it came to, and tells a CI job."""
+def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> Callable[..., None]:
+    """A typer command with the shared flags, which runs `verb`, prints what it came to, and tells a CI job.
+
+    Where it `publishes`, the proof can be left out.
+    """
 
     def command(
         recipe: RecipePath = None,
@@ -68,6 +75,7 @@ def command_of(verb: Verb, announces: bool = True) -> Callable[..., None]:
         as_json: Json = False,
         output: Output = None,
         junit_xml: JunitXml = None,
+        prove: Prove = None,
     ) -> None:
         for file in (output, junit_xml):
             if file is not None and not file.absolute().parent.is_dir():
@@ -80,6 +88,8 @@ def command_of(verb: Verb, announces: bool = True) -> Callable[..., None]:
             "--training-quantization": training,
             "--text": text,
         }
+        if prove is not None:
+            settings = [*(settings or []), f"publish.prove={str(prove).lower()}"]
         options = replace(run_options(recipe, out, workers), keeps_plan=output is not None)
         if recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)
@@ -95,6 +105,10 @@ def command_of(verb: Verb, announces: bool = True) -> Callable[..., None]:
         finish(outcome, as_json, output)
 
     command.__doc__ = verb.__doc__
+    if not publishes:
+        signature = inspect.signature(command, eval_str=True)
+        words = [word for name, word in signature.parameters.items() if name != "prove"]
+        command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
     return command
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_export.recipe import Recipe
 
 REHEARSAL_TOKEN = "hf_rehearsal"  # noqa: S105  any word will do
+DEMO_OUT = Path("out/rehearsal")
 DEFAULT_PLACE = "hub:rehearsal/{name}"
 Faults = Annotated[
     list[str] | None, typer.Option("--fault", help="Let the Hub fail in this way; repeat. `list` names them.")
@@ -23,32 +24,45 @@ Faults = Annotated[
 
 
 def rehearse(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe file.", metavar="RECIPE")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="A recipe file; without one, the embedded model is released.", metavar="[RECIPE]"),
+    ] = None,
     faults: Faults = None,
     hub: Annotated[Path | None, typer.Option("--hub", help="Keep the Hub's content in this folder.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE, or out/rehearsal].")
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Release to a Hub on this machine: no token, no network, the same commits, proofs and faults as the real one."""
     from qlora_export.cli.release import release
+    from qlora_export.demo import recipe_path
     from qlora_export.recipe import load_recipe
     from qlora_export.testing import FAULTS, HubServer
 
-    if faults == ["list"]:
+    if "list" in (faults or ()):
         finish(({"schema": 1, "faults": dict(FAULTS)}, lambda: _print_faults(dict(FAULTS)), 0), as_json)
-    if recipe is None:
-        raise UsageError("no recipe", "give a recipe file; rehearse releases the whole of it")
-    for fault in faults or ():
-        if fault.partition(":")[0] not in {name.partition(":")[0] for name in FAULTS}:
-            raise UsageError(f"--fault {fault}: no such fault", "rehearse --fault list names them")
-    facts = _for_rehearsal(load_recipe(recipe))
+    _require_faults(faults or [])
+    facts = _for_rehearsal(load_recipe(recipe or recipe_path()))
     with ExitStack() as stack:
         server = stack.enter_context(HubServer(hub, faults=tuple(faults or ())))
         environment = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": REHEARSAL_TOKEN, "HF_HUB_OFFLINE": "0"}
-        options = replace(run_options(recipe, out, workers), publisher_environment=environment)
+        options = replace(
+            run_options(recipe, out or (None if recipe else DEMO_OUT), workers), publisher_environment=environment
+        )
         outcome = release(facts, options)
     finish(outcome, as_json)
+
+
+def _require_faults(names: list[str]) -> None:
+    from qlora_export.testing.faults import Faults
+
+    try:
+        Faults(names)
+    except ValueError as error:
+        raise UsageError(f"--fault {error}", "rehearse --fault list names them") from None
 
 
 def _for_rehearsal(recipe: Recipe) -> Recipe:

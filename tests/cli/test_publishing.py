@@ -72,10 +72,29 @@ def test_a_rehearsal_with_a_fault(recipe: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_the_faults_have_names(tmp_path: Path) -> None:
+def test_the_faults_have_names() -> None:
     assert "commit-applied-then-closed" in command("rehearse", "--fault", "list").stdout
-    found = command("rehearse", tmp_path / "recipe.yaml", "--fault", "commit-504")
-    assert (found.returncode, "no such fault" in found.stderr) == (ExitCode.USAGE, True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [("commit-504", "no such fault; is it commit-503?"), ("put-500:3", "takes no number"), ("put-slow:x", "no number")],
+)
+def test_what_is_no_fault(fault: str, text: str) -> None:
+    found = command("rehearse", "--fault", fault)
+    assert (found.returncode, text in found.stderr) == (ExitCode.USAGE, True), found.stderr
+
+
+def test_the_proof_can_be_left_out(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ("--set", "publish.to=folder:registry", "--set", "publish.card={}")
+    for words, proven in ((["--no-prove"], False), (["--prove"], True), ([], True)):
+        found = command("release", recipe, "--out", out, *settings, *words, "--json")
+        assert found.returncode == 0, found.stderr
+        (receipt,) = json.loads(found.stdout)["published"]
+        assert (receipt["proof"] is not None) == proven
+    found = command("check", recipe, "--out", out, "--prove")
+    assert (found.returncode, "No such option" in found.stderr) == (ExitCode.USAGE, True)
 
 
 def test_a_folder_is_verified_by_its_manifest(recipe: Path, tmp_path: Path) -> None:

@@ -261,7 +261,10 @@ def test_a_whole_release_through_faults(recipe: Callable[..., Recipe], measured:
 
 
 def test_a_killed_release_goes_on(recipe: Callable[..., Recipe], measured: Path, tmp_path: Path) -> None:
-    """SIGTERM while a shard is on its way: exit 143, nothing on the branch; the next run publishes once."""
+    """SIGTERM while a shard is on its way: exit 143, nothing on the branch; the next run publishes once.
+
+    Until then, a second run in the same folder is told so.
+    """
     out = Path(shutil.copytree(measured, tmp_path / "out"))
     facts = recipe(version="v1").model_dump(mode="json", by_alias=True, exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(json.dumps(facts))
@@ -274,7 +277,8 @@ def test_a_killed_release_goes_on(recipe: Callable[..., Recipe], measured: Path,
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        time.sleep(0.2)
+        rival = subprocess.run(words, env=variables, check=False, capture_output=True, text=True)
+        assert (rival.returncode, "another run is" in rival.stderr) == (ExitCode.USAGE, True), rival.stderr
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == ExitCode.TERMINATED, told
