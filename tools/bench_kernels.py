@@ -29,7 +29,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from qlora_export.quant import float8, floats, integers, nested, nf4, packing, scales
+from qlora_export.quant import float8, floats, four_bit, integers, nested, packing, scales
 
 COLUMNS = 4096
 BLOCK_ROWS = 32
@@ -122,15 +122,15 @@ class Bench:
 
     def nf4_encode(self, rows: slice) -> None:
         values, absmax = self.widened(rows).reshape(-1), self.absmax[rows].reshape(-1)
-        nf4.block_absmax(values, NF4_BLOCK, absmax)
-        nf4.encode(values, absmax, NF4_BLOCK, self.pairs[rows].reshape(-1))
+        four_bit.block_absmax(values, NF4_BLOCK, absmax)
+        four_bit.encode(values, absmax, NF4_BLOCK, four_bit.NF4, self.pairs[rows].reshape(-1))
 
     def nf4_absmax(self, rows: slice) -> None:
-        nf4.block_absmax(self.values[rows].reshape(-1), NF4_BLOCK, self.absmax[rows].reshape(-1))
+        four_bit.block_absmax(self.values[rows].reshape(-1), NF4_BLOCK, self.absmax[rows].reshape(-1))
 
     def nf4_decode(self, rows: slice) -> None:
         pairs, out = self.pairs[rows].reshape(-1), self.values[rows].reshape(-1)
-        nf4.decode(pairs, self.absmax[rows].reshape(-1), NF4_BLOCK, nf4.CODEBOOK, out)
+        four_bit.decode(pairs, self.absmax[rows].reshape(-1), NF4_BLOCK, four_bit.NF4.codebook, out)
 
     def double_quantisation(self, rows: slice) -> None:
         absmax = self.absmax[rows].reshape(-1)

@@ -1,7 +1,8 @@
 """Building artifacts: one pass over the base, row block by row block, into folders that are whole or not there."""
 
-from qlora_export.engine.building import BuildOptions, build
+from qlora_export.engine.building import build
 from qlora_export.engine.export import export
 from qlora_export.engine.finished import finished
+from qlora_export.engine.options import BuildOptions
 
 __all__ = ["BuildOptions", "build", "export", "finished"]

@@ -13,34 +13,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from qlora_export.contracts import Artifact, Progress
+from qlora_export.contracts import Artifact
 from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.engine.manifest import read_artifact, require_same_sources, verify_artifact
+from qlora_export.engine.one_pass import run_pass
+from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
-from qlora_export.engine.source_digests import HashJob, SourceDigests
-from qlora_export.engine.tensor_job import Destination, TensorJob
-from qlora_export.engine.workers import StagedJob, WorkerPool
+from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
-from qlora_export.sources.weights import Weight, weight_bytes
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.tensors.writing import ShardWriter, disk_full
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a build runs; none of it changes a byte. `progress` is told bytes done and bytes in all."""
-
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    checkpoint_bytes: int = 256_000_000
-    progress: Progress = lambda done, total: None
+from qlora_export.tensors.writing import disk_full
 
 
 def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
@@ -77,7 +65,7 @@ def _build_missing(
             folders.append(PartialFolder(item, out))
             stack.callback(folders[-1].writer.close)
         _restart_unless_same_sources(folders, digests, options.workers)
-        Pass(plan, folders, options, digests, files).run()
+        run_pass(plan, folders, options, digests, files)
         require_same_sources(kept, digests.facts)
         for folder in folders:
             folder.finish(plan, digests.sorted())
@@ -89,98 +77,6 @@ def _restart_unless_same_sources(folders: Sequence[PartialFolder], digests: Sour
     for folder in folders:
         if any(digests.facts[name]["sha256"] != sha256 for name, sha256 in folder.journal.sources.items()):
             folder.journal.restart()
-
-
-class Pass:
-    """One pass over the base; tensors enter the journals after their bytes and their source's digest are there."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        folders: Sequence[PartialFolder],
-        options: BuildOptions,
-        digests: SourceDigests,
-        files: SourceFiles,
-    ) -> None:
-        self._folders = folders
-        self._options = options
-        self._digests = digests
-        written = set.intersection(*(folder.journal.finished for folder in folders))
-        writers = [(folder.item, folder.writer) for folder in folders]
-        self._total = sum(weight_bytes(source) for source in plan.sources)
-        self._done = 0
-        self._makers: list[Callable[[], StagedJob]] = []
-        self._subjects: list[Path | Weight] = []
-        make = partial(_open_job, plan, files, _destinations(writers))
-        sources = plan.sources
-        for path in plan.checkpoint.files:
-            self._makers.append(partial(HashJob, digests, path))
-            self._subjects.append(path)
-            self._add([source for source in sources if source.stored[0].path == path], written, make)
-        self._own = [source for source in sources if plan.from_adapter(source)]
-        self._add(self._own, written, make)
-        self._unsynced: list[Weight] = []
-        self._unsynced_bytes = 0
-
-    def _add(self, sources: Sequence[Weight], written: AbstractSet[str], make: Callable[..., StagedJob]) -> None:
-        for source in sources:
-            if source.spec.name in written:
-                self._done += weight_bytes(source)
-            else:
-                self._makers.append(partial(make, source))
-                self._subjects.append(source)
-
-    def run(self) -> None:
-        """Run all jobs; raises the first error, after which only journalled tensors count."""
-        WorkerPool(self._options.workers, self._finished).run(self._makers)
-        self._checkpoint()
-
-    def _finished(self, number: int) -> None:
-        subject = self._subjects[number]
-        if isinstance(subject, Path):
-            for folder in self._folders:
-                folder.journal.add_source(subject.name, self._digests.facts[subject.name]["sha256"])
-            return
-        self._done += weight_bytes(subject)
-        self._unsynced.append(subject)
-        self._unsynced_bytes += weight_bytes(subject)
-        if self._unsynced_bytes >= self._options.checkpoint_bytes:
-            self._checkpoint()
-        self._options.progress(self._done, self._total)
-
-    def _checkpoint(self) -> None:
-        """Sync, then journal the tensors whose source has been hashed; the others wait for the next time."""
-        hashed = self._digests.facts.keys()
-        own = {id(source) for source in self._own}
-        ready = [
-            source.spec.name
-            for source in self._unsynced
-            if id(source) in own or hashed >= {tensor.path.name for tensor in source.stored}
-        ]
-        if not ready:
-            return
-        for folder in self._folders:
-            folder.writer.sync()
-        for folder in self._folders:
-            folder.journal.add(ready)
-        written = set(ready)
-        self._unsynced = [source for source in self._unsynced if source.spec.name not in written]
-        self._unsynced_bytes = sum(weight_bytes(source) for source in self._unsynced)
-
-
-def _destinations(writers: Sequence[tuple[ArtifactPlan, ShardWriter]]) -> dict[int, list[Destination]]:
-    """What is made from each source, by the identity of the source."""
-    found: dict[int, list[Destination]] = {}
-    for artifact, writer in writers:
-        for route in artifact.routes.values():
-            found.setdefault(id(route.output.source), []).append(Destination(artifact, writer, route))
-    return found
-
-
-def _open_job(
-    plan: Plan, files: SourceFiles, destinations: Mapping[int, Sequence[Destination]], source: Weight
-) -> TensorJob:
-    return TensorJob(plan, source, files, destinations.get(id(source), ()))
 
 
 def finished_artifact(item: ArtifactPlan, out: Path) -> Artifact | None:

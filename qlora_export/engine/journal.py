@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Journal:
     def __init__(self, folder: Path, plan_digest: str) -> None:
         self._path = folder / JOURNAL_NAME
         self._plan_digest = plan_digest
+        self._appending = threading.Lock()
         self.sources: dict[str, str] = {}
         self.finished: set[str] = set()
         records = self._records()
@@ -72,7 +74,7 @@ class Journal:
         self._append({"tensors": list(tensors)})
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._appending, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -38,10 +38,11 @@ class PartialFolder:
 
     def finish(self, plan: Plan, sources: dict[str, dict[str, object]]) -> None:
         """Write what is missing beside the weights, the manifest last, and give the folder its name."""
-        self.writer.close()
         for file in self.item.carried:
             write_file(self.path, file)
-        facts = {name: file_facts(self.path / name) for name in self.item.files}
+        weights = self.writer.facts()
+        facts = {name: weights.get(name) or file_facts(self.path / name) for name in self.item.files}
+        self.writer.close()
         write_file(self.path, CarriedFile(MANIFEST_NAME, content=make_manifest(plan, self.item, sources, facts)))
         for place in {self.path, *(self.path.joinpath(name).parent for name in facts)}:
             sync_folder(place)

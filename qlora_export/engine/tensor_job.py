@@ -66,6 +66,8 @@ class TensorJob:
         own = plan.from_adapter(source)
         self._rows = None
         self._changes: dict[tuple[str, Onto], Changes] = {}
+        merges = {found.merge for found in self._encoded if found.plan.form.consumes == "merged"}
+        self._merges_in_place = len(merges) == 1
         if self._encoded:
             self._rows = BaseRows(self._encoded[0].route.output, plan.training, files, own, trained)
             spec = self._rows.spec
@@ -107,14 +109,16 @@ class TensorJob:
         if self._rows is None:
             return
         rows = self._rows.take(block.first, block.count)
+        in_place = self._merges_in_place and rows.owned
         merged: dict[tuple[str, Onto], Float32] = {}
         for found, encoder in zip(self._destinations, self._encoders, strict=True):
             if encoder is None:
                 continue
-            values = rows.stored
-            if found.plan.form.consumes == "merged":
+            if found.plan.form.consumes == "base":
+                values = rows.stored
+            else:
                 if found.merge not in merged:
-                    merged[found.merge] = self._merge(_base(rows, found.plan.onto), found, block)
+                    merged[found.merge] = self._merge(_base(rows, found.plan.onto), found, block, in_place)
                 values = merged[found.merge]
             if found.route.turned:
                 values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
@@ -132,11 +136,11 @@ class TensorJob:
             for piece in encoder.seal():
                 found.writer.write(piece)
 
-    def _merge(self, values: Float32, found: Destination, block: RowBlock) -> Float32:
+    def _merge(self, values: Float32, found: Destination, block: RowBlock, in_place: bool) -> Float32:
         changes = self._changes.get(found.merge)
         if changes is None:
             return values
-        merged = values.copy()
+        merged = values if in_place and found.plan.onto == "as-trained" else values.copy()
         changes.apply(merged, block.first)
         return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
 

@@ -60,7 +60,7 @@ class _Countdown:
 
 
 class WorkerPool:
-    """Runs jobs on `workers` threads; `finished` is called once for every job, one call at a time."""
+    """Runs jobs on `workers` threads; `finished` is called once for every job, by the thread that ended it."""
 
     def __init__(self, workers: int, finished: Callable[[int], None]) -> None:
         self._workers = workers
@@ -69,7 +69,6 @@ class WorkerPool:
         self._changed = threading.Condition()
         self._open = 0
         self._error: BaseException | None = None
-        self._finishing = threading.Lock()
         self._openers: Iterator[tuple[int, Callable[[], StagedJob]]] = iter(())
         self._exhausted = False
 
@@ -130,8 +129,7 @@ class WorkerPool:
 
     def _close(self, number: int, job: StagedJob) -> None:
         job.seal()
-        with self._finishing:
-            self._finished(number)
+        self._finished(number)
         with self._changed:
             self._open -= 1
             self._changed.notify_all()

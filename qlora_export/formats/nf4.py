@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
-from qlora_export.quant import nested, nf4
+from qlora_export.quant import four_bit, nested
+from qlora_export.quant.four_bit import NF4 as GRID
 
 STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 LONGEST_OFFSET = -1.2345678901234567e-100
@@ -45,7 +46,7 @@ class NF4:
 
     def row_multiple(self, spec: TensorSpec) -> int:
         """Blocks run over row ends unless the rows hold whole blocks."""
-        return nf4.rows_of_whole_blocks(spec.columns, self.training.block_size)
+        return four_bit.rows_of_whole_blocks(spec.columns, self.training.block_size)
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, absmax state and the JSON state."""
@@ -80,7 +81,7 @@ class NF4:
             scales = nested.decode(codes, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
         else:
             scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
-        nf4.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, nf4.CODEBOOK, out)
+        four_bit.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, GRID.codebook, out)
         return out
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
@@ -129,15 +130,15 @@ class NF4Encoder:
         first = first_row * self._spec.columns
         first_block = first // self._block
         absmax = self._absmax[first_block : first_block - (-values.size // self._block)]
-        nf4.block_absmax(values, self._block, absmax)
+        four_bit.block_absmax(values, self._block, absmax)
         codes = np.empty((values.size + 1) // 2, np.uint8)
-        nf4.encode(values, absmax, self._block, codes)
+        four_bit.encode(values, absmax, self._block, GRID, codes)
         yield Piece(self._spec.name, first // 2, codes)
 
     def seal(self) -> Iterable[Piece]:
         """The absmax state of the whole tensor."""
         name, training = self._spec.name, self._layout.training
-        yield Piece(f"{name}.quant_map", 0, nf4.CODEBOOK.view(np.uint8))
+        yield Piece(f"{name}.quant_map", 0, GRID.codebook.view(np.uint8))
         offset = np.float32(0)
         if training.double_quant:
             offset = self._offset()

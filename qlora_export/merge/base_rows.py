@@ -1,15 +1,11 @@
-"""Rows of one tensor before anything is merged, as the layer sees them: [out, in].
-
-original   the stored values; of a quantised base, decoded and rounded as it was multiplied with
-stored     rounded to the dtype that training loaded them in
-trained    quantised to 4 bits and back, as training saw them
-"""
+"""Rows of one tensor before anything is merged, as the layer sees them: [out, in]."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,8 +13,8 @@ from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.quant.floats import Float32, all_finite
-from qlora_export.quant.nf4 import rows_of_whole_blocks
+from qlora_export.quant.floats import Float32, UInt16, all_finite
+from qlora_export.quant.four_bit import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
 
@@ -34,13 +30,39 @@ class Training:
     quantised: AbstractSet[str]
 
 
-@dataclass(frozen=True)
 class Rows:
-    """The same rows three times, flat; arrays may be shared and are not changed."""
+    """The same rows as stored, as loaded and as trained with, flat, each made when it is asked for.
 
-    original: Float32
-    stored: Float32
-    trained: Float32
+    Arrays may be shared and are not changed, but for `trained` where it says that it is `owned`.
+    """
+
+    def __init__(self, base: BaseRows, first: int, count: int) -> None:
+        self._base = base
+        self._first = first
+        self._count = count
+
+    @cached_property
+    def original(self) -> Float32:
+        """The stored values; of a quantised base, decoded and rounded as they were multiplied with."""
+        return self._base.original(self._first, self._count)
+
+    @cached_property
+    def stored(self) -> Float32:
+        """Rounded to the dtype that training loaded them in."""
+        return self._base.stored(self.original, self._first)
+
+    @cached_property
+    def trained(self) -> Float32:
+        """Quantised to 4 bits and back, where training did that."""
+        if self._base.base is None:
+            return self.stored
+        bits = self._base.bits(self._first, self._count)
+        return self._base.base.rows(self.stored if bits is None else bits, self._first)
+
+    @property
+    def owned(self) -> bool:
+        """Whether `trained` is an array of its own."""
+        return self._base.base is not None
 
 
 class BaseRows:
@@ -77,7 +99,10 @@ class BaseRows:
 
     def observe(self, first: int, count: int) -> None:
         """First pass over some rows."""
-        if self.base is not None:
+        if self.base is None:
+            return
+        bits = self.bits(first, count)
+        if bits is None or not self.base.observe(bits, first):
             self.base.observe(self.stored(self.original(first, count), first), first)
 
     def settle(self) -> None:
@@ -87,9 +112,18 @@ class BaseRows:
 
     def take(self, first: int, count: int) -> Rows:
         """The rows; with a trained base, each exactly once."""
-        original = self.original(first, count)
-        stored = self.stored(original, first)
-        return Rows(original, stored, stored if self.base is None else self.base.rows(stored, first))
+        rows = Rows(self, first, count)
+        if self.base is not None:
+            _ = rows.trained  # its digest counts every row, wanted or not
+        return rows
+
+    def bits(self, first: int, count: int) -> UInt16 | None:
+        """The bits of bf16 rows that training loaded as they are, which need not become float32 first."""
+        source = self._output.source
+        plain = source.storage == "plain" and not self._output.transposed
+        if not (plain and source.spec.dtype == self._training.storage_dtype == "BF16"):
+            return None
+        return self._files.read(source.stored[0], first, count).view(np.uint16)
 
     def original(self, first: int, count: int) -> Float32:
         """The stored values."""

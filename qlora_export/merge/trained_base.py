@@ -15,8 +15,9 @@ import numpy as np
 
 from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
-from qlora_export.quant import nested, nf4
-from qlora_export.quant.floats import Float32, UInt8
+from qlora_export.quant import four_bit, nested
+from qlora_export.quant.floats import Float32, UInt8, all_finite
+from qlora_export.quant.four_bit import Values
 from qlora_export.sources.sidecar import absmax_sha256
 from qlora_export.tensors.dtypes import round_to
 
@@ -27,46 +28,50 @@ class TrainedBase:
     def __init__(self, spec: TensorSpec, training: TrainingQuantization) -> None:
         self._spec = spec
         self._training = training
+        self._recorded = training.modules.get(spec.module)
         self._absmax = np.zeros(-(-spec.size // training.block_size), np.float32)
         self._scales = self._absmax
         self._codes_digest = _OrderedDigest()
         self._absmax_sha256 = ""
 
-    def observe(self, values: Float32, first_row: int) -> None:
-        """Take note of the absmax of flat rows; the rows hold whole blocks."""
-        nf4.block_absmax(values, self._training.block_size, self._blocks(self._absmax, values, first_row))
+    def observe(self, values: Values, first_row: int) -> bool:
+        """Take note of the absmax of flat rows, which hold whole blocks; whether all of them are finite."""
+        absmax = self._blocks(self._absmax, values, first_row)
+        four_bit.block_absmax(values, self._training.block_size, absmax)
+        return bool(all_finite(absmax.view(np.uint32)))
 
     def settle(self) -> None:
         """Quantise the absmax of the whole tensor."""
         if not self._training.double_quant:
             self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
             return
-        recorded = self._training.modules.get(self._spec.module)
-        offset = nested_offset(self._absmax, recorded)
+        offset = nested_offset(self._absmax, self._recorded)
         codes, nested_absmax = nested.encode(self._absmax, offset, self._training.exact_nested)
         self._scales = nested.decode(codes, nested_absmax, offset)
         self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
 
-    def rows(self, values: Float32, first_row: int) -> Float32:
-        """The same rows as training multiplied with; every row passes here exactly once."""
-        codes: UInt8 = np.empty((values.size + 1) // 2, np.uint8)
-        nf4.encode(values, self._blocks(self._absmax, values, first_row), self._training.block_size, codes)
-        self._codes_digest.update(first_row * self._spec.columns // 2, codes)
-        out = np.empty_like(values)
-        scales = self._blocks(self._scales, values, first_row)
-        nf4.decode(codes, scales, self._training.block_size, nf4.CODEBOOK, out)
+    def rows(self, values: Values, first_row: int) -> Float32:
+        """The same rows as training multiplied with, a new array; every row passes here exactly once."""
+        absmax, scales = self._blocks(self._absmax, values, first_row), self._blocks(self._scales, values, first_row)
+        out, block = np.empty(values.size, np.float32), self._training.block_size
+        if self._recorded is None:
+            four_bit.round_trip(values, absmax, scales, block, four_bit.NF4, out)
+        else:
+            codes: UInt8 = np.empty((values.size + 1) // 2, np.uint8)
+            four_bit.encode(values, absmax, block, four_bit.NF4, codes)
+            self._codes_digest.update(first_row * self._spec.columns // 2, codes)
+            four_bit.decode(codes, scales, block, four_bit.NF4.codebook, out)
         for dtype in self._training.weight_roundings:
             out = round_to(out, dtype)
         return out
 
     def require_recorded(self) -> None:
         """Raise InputError unless codes and absmax state are those of the sidecar."""
-        recorded = self._training.modules.get(self._spec.module)
-        if recorded is None:
+        if self._recorded is None:
             return
         for what, ours, theirs in (
-            ("codes", self._codes_digest.hexdigest(), recorded.codes_sha256),
-            ("absmax state", self._absmax_sha256, recorded.absmax_sha256),
+            ("codes", self._codes_digest.hexdigest(), self._recorded.codes_sha256),
+            ("absmax state", self._absmax_sha256, self._recorded.absmax_sha256),
         ):
             if ours != theirs:
                 raise InputError(
@@ -75,7 +80,7 @@ class TrainedBase:
                     "this is not the base that the adapter saw: check revision and dtype of the base",
                 )
 
-    def _blocks(self, per_block: Float32, values: Float32, first_row: int) -> Float32:
+    def _blocks(self, per_block: Float32, values: Values, first_row: int) -> Float32:
         """The slice of a per-block array that belongs to these rows."""
         first = first_row * self._spec.columns // self._training.block_size
         return per_block[first : first - (-values.size // self._training.block_size)]

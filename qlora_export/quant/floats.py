@@ -6,14 +6,41 @@ bf16 is the upper half of a float32, so widening is a shift and narrowing adds h
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from numba import extending
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 UInt16 = NDArray[np.uint16]
 UInt32 = NDArray[np.uint32]
 UInt8 = NDArray[np.uint8]
+
+
+def float32_bits(value: Any) -> Any:
+    """In compiled code: the bits of a float32, or of the float32 that bf16 bits (uint16) stand for."""
+    raise NotImplementedError("for compiled code")
+
+
+@extending.overload(float32_bits)
+def _float32_bits(value):  # type: ignore[no-untyped-def]  # numba compares the two signatures, annotations included
+    if value == numba.types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16))
+    return lambda value: np.float32(value).view(np.uint32)
+
+
+def float32_of(value: Any) -> Any:
+    """In compiled code: a float32 as it is, or the value of bf16 bits (uint16)."""
+    raise NotImplementedError("for compiled code")
+
+
+@extending.overload(float32_of)
+def _float32_of(value):  # type: ignore[no-untyped-def]
+    if value == numba.types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

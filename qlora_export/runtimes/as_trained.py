@@ -22,7 +22,7 @@ import transformers
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.merge.names import names_of
-from qlora_export.quant import nested, nf4
+from qlora_export.quant import four_bit, nested
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
@@ -144,7 +144,7 @@ def _replace_absmax(layer: Any, values: Float32, training: TrainingQuantization,
         return
     stored = round_to(values.reshape(-1), training.storage_dtype)
     absmax = np.empty(-(-stored.size // training.block_size), np.float32)
-    nf4.block_absmax(stored, training.block_size, absmax)
+    four_bit.block_absmax(stored, training.block_size, absmax)
     offset = np.float32(recorded.nested_offset)
     codes, nested_absmax = nested.encode(absmax, offset, training.exact_nested)
     state = layer.weight.quant_state

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from qlora_export.contracts import TensorSpec
-from qlora_export.quant import float8, nested, nf4
+from qlora_export.quant import float8, four_bit, nested
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
@@ -103,7 +103,7 @@ class FourBitWeight:
     @property
     def row_multiple(self) -> int:
         """Rows of whole blocks; whole bytes follow."""
-        return nf4.rows_of_whole_blocks(self.spec.columns, self.block)
+        return four_bit.rows_of_whole_blocks(self.spec.columns, self.block)
 
     def rows(self, files: SourceFiles, first: int, count: int) -> Float32:
         """codebook[code] * absmax."""
@@ -112,7 +112,7 @@ class FourBitWeight:
         codes = files.read_bytes(self.codes, start // 2, (out.size + 1) // 2)
         blocks = range(start // self.block, start // self.block - (-out.size // self.block))
         codebook = files.read_bytes(self.parts["quant_map"], 0, 64).view(np.float32)
-        nf4.decode(codes, self._scales(files, blocks), self.block, codebook, out)
+        four_bit.decode(codes, self._scales(files, blocks), self.block, codebook, out)
         return out
 
     def _scales(self, files: SourceFiles, blocks: range) -> Float32:

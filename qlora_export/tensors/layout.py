@@ -1,9 +1,11 @@
 """Where every byte of the output goes, decided before the first one is written.
 
 A tensor may be written as several parts (codes, scales, state); the parts of one tensor share a file. Files are cut
-when the next tensor would pass the limit, in the order of the source. Inside a file wider dtypes come first, so that
-every part is aligned to its item size. Names: `model.safetensors`, or `model-0000k-of-0000n.safetensors` and
-`model.safetensors.index.json`. Sources: the safetensors format document, transformers' sharding convention.
+when the next tensor would pass the limit, in the order of the source. Inside a file the parts keep that order while
+every one of them is aligned to its item size, so that a file fills from its beginning and can be hashed behind the
+writers; where sizes are odd, wider dtypes come first. Names: `model.safetensors`, or
+`model-0000k-of-0000n.safetensors` and `model.safetensors.index.json`. Sources: the safetensors format document,
+transformers' sharding convention.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from qlora_export.contracts import Part
 from qlora_export.tensors.dtypes import ITEM_BYTES
@@ -87,10 +90,16 @@ def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int, single: str = S
     return Layout(tuple(shards), places)
 
 
+def _aligned(parts: Sequence[Part]) -> bool:
+    """Whether every part begins at a multiple of its item size when they follow each other; headers end at 8."""
+    starts = accumulate((part_bytes(part) for part in parts), initial=0)
+    return all(start % ITEM_BYTES[part.dtype] == 0 for start, part in zip(starts, parts, strict=False))
+
+
 def _shard(name: str, parts: list[Part], places: dict[str, Place]) -> ShardLayout:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    ordered = sorted(parts, key=lambda part: -ITEM_BYTES[part.dtype])
+    ordered = parts if _aligned(parts) else sorted(parts, key=lambda part: -ITEM_BYTES[part.dtype])
     for part in ordered:
         size = part_bytes(part)
         header[part.name] = {

@@ -1,6 +1,7 @@
 """Positioned writes into the planned files: header first, then parts at their offsets, in any order, from any thread.
 
-Every file gets its full size before the first write, so a disk that is too small is found at once.
+Every file gets its full size before the first write, so a disk that is too small is found at once. Parts that are whole
+are hashed behind the writers, as far as the file is filled from its beginning.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from qlora_export.contracts import Part, Piece
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.layout import Layout, ShardLayout, lay_out
+from qlora_export.tensors.prefix_digest import PrefixDigest
 
 
 class ShardWriter:
@@ -27,9 +29,12 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._places = layout.places
         self._descriptors: dict[str, int] = {}
+        self._digests: dict[str, PrefixDigest] = {}
         try:
             for shard in layout.shards:
-                self._descriptors[shard.file] = _create(folder / shard.file, shard)
+                descriptor = self._descriptors[shard.file] = _create(folder / shard.file, shard)
+                self._digests[shard.file] = PrefixDigest(descriptor, shard.bytes)
+                self._digests[shard.file].mark(0, len(shard.header))
         except BaseException:
             self.close()
             raise
@@ -48,6 +53,21 @@ class ShardWriter:
         if piece.offset + piece.data.nbytes > place.bytes:
             raise ValueError(f"{piece.part}: {piece.data.nbytes} bytes at {piece.offset} pass its {place.bytes} bytes")
         _write_all(self._descriptors[place.file], piece.data.data, place.offset + piece.offset)
+
+    def done(self, parts: Iterable[str]) -> None:
+        """These parts are whole, and stay as they are."""
+        for name in parts:
+            place = self._places[name]
+            self._digests[place.file].mark(place.offset, place.bytes)
+
+    def hash_behind(self, least_bytes: int = 1) -> None:
+        """Hash what is whole from the beginning of each file, where that is `least_bytes` or more."""
+        for digest in self._digests.values():
+            digest.advance(least_bytes)
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of every file by name; all parts must be done."""
+        return {file: {"bytes": digest.size, "sha256": digest.sha256()} for file, digest in self._digests.items()}
 
     def sync(self) -> None:
         """Bring everything written so far to the disk."""

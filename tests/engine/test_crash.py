@@ -72,7 +72,7 @@ def test_resuming_does_not_write_again_what_was_finished(
     pico_recipe: RecipeMaker, pico_base: Path, pico_adapter: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = [str(pico_base), str(pico_adapter), str(out), "0.7", "1"]
+    arguments = [str(pico_base), str(pico_adapter), str(out), "0.9999", "1"]
     subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
     reports: list[int] = []
     options = BuildOptions(1, progress=lambda done, total: reports.append(100 * done // total))

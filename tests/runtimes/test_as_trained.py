@@ -14,7 +14,7 @@ from qlora_export.contracts import TrainedModule
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
 from qlora_export.planning import make_plan
-from qlora_export.quant import nested, nf4
+from qlora_export.quant import four_bit, nested
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
 from qlora_export.sources.adapter import open_adapter
@@ -99,7 +99,7 @@ def test_an_adapter_that_a_gpu_trained(pico_base: Path, adapter_copy: Path, tmp_
         for name, module in training.modules.items():
             values = files.values(checkpoint.tensors[f"{name}.weight"]).reshape(-1)
             absmax = np.empty(-(-values.size // 64), np.float32)
-            nf4.block_absmax(values, 64, absmax)
+            four_bit.block_absmax(values, 64, absmax)
             offset = np.float32(nested.mean(absmax) * np.float32(1.000001))
             codes, nested_absmax = nested.encode(absmax, offset, exact=True)
             modules[name] = TrainedModule(

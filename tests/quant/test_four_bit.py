@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.quant import nf4
+from qlora_export.quant import four_bit
 from tests.conftest import random_values
 
 SHAPES = [(64, 256), (7, 100), (3, 3), (1, 1), (5, 64), (129, 65), (1000, 333)]
@@ -17,9 +17,9 @@ SHAPES = [(64, 256), (7, 100), (3, 3), (1, 1), (5, 64), (129, 65), (1000, 333)]
 
 def encode(values: Any, block: int) -> tuple[Any, Any]:
     absmax = np.empty(-(-values.size // block), np.float32)
-    nf4.block_absmax(values, block, absmax)
+    four_bit.block_absmax(values, block, absmax)
     codes = np.empty((values.size + 1) // 2, np.uint8)
-    nf4.encode(values, absmax, block, codes)
+    four_bit.encode(values, absmax, block, four_bit.NF4, codes)
     return codes, absmax
 
 
@@ -35,14 +35,14 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes(shape: tuple[int, int
     assert absmax.tobytes() == state.absmax.numpy().tobytes()
     state.dtype, state.shape = torch.float32, torch.Size((1, weight.numel()))
     out = np.empty(weight.numel(), np.float32)
-    nf4.decode(codes, absmax, block, nf4.CODEBOOK, out)
+    four_bit.decode(codes, absmax, block, four_bit.NF4.codebook, out)
     np.testing.assert_array_equal(out, bnb.dequantize_4bit(packed, state).numpy().reshape(-1))
 
 
 def test_values_on_a_midpoint_take_the_lower_code() -> None:
     values = np.zeros(64, np.float32)
     values[0] = 1
-    values[1:16] = nf4.MIDPOINTS
+    values[1:16] = four_bit.NF4.midpoints
     packed, _ = bnb.quantize_4bit(torch.from_numpy(values), blocksize=64, quant_type="nf4")
     codes, _ = encode(values, 64)
     assert codes.tobytes() == packed.numpy().tobytes()
@@ -53,7 +53,7 @@ def test_its_own_output_is_a_fixed_point() -> None:
     values = random_values(4096)
     codes, absmax = encode(values, 64)
     out = np.empty_like(values)
-    nf4.decode(codes, absmax, 64, nf4.CODEBOOK, out)
+    four_bit.decode(codes, absmax, 64, four_bit.NF4.codebook, out)
     again, again_absmax = encode(out, 64)
     assert again.tobytes() == codes.tobytes()
     assert again_absmax.tobytes() == absmax.tobytes()
