@@ -16,6 +16,7 @@ FAULTS: Mapping[str, str] = MappingProxyType(
         "create-403": "creating the repository is forbidden",
         "repository-turns-public": "a repository asked for as private is created public",
         "token-401-mid-run": "the token expires at the first commit (or after :N requests that carry it), for good",
+        "refusals-tell-token": "every refusal repeats the token it was sent, as proxies do that print headers",
         "preupload-429-retry-after": "the first preupload is answered 429 with `Retry-After: 1`",
         "preupload-429-ratelimit": "the first preupload is answered 429 with `RateLimit: r=0;t=1`",
         "put-500": "the first upload of a large file is answered 500 and not stored",
@@ -32,7 +33,7 @@ FAULTS: Mapping[str, str] = MappingProxyType(
         "tag-409": "another publisher has put the tag on an older commit just before it is made",
     }
 )
-_LASTING = frozenset({"commit-503-always"})
+_LASTING = frozenset({"commit-503-always", "refusals-tell-token"})
 _WITH_NUMBER = frozenset({"put-slow", "token-401-mid-run"})
 
 

@@ -89,6 +89,8 @@ def answer(service: Service, request: Request) -> Answer:
                 return route.work(service, replace(known, words=words))
         raise Refusal(404, f"This Hub has no {request.method} {request.path}")
     except Refusal as refusal:
+        if service.faults.strikes("refusals-tell-token"):
+            refusal.message = f"{refusal.message} (Authorization: {request.headers.get('Authorization', 'none')})"
         return refusal.answer()
     except (KeyError, TypeError, ValueError) as error:
         return Refusal(400, f"The request is not understood: {error!r}").answer()

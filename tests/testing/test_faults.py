@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from qlora_export.testing import FAULTS, HubServer, Limits
 from qlora_export.testing.faults import Faults
-from tests.testing.conftest import CLIENT_WARNING, Connect
+from tests.testing.conftest import CLIENT_WARNING, Connect, fetch
 
 pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
 REPOSITORY = "acme/model"
@@ -171,6 +171,14 @@ def test_a_private_repository_reads_back_as_public(connect: Connect) -> None:
         assert api.repo_info(REPOSITORY).private is False
         api.create_repo("acme/second", private=True)
         assert api.repo_info("acme/second").private is True
+
+
+def test_a_refusal_repeats_the_token_it_was_sent() -> None:
+    with started("refusals-tell-token", token="right") as hub:
+        for _ in range(2):
+            status, content, _ = fetch(f"{hub.endpoint}/api/whoami-v2", Authorization="Bearer wrong")
+            assert (status, b"Bearer wrong" in content) == (401, True)
+        assert b"Bearer" not in fetch(f"{hub.endpoint}/api/whoami-v2", Authorization="Bearer right")[1]
 
 
 def test_every_fault_is_tried_here() -> None:
