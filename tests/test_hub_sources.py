@@ -114,6 +114,14 @@ def test_what_the_hub_does_not_have(
     assert (result.returncode, says in result.stderr) == (code, True), result.stderr
 
 
+def test_a_token_that_is_refused_is_no_reason_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "wrong" * 6)
+    with HubServer(token="right", faults=["refusals-tell-token"]) as server:
+        result = build(server, tmp_path, "acme/base", "acme/adapter")
+    assert (result.returncode, "the Hub answers 401" in result.stderr) == (ExitCode.NOT_AUTHORISED, True), result.stderr
+    assert "wrongwrong" not in result.stdout + result.stderr
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     result = build(None, tmp_path, "acme/base", "acme/adapter")
     assert result.returncode == ExitCode.ENVIRONMENT, result.stderr

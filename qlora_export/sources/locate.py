@@ -142,4 +142,8 @@ def _asked(repository: str, ask: Any) -> Any:
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
+        if status in (401, 403):
+            raise NotAuthorised(
+                f"{repository}: the Hub answers {status}", "set HF_TOKEN to a valid token that may read it"
+            ) from None
         raise RemoteProblem(f"{repository}: the Hub answers {status}", "run the same command again later") from None
