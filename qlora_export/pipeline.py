@@ -50,7 +50,7 @@ def untracked(stage: str) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes and how it shows its progress.
+    """Where a run writes, what a build may take, and how it shows its progress.
 
     `keeps_plan` has a plan take the digests that a later run is held to, which come back as `pinned`;
     `publisher_environment` is what the environment of the publisher's process has beside ours.
@@ -58,6 +58,7 @@ class RunOptions:
 
     out: Path
     workers: int = field(default_factory=lambda: engine.BuildOptions().workers)
+    memory_limit_bytes: int | None = None
     track: Track = untracked
     publisher_environment: Mapping[str, str] = field(default_factory=dict)
     pinned: Mapping[str, Any] | None = None
@@ -88,7 +89,8 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
         require_pinned(plan, options.pinned)
     require(plan)
     with options.track("build") as progress:
-        built = engine.build(plan, options.out, engine.BuildOptions(options.workers, progress=progress))
+        limits = engine.BuildOptions(options.workers, progress=progress, memory_limit_bytes=options.memory_limit_bytes)
+        built = engine.build(plan, options.out, limits)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):

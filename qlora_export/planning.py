@@ -18,7 +18,7 @@ from qlora_export.assumptions import assumptions_of, combination_notes
 from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.inputs import Inputs
-from qlora_export.merge.base_rows import BLOCK_WEIGHTS, Training
+from qlora_export.merge.base_rows import Training
 from qlora_export.merge.carried import (
     CarriedFile,
     beside_sha256,
@@ -174,20 +174,6 @@ class Plan:
     def from_adapter(self, source: Weight) -> bool:
         """Whether a weight was saved with the adapter."""
         return self.checkpoint.weights.get(source.spec.name) is not source
-
-    def peak_memory_bytes(self, workers: int) -> int:
-        """Estimate of resident memory: the interpreter, row blocks in work, and the state of the largest tensors."""
-        block_size = self.training.quantization.block_size
-        largest = max(weight.spec.size for weight in self.sources)
-        widest = max(weight.spec.columns for weight in self.sources)
-        factors = [
-            sum(tensor.spec.size for change in output.changes for tensor in change.tensors)
-            for output in self.model.outputs.values()
-        ]
-        turned = [output.spec.size for output in self.model.outputs.values() if output.transposed]
-        block = max(BLOCK_WEIGHTS, widest * block_size, *turned, 0) * 4 * (4 + len(self.artifacts))
-        state = largest // block_size * 4 * (2 + len(self.artifacts))
-        return self.library_bytes + workers * block + 2 * (state + 4 * max(factors, default=0))
 
 
 def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +42,10 @@ Settings = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE or out].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option("--memory-limit", help="Memory that a build may take, as in 800MB; fewer threads run to keep it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 JunitXml = Annotated[Path | None, typer.Option("--junit-xml", help="Also write a JUnit report to this file.")]
 Prove = Annotated[
@@ -72,6 +77,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         settings: Settings = None,
         out: Out = None,
         workers: Workers = None,
+        memory_limit: MemoryLimit = None,
         as_json: Json = False,
         output: Output = None,
         junit_xml: JunitXml = None,
@@ -90,7 +96,11 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         }
         if prove is not None:
             settings = [*(settings or []), f"publish.prove={str(prove).lower()}"]
-        options = replace(run_options(recipe, out, workers), keeps_plan=output is not None)
+        options = replace(
+            run_options(recipe, out, workers),
+            memory_limit_bytes=byte_count(memory_limit) if memory_limit else None,
+            keeps_plan=output is not None,
+        )
         if recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)
         else:
@@ -110,6 +120,19 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         words = [word for name, word in signature.parameters.items() if name != "prove"]
         command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
     return command
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes as people write it: 800MB, 1.5 GiB, 2e9; raises UsageError for anything else."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kMGT]i?)?B?", text.strip())
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or number <= 0:
+        raise UsageError(f"--memory-limit {text!r} is no number of bytes", "write it as in 800MB or 1GiB")
+    unit = found[2] or ""
+    return int(number * (1024 if unit.endswith("i") else 1000) ** " kMGT".index(unit[:1] or " "))
 
 
 def failure_data(error: ExportError) -> dict[str, Any]:
@@ -220,4 +243,4 @@ def run_options(recipe: Path | None, out: Path | None, workers: int | None) -> R
 
     folder = out or (Path("out") / recipe.stem if recipe else Path("out"))
     defaults = RunOptions(folder)
-    return RunOptions(folder, workers or defaults.workers, show_progress)
+    return RunOptions(folder, workers or defaults.workers, track=show_progress)

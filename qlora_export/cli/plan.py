@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 def plan(recipe: Recipe, options: RunOptions) -> Outcome:
     """Say what a build would make, from headers alone: files, sizes, memory, assumptions, and every problem at once."""
     from qlora_export import pipeline
+    from qlora_export.memory import workers_within
     from qlora_export.pinned import pins
     from qlora_export.report.data import plan_summary
     from qlora_export.report.terminal import print_plan
 
     run = pipeline.plan(recipe, options)
-    data = plan_summary(run.plan, options.workers)
+    workers = workers_within(run.plan, options.workers, options.memory_limit_bytes)
+    data = plan_summary(run.plan, workers)
     if options.keeps_plan:
-        data |= pins(run.plan, options.workers)
-    return data, lambda: print_plan(run, options.workers), 0
+        data |= pins(run.plan, workers)
+    return data, lambda: print_plan(run, workers), 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora_export.diagnosis.checks import Check
 from qlora_export.diagnosis.machine import Needs
 from qlora_export.errors import ExportError, PlanRefused
+from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.sources.locate import hub_id
@@ -28,7 +29,7 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
     except ExportError as error:
         return [*found, Check("sources", "fail", error.message, error.hint)], Needs()
     found.append(Check("sources", "ok", f"the plan holds: {', '.join(_names(plan))}"))
-    return found, Needs(plan.bytes, plan.peak_memory_bytes(workers))
+    return found, Needs(plan.bytes, peak_memory_bytes(plan, workers))
 
 
 def extras_of(recipe: Recipe) -> set[str]:

@@ -26,6 +26,7 @@ from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
+from qlora_export.memory import workers_within
 from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import disk_full
@@ -33,6 +34,7 @@ from qlora_export.tensors.writing import disk_full
 
 def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
     """Build what is missing and verify what is there; the artifacts in the recipe's order."""
+    options = replace(options, workers=workers_within(plan, options.workers, options.memory_limit_bytes))
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file", "--out names a folder")
     out.mkdir(parents=True, exist_ok=True)

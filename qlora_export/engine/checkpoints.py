@@ -16,12 +16,18 @@ from qlora_export.engine.partial import PartialFolder
 
 
 class Checkpoints:
-    """Syncs and journals tensors by name, about `bytes_each` at a time; `listed` says whether a source's digest is."""
+    """Syncs and journals tensors by name, about `bytes_each` at a time.
 
-    def __init__(self, folders: Sequence[PartialFolder], bytes_each: int, listed: Callable[[str], bool]) -> None:
+    `listed` says whether the digest of a tensor's source is in the journals, `drops` that the page cache keeps nothing.
+    """
+
+    def __init__(
+        self, folders: Sequence[PartialFolder], bytes_each: int, listed: Callable[[str], bool], drops: bool
+    ) -> None:
         self._folders = folders
         self._bytes_each = bytes_each
         self._listed = listed
+        self._drops = drops
         self._finished: list[str] = []
         self._waiting_bytes = 0
         self._changed = threading.Condition()
@@ -79,6 +85,8 @@ class Checkpoints:
             return []
         for folder in self._folders:
             folder.writer.sync()
+            if self._drops:
+                folder.writer.drop()
         ready = [name for name in tensors if self._listed(name)]
         for folder in self._folders:
             folder.journal.add(ready)

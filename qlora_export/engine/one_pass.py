@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,12 +34,12 @@ def run_pass(
     plan: Plan, folders: Sequence[PartialFolder], options: BuildOptions, digests: SourceDigests, files: SourceFiles
 ) -> None:
     """Run all jobs; raises the first error, after which only journalled tensors count."""
-    work = Pass(plan, folders, options, digests)
+    work = Pass(plan, folders, options, digests, files)
     with (
         few_collections(),
-        Checkpoints(folders, options.checkpoint_bytes, work.is_listed) as checkpoints,
+        Checkpoints(folders, options.checkpoint_bytes, work.is_listed, work.drops) as checkpoints,
     ):
-        WorkerPool(options.workers, partial(work.finished, checkpoints)).run(work.makers(files))
+        WorkerPool(options.workers, partial(work.finished, checkpoints)).run(work.makers())
         with ThreadPoolExecutor(options.workers) as pool:
             list(pool.map(lambda folder: folder.writer.hash_behind(), folders))
 
@@ -57,12 +58,18 @@ class Pass:
     """What there is to do, and what is done: subjects are source files to hash and weights to make."""
 
     def __init__(
-        self, plan: Plan, folders: Sequence[PartialFolder], options: BuildOptions, digests: SourceDigests
+        self,
+        plan: Plan,
+        folders: Sequence[PartialFolder],
+        options: BuildOptions,
+        digests: SourceDigests,
+        files: SourceFiles,
     ) -> None:
         self._plan = plan
         self._folders = folders
         self._options = options
         self._digests = digests
+        self._files = files
         self._destinations = _destinations(folders)
         self._total = sum(weight_bytes(source) for source in plan.sources)
         self._counting = threading.Lock()
@@ -74,13 +81,19 @@ class Pass:
             self._mark(source)
         self.subjects = _subjects(plan, [source for source in plan.sources if source.spec.name not in written])
         self._files_of = {source.spec.name: self._source_files(source) for source in plan.sources}
+        self._left = Counter(_file(subject) for subject in self.subjects)
 
-    def makers(self, files: SourceFiles) -> list[Callable[[], StagedJob]]:
+    @property
+    def drops(self) -> bool:
+        """Whether the page cache is kept clear of what the pass has done with."""
+        return self._total + sum(folder.item.bytes for folder in self._folders) > self._options.cache_bytes
+
+    def makers(self) -> list[Callable[[], StagedJob]]:
         """What opens the job of each subject."""
         return [
             partial(HashJob, self._digests, subject)
             if isinstance(subject, Path)
-            else partial(TensorJob, self._plan, subject, files, self._destinations.get(id(subject), ()))
+            else partial(TensorJob, self._plan, subject, self._files, self._destinations.get(id(subject), ()))
             for subject in self.subjects
         ]
 
@@ -95,12 +108,15 @@ class Pass:
             for folder in self._folders:
                 folder.journal.add_source(subject.name, self._digests.facts[subject.name]["sha256"])
             self._listed.add(subject.name)
-            return
-        self._mark(subject)
-        checkpoints.add(subject.spec.name, weight_bytes(subject))
+        else:
+            self._mark(subject)
+            checkpoints.add(subject.spec.name, weight_bytes(subject))
         with self._counting:
-            self._done += weight_bytes(subject)
+            self._done += 0 if isinstance(subject, Path) else weight_bytes(subject)
             self._options.progress(self._done, self._total)
+            self._left[_file(subject)] -= 1
+        if self.drops and not self._left[_file(subject)]:
+            self._files.drop(_file(subject))
         for folder in self._folders:
             folder.writer.hash_behind(HASHED_BYTES_EACH)
 
@@ -113,11 +129,16 @@ class Pass:
         return set() if self._plan.from_adapter(source) else {tensor.path.name for tensor in source.stored}
 
 
+def _file(subject: Path | Weight) -> Path:
+    """The file that a subject begins in, or is."""
+    return subject if isinstance(subject, Path) else subject.stored[0].path
+
+
 def _subjects(plan: Plan, missing: Sequence[Weight]) -> list[Path | Weight]:
     """Every file of the base before the weights that begin in it; the adapter's own weights last."""
     groups: dict[Path, list[Weight]] = {path: [] for path in plan.checkpoint.files}
     for source in missing:
-        groups.setdefault(source.stored[0].path, []).append(source)
+        groups.setdefault(_file(source), []).append(source)
     base = set(plan.checkpoint.files)
     return [subject for path, group in groups.items() for subject in ([path] * (path in base) + group)]
 

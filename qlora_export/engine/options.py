@@ -10,8 +10,15 @@ from qlora_export.contracts import Progress
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Threads, how much of the base may be read again after a kill, and who is told bytes done and bytes in all."""
+    """Threads, limits, and who is told bytes done and bytes in all.
+
+    `checkpoint_bytes` of the base may be read again after a kill. `memory_limit_bytes` is for resident memory: fewer
+    threads run where that keeps it. A build that moves more than `cache_bytes` leaves nothing in the page cache, for
+    whatever else runs there; a smaller one leaves it all, for the check that follows.
+    """
 
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     checkpoint_bytes: int = 256_000_000
     progress: Progress = lambda done, total: None
+    memory_limit_bytes: int | None = None
+    cache_bytes: int = field(default_factory=lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

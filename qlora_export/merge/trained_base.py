@@ -43,12 +43,14 @@ class TrainedBase:
     def settle(self) -> None:
         """Quantise the absmax of the whole tensor."""
         if not self._training.double_quant:
-            self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
+            if self._recorded is not None:
+                self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
             return
         offset = nested_offset(self._absmax, self._recorded)
         codes, nested_absmax = nested.encode(self._absmax, offset, self._training.exact_nested)
         self._scales = nested.decode(codes, nested_absmax, offset)
-        self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
+        if self._recorded is not None:
+            self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
 
     def rows(self, values: Values, first_row: int) -> Float32:
         """The same rows as training multiplied with, a new array; every row passes here exactly once."""

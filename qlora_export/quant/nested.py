@@ -120,28 +120,63 @@ def encode(absmax: Float32, offset: np.float32, exact: bool = False) -> tuple[UI
 
     `exact` searches the true nearest code, as CUDA does; otherwise bitsandbytes' CPU table decides.
     """
-    centred = absmax - offset
-    blocks = -(-centred.size // BLOCK)
-    padded = np.zeros(blocks * BLOCK, np.float32)
-    padded[: centred.size] = centred
-    grid = padded.reshape(blocks, BLOCK)
-    nested_absmax = np.abs(grid).max(axis=1) if blocks else np.zeros(0, np.float32)
-    empty = nested_absmax == 0
-    reciprocal = np.float32(1) / np.where(empty, np.float32(1), nested_absmax)
-    scaled = np.clip(grid * reciprocal[:, None], np.float32(-1), np.float32(1))
-    if exact:
-        codes = np.searchsorted(_midpoints(), scaled, side="left").astype(np.uint8)
-    else:
-        step = (scaled + np.float32(1)) * np.float32(0.5) * np.float32(TABLE_STEPS - 1) + np.float32(0.5)
-        codes = _table()[step.astype(np.uint16)]
-    codes[empty] = 0
-    return codes.reshape(-1)[: centred.size].copy(), nested_absmax
+    codes = np.empty(absmax.size, np.uint8)
+    nested_absmax = np.empty(-(-absmax.size // BLOCK), np.float32)
+    _encode(absmax, np.float32(offset), _midpoints(), _table(), exact, codes, nested_absmax)
+    return codes, nested_absmax
 
 
 def decode(
     codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0, codebook: Float32 | None = None
 ) -> Float32:
     """The float32 absmax that the codes stand for; `codes` begins at absmax number `first` of the tensor."""
-    scales = nested_absmax[np.arange(first, first + codes.size) // BLOCK]
-    absmax: Float32 = (dynamic_map() if codebook is None else codebook)[codes] * scales + offset
+    absmax = np.empty(codes.size, np.float32)
+    _decode(codes, nested_absmax, np.float32(offset), first, dynamic_map() if codebook is None else codebook, absmax)
     return absmax
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _encode(
+    absmax: Float32,
+    offset: np.float32,
+    midpoints: Float32,
+    table: UInt8,
+    exact: bool,
+    codes: UInt8,
+    nested_absmax: Float32,
+) -> None:
+    for block in range(nested_absmax.size):
+        values, into = absmax[block * BLOCK : (block + 1) * BLOCK], codes[block * BLOCK : (block + 1) * BLOCK]
+        largest = np.float32(0)
+        for index in range(values.size):
+            largest = max(largest, abs(values[index] - offset))
+        nested_absmax[block] = largest
+        if largest == 0:
+            into[:] = 0
+            continue
+        reciprocal = np.float32(1) / largest
+        for index in range(values.size):
+            scaled = min(max((values[index] - offset) * reciprocal, np.float32(-1)), np.float32(1))
+            if exact:
+                into[index] = _below(midpoints, scaled)
+            else:
+                step = (scaled + np.float32(1)) * np.float32(0.5) * np.float32(TABLE_STEPS - 1) + np.float32(0.5)
+                into[index] = table[np.uint16(np.int32(step))]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _below(midpoints: Float32, value: np.float32) -> np.uint8:
+    """How many of the 255 midpoints are below a value."""
+    count, step = 0, 128
+    while step:
+        count += step if midpoints[count + step - 1] < value else 0
+        step >>= 1
+    return np.uint8(count)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _decode(
+    codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int, codebook: Float32, absmax: Float32
+) -> None:
+    for index in range(codes.size):
+        absmax[index] = codebook[codes[index]] * nested_absmax[(first + index) // BLOCK] + offset

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
+from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
@@ -64,7 +65,7 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
         "quantised_in_training": len(plan.training.quantised),
         "assumptions": list(plan.assumptions),
         "bytes": plan.bytes,
-        "peak_memory_bytes": plan.peak_memory_bytes(workers),
+        "peak_memory_bytes": peak_memory_bytes(plan, workers),
         "artifacts": [
             {
                 "name": artifact.name,

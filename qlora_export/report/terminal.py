@@ -14,6 +14,7 @@ from rich.table import Table
 from qlora_export import contracts
 from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
+from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.run import Run
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -50,7 +51,7 @@ def print_plan(run: Run, workers: int) -> None:
         onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
         table.add_row(item.name, item.form.name, onto, size(item.bytes))
     console.print(table)
-    console.print(f"disk {size(plan.bytes)}, memory about {size(plan.peak_memory_bytes(workers))}", highlight=False)
+    console.print(f"disk {size(plan.bytes)}, memory about {size(peak_memory_bytes(plan, workers))}", highlight=False)
     _print_assumptions(console, run)
 
 

@@ -43,6 +43,10 @@ class PrefixDigest:
         finally:
             self._hashing.release()
 
+    def drop(self) -> None:
+        """Leave nothing of what was hashed in the page cache, but for what is not on the disk yet."""
+        os.posix_fadvise(self._descriptor, 0, self._hashed, os.POSIX_FADV_DONTNEED)
+
     def sha256(self) -> str:
         """The digest of the whole file, all of which has been marked; raises ValueError otherwise."""
         with self._hashing:

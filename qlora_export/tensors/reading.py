@@ -39,6 +39,10 @@ class SourceFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def drop(self, path: Path) -> None:
+        """Leave nothing of a file in the page cache; it can still be read."""
+        os.posix_fadvise(self._descriptor(path), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def read(self, tensor: StoredTensor, first_row: int, rows: int) -> UInt8:
         """Raw bytes of `rows` rows from `first_row` on, flat uint8."""
         row_bytes = tensor.spec.columns * ITEM_BYTES[tensor.spec.dtype]
@@ -87,7 +91,8 @@ class SourceFiles:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._descriptors[path]
 
 

@@ -65,6 +65,11 @@ class ShardWriter:
         for digest in self._digests.values():
             digest.advance(least_bytes)
 
+    def drop(self) -> None:
+        """Leave nothing in the page cache of what is hashed and synced."""
+        for digest in self._digests.values():
+            digest.drop()
+
     def facts(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 of every file by name; all parts must be done."""
         return {file: {"bytes": digest.size, "sha256": digest.sha256()} for file, digest in self._digests.items()}
