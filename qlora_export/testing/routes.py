@@ -83,10 +83,11 @@ def answer(service: Service, request: Request) -> Answer:
     try:
         known = identify(service, request)
         method = "GET" if request.method == "HEAD" else request.method
+        path = _below(service, request.path)
         for route in ROUTES:
-            if route.method == method and (found := route.address.fullmatch(request.path)) is not None:
+            if route.method == method and (found := route.address.fullmatch(path)) is not None:
                 words = {name: unquote(word) for name, word in found.groupdict().items() if word is not None}
-                return route.work(service, replace(known, words=words))
+                return route.work(service, replace(known, path=path, words=words))
         raise Refusal(404, f"This Hub has no {request.method} {request.path}")
     except Refusal as refusal:
         if service.faults.strikes("refusals-tell-token"):
@@ -94,3 +95,10 @@ def answer(service: Service, request: Request) -> Answer:
         return refusal.answer()
     except (KeyError, TypeError, ValueError) as error:
         return Refusal(400, f"The request is not understood: {error!r}").answer()
+
+
+def _below(service: Service, path: str) -> str:
+    """The path without the prefix of this Hub's addresses; empty for what it does not know."""
+    prefix, without = service.rules.prefix, service.rules.without
+    known = path.startswith(f"{prefix}/") and not any(word in path for word in without)
+    return path.removeprefix(prefix) if known else ""

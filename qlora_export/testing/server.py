@@ -27,6 +27,8 @@ class HubServer:
 
     Without a `token` everybody may write; with one, requests without it may only read what is public and
     `read:TOKEN` may read everything. Contents lie under `root`, by default in a folder that goes when the block ends.
+    Artifact servers that stand in for the Hub have an address with a path, `prefix`, and answer 404 to requests that
+    they do not know: those with one of the words of `without` in their path, as in `/whoami-v2` or `/commits/`.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class HubServer:
         organisations: Sequence[str] = (),
         limits: Limits | None = None,
         port: int = 0,
+        prefix: str = "",
+        without: Sequence[str] = (),
     ) -> None:
         self.collections: dict[str, list[dict[str, Any]]] = {}
         self.endpoint = ""
         self._root, self._port, self._faults = root, port, tuple(faults)
-        self._rules = Rules(token, tuple(organisations), xet, limits or Limits())
+        self._rules = Rules(token, tuple(organisations), xet, limits or Limits(), prefix, tuple(without))
         self._records: list[Record] = []
         self._service: Service | None = None
         self._stack = ExitStack()
@@ -53,7 +57,7 @@ class HubServer:
             root = self._root or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hub-")))
             service = Service(self._rules, BlobStore(root), self._faults, self.collections)
             server = stack.enter_context(_Server(self._port, service, self._records))
-            self.endpoint = service.endpoint = f"http://127.0.0.1:{server.server_port}"
+            self.endpoint = service.endpoint = f"http://127.0.0.1:{server.server_port}{self._rules.prefix}"
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
             stack.callback(thread.join)

@@ -32,12 +32,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Rules:
-    """How this Hub was started: the token that may write, organisations of its user, whether it claims to have xet."""
+    """How this Hub was started.
+
+    The token that may write, organisations of its user, whether it claims to have xet; the path that all of its
+    addresses begin with, and words in those that it does not know.
+    """
 
     token: str | None = None
     organisations: tuple[str, ...] = ()
     xet: bool = False
     limits: Limits = field(default_factory=Limits)
+    prefix: str = ""
+    without: tuple[str, ...] = ()
 
 
 @dataclass
