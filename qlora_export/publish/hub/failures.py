@@ -101,7 +101,7 @@ def _answered(status: int, text: str, place: str) -> ExportError:
     if status in (401, 402, 403):
         return NotAuthorised(message, TOKEN_HINT)
     if status == 404:
-        return NotAuthorised(message, f"the repository is not there, or this token may not see it; {TOKEN_HINT}")
+        return NotAuthorised(message, f"it is not there, or this token may not see it; {TOKEN_HINT}")
     if status in (409, 412):
         return RemoteConflict(message, "somebody else published there: look at it, then run again")
     return Refused(message, "the Hub does not take this; its words say why")

@@ -61,10 +61,10 @@ class HubPublisher:
         self._places = places_of(publish, recipe.artifacts)
 
     def require_ready(self, forbidden: Sequence[Path]) -> None:
-        """Raise unless the endpoint knows this token and every repository that exists is as private as is asked."""
+        """Raise unless the endpoint knows this token, and repositories and collection are as the recipe needs them."""
         if (signer := signer_of(self._recipe)) is not None:
             require_signer(signer)
-        run_job(self._client, "authorise")
+        run_job(self._client, "authorise", collection=self._publish.collection)
         self._look(self._places)
 
     def require_account(self, account: Account) -> None:

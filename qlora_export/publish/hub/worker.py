@@ -43,7 +43,12 @@ def look(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
 
 
 def authorise(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
-    """Who this token is; an endpoint that does not tell is not an error, a token that it refuses is one."""
+    """Who this token is; an endpoint that does not tell is not an error, a token that it refuses is one.
+
+    A collection that the release is to be listed in must be there.
+    """
+    if collection := job.get("collection"):
+        asked(collection, lambda: api.get_collection(collection))
     try:
         return {"name": str(api.whoami()["name"])}
     except Exception as error:

@@ -88,7 +88,9 @@ def oids(hub: HubServer, name: str = "acme/bot-bf16", reference: str = "main") -
 def test_what_was_published_is_proven_and_tagged(
     hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions
 ) -> None:
-    run = pipeline.publish(recipe(version="v1"), options)
+    hub.collections["acme/bots-1a2b"] = []
+    run = pipeline.publish(recipe(version="v1", collection="acme/bots-1a2b"), options)
+    assert [item["id"] for item in hub.collections["acme/bots-1a2b"]] == ["acme/bot-bf16", "acme/bot-nf4-adapter"]
     assert [receipt.destination for receipt in run.receipts] == ["acme/bot-bf16", "acme/bot-nf4-adapter"]
     for receipt in run.receipts:
         repository = hub.repositories[receipt.destination]
@@ -190,6 +192,7 @@ def test_two_artifacts_on_top_of_each_other(recipe: Callable[..., Recipe], optio
         ({"to": "hub:bot"}, UsageError, "is no name of a repository"),
         ({"to": "hub:acme/bot-{nome}"}, UsageError, "placeholder"),
         ({"sign": "key:nowhere.pem"}, ExportError, "nowhere.pem"),
+        ({"collection": "acme/bots-1a2b"}, ExportError, "acme/bots-1a2b"),
     ],
 )
 def test_what_is_refused_before_anything_is_sent(
