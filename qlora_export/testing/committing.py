@@ -93,7 +93,7 @@ def _take_file(store: BlobStore, draft: _Draft, value: Line) -> None:
 
 def _take_large_file(store: BlobStore, draft: _Draft, value: Line) -> None:
     path = _safe_path(value)
-    entry = store.large(str(value.get("oid")))
+    entry = store.large(str(value.get("oid")), int(value.get("size") or 0))
     if entry is None:
         raise Refusal(400, f"The LFS object of {path} was not uploaded: {value.get('oid')}")
     draft.writes[path] = entry

@@ -55,7 +55,7 @@ class HubServer:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             root = self._root or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hub-")))
-            service = Service(self._rules, BlobStore(root), self._faults, self.collections)
+            service = Service(self._rules, BlobStore(root, self._rules.xet), self._faults, self.collections)
             server = stack.enter_context(_Server(self._port, service, self._records))
             self.endpoint = service.endpoint = f"http://127.0.0.1:{server.server_port}{self._rules.prefix}"
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -34,7 +34,7 @@ class Limits:
 class Rules:
     """How this Hub was started.
 
-    The token that may write, organisations of its user, whether it claims to have xet; the path that all of its
+    The token that may write, organisations of its user, whether it takes uploads by xet; the path that all of its
     addresses begin with, and words in those that it does not know.
     """
 
@@ -103,6 +103,8 @@ def identify(service: Service, request: Request) -> Request:
     """The request with its caller; raises Refusal 401 when its token is not one of ours."""
     bearer = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
     expected = service.rules.token
+    if f"{service.rules.prefix}/xet/" in request.path:
+        return request
     if bearer:
         committing = re.search(r"/commit/", request.path) is not None
         if service.faults.token_expires(committing):

@@ -90,7 +90,7 @@ def verify_file(service: Service, request: Request) -> Answer:
     asked = request.json()
     if service.faults.strikes("verify-502"):
         raise Refusal(502, "Bad Gateway")
-    stands = service.store.large(upload.oid)
+    stands = service.store.large(upload.oid, upload.size)
     if (asked.get("oid"), asked.get("size")) != (upload.oid, upload.size) or stands is None:
         size, digest = upload.received or (0, "nothing")
         raise Refusal(422, f"{upload.oid} of {upload.size} bytes was announced, {digest} of {size} bytes arrived")
@@ -98,7 +98,7 @@ def verify_file(service: Service, request: Request) -> Answer:
 
 
 def xet_token(service: Service, request: Request) -> Answer:
-    """Access to chunked storage, which this Hub only claims to have."""
+    """Access to chunked storage, which takes uploads here and gives nothing back."""
     (writable if request.words["access"] == "write" else readable)(service, request)
     if not service.rules.xet:
         raise Refusal(404, "This Hub has no xet storage")

@@ -1,7 +1,8 @@
-"""Servers that stand in for the Hub: an address with a path, no xet, and not every request known."""
+"""Endpoints of other kinds: an address with a path, no xet or with it, and not every request known."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,22 @@ def test_what_is_not_known_is_a_404(endpoint: HubServer) -> None:
         outside = client(server, {"HF_ENDPOINT": server.endpoint.removesuffix("/hub")})
         assert run_job(outside, "authorise") == {"name": None}
         assert run_job(client(server, {}), "authorise") == {"name": "rehearsal"}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_xet_is_used_where_it_is_spoken(
+    release: Path, library: Mapping[str, str], allowed: bool, tmp_path: Path
+) -> None:
+    """The client's own library sends the bytes; this Hub keeps none of them, so its listing is all that is compared."""
+    variables = {**library, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "" if allowed else "1"}
+    with HubServer(xet=True, faults=["commit-applied-then-closed"]) as hub:
+        runner = client(hub, variables)
+        created = run_job(runner, "create", targets=[vars(Target("acme/model"))])
+        assert created["xet"] == allowed
+        made = publish(runner, release, created["heads"][0])
+        files = hub.repositories["acme/model"].files()
+        for path in release.glob("*.safetensors"):
+            assert files[path.name].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert [commit.oid for commit in hub.repositories["acme/model"].commits()][:-1] == [made["commit"]]
+        taken = {record.path.split("/")[1] for record in hub.requests if record.method in ("PUT", "POST")}
+        assert ("xet" in taken, "uploads" in taken) == (allowed, not allowed)
