@@ -150,7 +150,7 @@ def _published(receipt: Receipt) -> str:
     place = receipt.url or receipt.destination
     line = f"{'published' if receipt.changed else 'already published'} {receipt.artifact} to {place}"
     if receipt.revision is not None:
-        transport = "" if receipt.transport == "xet" else "; classic LFS, since the endpoint has no xet"
+        transport = "" if receipt.transport == "xet" else "; by classic LFS, without xet"
         line = f"{line} ({receipt.revision}, commit {receipt.commit[:12]}{transport})"
     if (proof := receipt.proof) is None:
         return line
