@@ -23,7 +23,12 @@ CLIENTS = {"newest": None, "oldest": Path(sys.prefix) / "oldest-hub"}
 @pytest.fixture(params=CLIENTS)
 def library(request: pytest.FixtureRequest) -> Mapping[str, str]:
     """What makes the child import one of the two clients."""
-    folder = CLIENTS[request.param]
+    return library_of(request.param)
+
+
+def library_of(name: str) -> Mapping[str, str]:
+    """The environment of the newest or the oldest client."""
+    folder = CLIENTS[name]
     if folder is None:
         return {}
     assert (folder / "huggingface_hub").is_dir(), "make installs the oldest client there"
@@ -39,7 +44,11 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     """Two shards, a config and a card."""
-    folder = tmp_path / "release"
+    return make_release(tmp_path / "release")
+
+
+def make_release(folder: Path) -> Path:
+    """A small release in a new folder."""
     folder.mkdir()
     for number in (1, 2):
         values = np.full((300, 40), number, np.float32)

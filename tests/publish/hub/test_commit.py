@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qlora_export.errors import ExitCode, ExportError
 from qlora_export.publish.hub.job import Target
 from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.testing import HubServer
-from tests.publish.hub.conftest import client, create, publish, upload
+from tests.publish.hub.conftest import CLIENTS, client, create, library_of, make_release, publish, upload
 
 Library = Mapping[str, str]
 # An unsigned identity token: header, claims and signature of a JSON web token.
@@ -84,18 +85,6 @@ RECOVERED = [
     "commit-applied-then-closed",
     "tree-missing-shard",
 ]
-
-
-@pytest.mark.parametrize("fault", RECOVERED)
-def test_what_passes_leaves_exactly_one_commit(release: Path, library: Library, fault: str) -> None:
-    with HubServer(faults=[fault]) as hub:
-        runner = client(hub, library)
-        made = publish(runner, release, create(runner))
-        assert commits_of(hub)[0] == made["commit"]
-        assert len(commits_of(hub)) == 2
-        require_whole(hub, release)
-
-
 REFUSED = {
     "commit-503-always": (ExitCode.REMOTE, "503"),
     "commit-412": (ExitCode.REMOTE_CONFLICT, "main moved from"),
@@ -104,8 +93,18 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED)
-def test_what_does_not_pass_has_its_own_exit_code(release: Path, library: Library, fault: str) -> None:
+def recover(fault: str, library: Library, release: Path) -> None:
+    """What passes by itself leaves exactly one commit."""
+    with HubServer(faults=[fault]) as hub:
+        runner = client(hub, library)
+        made = publish(runner, release, create(runner))
+        assert commits_of(hub)[0] == made["commit"]
+        assert len(commits_of(hub)) == 2
+        require_whole(hub, release)
+
+
+def fail(fault: str, library: Library, release: Path) -> None:
+    """What does not pass has its own exit code, and leaves nothing of ours."""
     code, text = REFUSED[fault]
     with HubServer(faults=[fault]) as hub:
         runner = client(hub, library)
@@ -115,6 +114,28 @@ def test_what_does_not_pass_has_its_own_exit_code(release: Path, library: Librar
         assert raised.value.exit_code == code
         ours = [commit for commit in hub.repositories["acme/model"].commits("main") if "Release" in commit.title]
         assert len(ours) == (fault == "put-truncated")
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[tuple[str, str], Future[None]]]:
+    """Every fault with both clients, each with a Hub of its own; several at a time, since they mostly wait."""
+    with ThreadPoolExecutor(6) as pool:
+        yield {
+            (name, fault): pool.submit(
+                recover if fault in RECOVERED else fail,
+                fault,
+                library_of(name),
+                make_release(tmp_path_factory.mktemp("trial") / "release"),
+            )
+            for name in CLIENTS
+            for fault in (*RECOVERED, *REFUSED)
+        }
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("fault", [*RECOVERED, *REFUSED])
+def test_a_fault(trials: Mapping[tuple[str, str], Future[None]], name: str, fault: str) -> None:
+    trials[name, fault].result()
 
 
 def test_a_repository_that_turns_public_gets_no_byte(release: Path, library: Library) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from qlora_export.publish.hub.job import Target
 from qlora_export.publish.hub.process import QUIET, WORKER
 from qlora_export.testing import FAULTS, HubServer
-from tests.publish.hub.conftest import client, create, upload
+from tests.publish.hub.conftest import client, create, make_release, upload
 from tests.publish.hub.test_commit import IDENTITY
 
 # A token as the Hub gives them out, and one that nothing but its value gives away.
@@ -54,17 +55,16 @@ def require_silent(told: str, places: Sequence[Path], token: str) -> None:
         assert token[len(token) // 2 :] not in text
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "refusals-tell-token"])
-def test_a_fault(release: Path, fault: str) -> None:
-    library: dict[str, str] = {}
+def fail(fault: str, release: Path) -> None:
+    """A publication through one fault, and what was written on the way."""
     with HubServer(token=WORD, faults=["refusals-tell-token", SHORTER.get(fault, fault)]) as hub:
-        told = written(hub, library, WORD, "create", targets=[TARGET])
+        told = written(hub, {}, WORD, "create", targets=[TARGET])
         if "error" not in told:
             parent = json.loads(told)["result"]["heads"][0]
-            told += written(hub, library, WORD, "publish", uploads=[upload(release, parent)])
+            told += written(hub, {}, WORD, "publish", uploads=[upload(release, parent)])
         if fault == "tag-409":
             commits = [{"repository": "acme/model", "commit": hub.repositories["acme/model"].head()}]
-            told += written(hub, library, WORD, "name", commits=commits, version="v1", collection=None)
+            told += written(hub, {}, WORD, "name", commits=commits, version="v1", collection=None)
     assert '"result"' in told or '"error"' in told
     require_silent(told, [release.parent], WORD)
 
@@ -80,11 +80,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
-def test_another_failure(tmp_path: Path, case: str) -> None:
+def fail_otherwise(case: str, home: Path) -> None:
+    """A failure that is none of the Hub's faults."""
     changes = {"token": TOKEN, **OTHERS[case]}
     token = changes.pop("token")
-    identity = {"HF_OIDC_ID_TOKEN": IDENTITY, "HF_HOME": str(tmp_path)}
+    identity = {"HF_OIDC_ID_TOKEN": IDENTITY, "HF_HOME": str(home)}
     with HubServer(token=TOKEN, faults=["refusals-tell-token"]) as hub:
         create(client(hub, {"HF_TOKEN": TOKEN}))
         job = {"endpoint": changes["HF_ENDPOINT"]} if "HF_ENDPOINT" in changes else {}
@@ -94,7 +94,33 @@ def test_another_failure(tmp_path: Path, case: str) -> None:
         )
     assert '"error"' in told
     for secret in {TOKEN, token, IDENTITY} - {""}:
-        require_silent(told, [tmp_path], secret)
+        require_silent(told, [home], secret)
+
+
+WAYS = [*(name for name in FAULTS if name != "refusals-tell-token"), *OTHERS]
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[None]]]:
+    """Every way to fail, each with a Hub of its own; several at a time, since they mostly wait."""
+    with ThreadPoolExecutor(6) as pool:
+        started = {}
+        for way in WAYS:
+            place = tmp_path_factory.mktemp("trial")
+            if way in OTHERS:
+                started[way] = pool.submit(fail_otherwise, way, place)
+            else:
+                started[way] = pool.submit(fail, way, make_release(place / "release"))
+        yield started
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failure(trials: Mapping[str, Future[None]], way: str) -> None:
+    trials[way].result()
+
+
+def test_there_are_at_least_twenty_ways() -> None:
+    assert len(WAYS) >= 20
 
 
 def test_a_repetition_reaches_the_message(release: Path) -> None:
