@@ -1,186 +1,171 @@
-"""Measure a build against the disk and against peft, side by side on a model this tool makes.
+"""Measure builds against the disk and against peft, side by side on a model this tool makes.
 
-    python tools/bench_build.py [--weights 1.2e9] [--json] [--work FOLDER]
+    python tools/bench_build.py [--weights 1.2e9] [--repeats 3] [--json] [--work FOLDER]
 
-Every row is a whole process on a warm page cache: `cat` reads the base, `cp` copies it with fsync, `qlora-export build`
-makes one format (or three in one pass), peft loads, merges and saves. Ratios are what counts on a shared machine;
-seconds are there to see how long one must wait. Resident memory is the peak that the kernel reports for the process.
+Every row is a whole process. Before each the base leaves the page cache, and what earlier rows wrote is synced, so that
+all of them read from the same disk; the fastest of a few rounds counts, since the machine is shared. For each format
+
+    ratio_to_copy      (build - start-up) / (cat of the base + writing the artifact's bytes with fsync)
+    speedup_over_peft  peft's load, merge and save / the whole build; peft does not sync what it saves
+    memory_vs_peft     resident peaks, as the kernel reports them
+    hash_to_copy       sha256 of base and artifact on one core / the same copy; every build does it on the way
+
+with the keys of `nf4` at the top and those of `bf16` below their name. `warm_ratio_to_copy` has the base in the page
+cache for both. `three_formats_to_one` is one pass that makes bf16, nf4 and nf4-adapter against bf16 alone. Start-up is
+what `plan` takes: everything before the first weight is read. bitsandbytes' encode is projected from a part.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+from bench_model import make_adapter, make_base, shape_of
+from bench_process import Cost, cost
 
-from qlora_export.contracts import Part, Piece
-from qlora_export.tensors.layout import Layout, lay_out
-from qlora_export.tensors.writing import ShardWriter
-
+CHUNK_BYTES = 1 << 22
 PEFT_MERGE = """
 import sys, torch, transformers, peft
 base, adapter, out = sys.argv[1:]
 model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
+BITSANDBYTES_ENCODE = """
+import sys, time, torch, bitsandbytes
+weight = torch.randn(int(float(sys.argv[1])) // 4096 + 1, 4096).to(torch.bfloat16)
+started = time.perf_counter()
+bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+print((time.perf_counter() - started) / weight.numel())
+"""
+BUILDS = {"bf16": ["bf16"], "nf4": ["nf4"], "three formats": ["bf16", "nf4", "nf4-adapter"]}
+SAMPLE_WEIGHTS = 3e7
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama of these sizes."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-    heads: int
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Shapes [out, in] of the linear layers of one block."""
-        key_value = self.hidden // 4
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (key_value, self.hidden),
-            "self_attn.v_proj": (key_value, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        block = sum(rows * columns for rows, columns in self.linears.values()) + 2 * self.hidden
-        return self.layers * block + self.vocabulary * self.hidden + self.hidden
+def evict(folder: Path) -> None:
+    """Bring a folder's files to the disk and out of the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
-def shape_of(weights: float) -> Shape:
-    """A shape of about this many weights, with the proportions of Llama-3.2-1B from 0.3 B on."""
-    hidden = 2048 if weights >= 3e8 else 256
-    shape = Shape(hidden, hidden * 4, 1, 32000 if hidden > 256 else 2048, hidden // 64)
-    per_layer = Shape(hidden, hidden * 4, 2, shape.vocabulary, shape.heads).weights - shape.weights
-    layers = max(1, round((weights - shape.weights) / per_layer) + 1)
-    return Shape(hidden, hidden * 4, layers, shape.vocabulary, shape.heads)
+class Bench:
+    """The model, and how each row is measured on it."""
+
+    def __init__(self, work: Path, repeats: int) -> None:
+        self.work = work
+        self.base = work / "base"
+        self.out = work / "out"
+        self._repeats = repeats
+
+    def fastest(self, run: Callable[[], Cost], cold: bool = True) -> Cost:
+        """The fastest of a few rounds on a base that lies on the disk alone, or in the page cache."""
+        found = []
+        for _ in range(self._repeats):
+            shutil.rmtree(self.out, ignore_errors=True)
+            os.sync()
+            if cold:
+                evict(self.base)
+            else:
+                self.cat()
+            found.append(run())
+        return min(found, key=lambda one: one.seconds)
+
+    def cat(self) -> Cost:
+        """Read the base."""
+        return cost(["/bin/sh", "-c", f"cat '{self.base}'/*.safetensors > /dev/null"])
+
+    def command(self, verb: str, formats: Sequence[str]) -> list[str]:
+        """The command line of a verb."""
+        words = [sys.executable, "-m", "qlora_export", verb, "--out", str(self.out)]
+        words += ["--base", str(self.base), "--adapter", str(self.work / "adapter")]
+        return words + [word for name in formats for word in ("--format", name)]
+
+    def peft(self) -> Cost:
+        """Load, merge, save."""
+        return cost([sys.executable, "-c", PEFT_MERGE, str(self.base), str(self.work / "adapter"), str(self.out)])
+
+    def bytes_of(self, name: str) -> int:
+        """Size of the weights of an artifact, which the last build of it left."""
+        return sum(path.stat().st_size for path in (self.out / name).glob("*.safetensors"))
+
+    def write(self, count: int) -> Cost:
+        """Write so many bytes with fsync."""
+        path, chunk = self.work / "written", os.urandom(CHUNK_BYTES)
+        started = time.perf_counter()
+        with path.open("wb") as file:
+            for first in range(0, count, CHUNK_BYTES):
+                file.write(chunk[: count - first])
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - started
+        path.unlink()
+        return Cost(seconds, 0)
+
+    def hashing(self, count: int) -> Cost:
+        """sha256 of so many bytes on one core."""
+        chunk, digest = os.urandom(CHUNK_BYTES), hashlib.sha256()
+        started = time.perf_counter()
+        for _ in range(0, count, CHUNK_BYTES):
+            digest.update(chunk)
+        return Cost(time.perf_counter() - started, 0)
+
+    def bitsandbytes(self, weights: int) -> Cost:
+        """Its encode on a CPU, projected from a sample."""
+        answer = self.work / "seconds"
+        found = cost([sys.executable, "-c", BITSANDBYTES_ENCODE, str(min(weights, SAMPLE_WEIGHTS))], str(answer))
+        return Cost(float(answer.read_text()) * weights, found.resident_bytes)
 
 
-def make_base(folder: Path, shape: Shape) -> None:
-    """Write a base of random bf16 weights in shards of about 1 GB."""
-    parts = [Part("model.embed_tokens.weight", "BF16", (shape.vocabulary, shape.hidden))]
-    for layer in range(shape.layers):
-        stem = f"model.layers.{layer}"
-        parts += [Part(f"{stem}.{name}.weight", "BF16", size) for name, size in shape.linears.items()]
-        parts += [
-            Part(f"{stem}.{name}.weight", "BF16", (shape.hidden,))
-            for name in ("input_layernorm", "post_attention_layernorm")
-        ]
-    parts.append(Part("model.norm.weight", "BF16", (shape.hidden,)))
-    write(folder, lay_out([[part] for part in parts], 1_000_000_000), seed=1)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads // 4,
-        "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def make_adapter(folder: Path, shape: Shape, dora: bool, rank: int = 16) -> None:
-    """Write a random rank-16 adapter on all linear layers, with magnitudes for DoRA."""
-    parts = []
-    for layer in range(shape.layers):
-        for name, (rows, columns) in shape.linears.items():
-            stem = f"base_model.model.model.layers.{layer}.{name}"
-            parts.append(Part(f"{stem}.lora_A.weight", "BF16", (rank, columns)))
-            parts.append(Part(f"{stem}.lora_B.weight", "BF16", (rows, rank)))
-            if dora:
-                parts.append(Part(f"{stem}.lora_magnitude_vector", "BF16", (rows,)))
-    write(folder, lay_out([[part] for part in parts], 1 << 60), seed=2)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    names = [name.rpartition(".")[2] for name in shape.linears]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 16, "target_modules": names}
-    config["use_dora"] = dora
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def write(folder: Path, layout: Layout, seed: int) -> None:
-    """Fill every place of a layout with random bf16 values of about 0.02."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    pool = (rng.standard_normal(1 << 22).astype(np.float32) * 0.02).view(np.uint32) >> 16
-    pool16 = pool.astype(np.uint16)
-    with ShardWriter(folder, layout) as writer:
-        for name, place in layout.places.items():
-            for offset in range(0, place.bytes, pool16.nbytes):
-                start = int(rng.integers(0, 1 << 20))
-                count = min(pool16.nbytes, place.bytes - offset) // 2
-                values = np.roll(pool16, start)[:count]
-                writer.write(Piece(name, offset, values.view(np.uint8)))
-    if (index := layout.index()) is not None:
-        (folder / "model.safetensors.index.json").write_bytes(index)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Wall seconds and peak resident bytes of a process."""
-
-    seconds: float
-    resident_bytes: int
-
-
-def cost(words: list[str]) -> Cost:
-    """Run a process and measure it."""
-    started = time.perf_counter()
-    silence = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
-    pid = os.posix_spawn(words[0], words, os.environ, file_actions=silence)
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(words)}: ended with status {status}")
-    return Cost(time.perf_counter() - started, usage.ru_maxrss * 1024)
-
-
-def build_words(work: Path, formats: list[str], out: Path) -> list[str]:
-    """The command line of a build."""
-    words = [sys.executable, "-m", "qlora_export", "build", "--out", str(out)]
-    words += ["--base", str(work / "base"), "--adapter", str(work / "adapter")]
-    return words + [word for name in formats for word in ("--format", name)]
-
-
-def measure(work: Path, with_peft: bool) -> dict[str, Cost]:
+def measure(bench: Bench, weights: int, with_peft: bool) -> dict[str, Cost]:
     """All rows, in the order of the table."""
-    shell = shutil.which("sh") or "/bin/sh"
-    base, copy, out = work / "base", work / "copy", work / "out"
-    cost([shell, "-c", f"cat {base}/*.safetensors > /dev/null"])
-    rows = {"cat": cost([shell, "-c", f"cat {base}/*.safetensors > /dev/null"])}
-    rows["cp"] = cost([shell, "-c", f"cp -r {base} {copy} && sync {copy}/*"])
-    shutil.rmtree(copy)
-    for name, formats in {"bf16": ["bf16"], "nf4": ["nf4"], "three formats": ["bf16", "nf4", "nf4-adapter"]}.items():
-        rows[name] = cost(build_words(work, formats, out))
-        shutil.rmtree(out)
+    rows = {"cat": bench.fastest(bench.cat), "cat, warm": bench.fastest(bench.cat, cold=False)}
+    base_bytes = sum(path.stat().st_size for path in bench.base.glob("*.safetensors"))
+    rows["start-up"] = bench.fastest(lambda: cost(bench.command("plan", ["nf4"])))
+    for name, formats in BUILDS.items():
+        command = bench.command("build", formats)
+        rows[name] = bench.fastest(lambda command=command: cost(command))  # type: ignore[misc]
+        if name in formats:
+            count = bench.bytes_of(name)
+            rows[f"{name}, warm"] = bench.fastest(lambda command=command: cost(command), cold=False)  # type: ignore[misc]
+            rows[f"write {name}"] = bench.fastest(lambda count=count: bench.write(count))  # type: ignore[misc]
+            rows[f"hash {name}"] = bench.hashing(base_bytes + count)
+    rows["bitsandbytes encode"] = bench.bitsandbytes(weights)
     if with_peft:
-        rows["peft"] = cost([sys.executable, "-c", PEFT_MERGE, str(base), str(work / "adapter"), str(out)])
-        shutil.rmtree(out)
+        rows["peft"] = bench.fastest(bench.peft)
     return rows
+
+
+def ratios_of(rows: dict[str, Cost], name: str) -> dict[str, float]:
+    """What one format costs against a copy and against peft."""
+    copy = rows["cat"].seconds + rows[f"write {name}"].seconds
+    warm_copy = rows["cat, warm"].seconds + rows[f"write {name}"].seconds
+    start_up = rows["start-up"].seconds
+    ratios = {
+        "ratio_to_copy": (rows[name].seconds - start_up) / copy,
+        "warm_ratio_to_copy": (rows[f"{name}, warm"].seconds - start_up) / warm_copy,
+        "hash_to_copy": rows[f"hash {name}"].seconds / copy,
+    }
+    if "peft" in rows:
+        ratios["speedup_over_peft"] = rows["peft"].seconds / rows[name].seconds
+        ratios["memory_vs_peft"] = rows[name].resident_bytes / rows["peft"].resident_bytes
+    return ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=float, default=1.2e9)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for the model and outputs [default: a temporary one]")
     parser.add_argument("--dora", action="store_true", help="a DoRA adapter instead of a plain one")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
@@ -188,23 +173,20 @@ def main() -> None:
     options = parser.parse_args()
     shape = shape_of(options.weights)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
-        work = Path(name)
-        make_base(work / "base", shape)
-        make_adapter(work / "adapter", shape, options.dora)
-        rows = measure(work, options.peft)
-    ratios = {f"{name}_to_cp": rows[name].seconds / rows["cp"].seconds for name in ("bf16", "nf4", "three formats")}
-    if "peft" in rows:
-        ratios["speedup_over_peft"] = rows["peft"].seconds / rows["nf4"].seconds
-        ratios["memory_vs_peft"] = rows["nf4"].resident_bytes / rows["peft"].resident_bytes
+        bench = Bench(Path(name), options.repeats)
+        make_base(bench.base, shape)
+        make_adapter(bench.work / "adapter", shape, options.dora)
+        rows = measure(bench, shape.weights, options.peft)
+    three = rows["three formats"].seconds / rows["bf16"].seconds
+    ratios = {**ratios_of(rows, "nf4"), "bf16": ratios_of(rows, "bf16"), "three_formats_to_one": three}
     if options.json:
-        data = {"weights": shape.weights, "rows": {k: asdict(v) for k, v in rows.items()}, "ratios": ratios}
-        print(json.dumps(data, indent=2))
+        table = {label: asdict(row) for label, row in rows.items()}
+        print(json.dumps({"weights": shape.weights, **ratios, "rows": table}, indent=2))
         return
     print(f"{shape.weights / 1e9:.2f} B weights, {shape.layers} layers, rank-16 adapter on all linear layers")
     for label, row in rows.items():
-        print(f"{label:<14} {row.seconds:7.1f} s {row.resident_bytes / 1e6:9.0f} MB")
-    for label, ratio in ratios.items():
-        print(f"{label:<24} {ratio:6.2f}")
+        print(f"{label:<20} {row.seconds:7.2f} s {row.resident_bytes / 1e6:9.0f} MB")
+    print(json.dumps(ratios, indent=2))
 
 
 if __name__ == "__main__":

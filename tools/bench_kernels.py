@@ -1,4 +1,4 @@
-"""Measure every kernel of `quant/` on one thread, beside what memory allows and beside the libraries it replaces.
+"""Measure every kernel of a build on one thread, beside what memory allows and beside the libraries it replaces.
 
     python tools/bench_kernels.py [--weights 6.7e7] [--json]
 
@@ -29,11 +29,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from qlora_export.merge.loaded_changes import LoadedProduct, RowFactors
 from qlora_export.quant import float8, floats, four_bit, integers, nested, packing, scales
 
 COLUMNS = 4096
 BLOCK_ROWS = 32
 NF4_BLOCK = 64
+RANK = 16
 ROUNDS = 5
 INT4 = integers.Grid(4, 128)
 INT8 = integers.Grid(8, None)
@@ -77,6 +79,10 @@ class Bench:
         self.words = np.zeros((rows, COLUMNS // 4), np.int32)
         self.pairs = np.zeros((rows, COLUMNS // 2), np.uint8)
         self.absmax = np.zeros((rows, COLUMNS // NF4_BLOCK), np.float32)
+        four_bit.block_absmax(self.bits.reshape(-1), NF4_BLOCK, self.absmax.reshape(-1))
+        self.new_absmax = np.zeros_like(self.absmax)
+        left, right = values[:, :RANK].copy(), values[:RANK].copy()
+        self.delta = LoadedProduct((RowFactors(0, left, right),), np.float32(0.01))
         self.scales = np.full((rows, 1), 1e-3, np.float32)
         self.group_scales = np.full((rows, COLUMNS // 128), 1e-3, np.float32)
         self.zeros = np.zeros((rows, COLUMNS // 128), np.int8)
@@ -89,7 +95,12 @@ class Bench:
             "bf16 widen": Kernel(self.widen_to_memory, 6),
             "bf16 narrow": Kernel(self.narrow_from_memory, 6),
             "nf4 encode of bf16": Kernel(self.nf4_encode, 2.5 + 4 / NF4_BLOCK),
-            "nf4 absmax": Kernel(self.nf4_absmax, 4 + 4 / NF4_BLOCK),
+            "fp4 encode of bf16": Kernel(self.fp4_encode, 2.5 + 4 / NF4_BLOCK),
+            "nf4 absmax of bf16": Kernel(self.nf4_absmax, 2 + 4 / NF4_BLOCK),
+            "nf4 round trip of bf16": Kernel(self.nf4_round_trip, 2 + 8 / NF4_BLOCK),
+            "rank-16 delta, in cache": Kernel(self.low_rank, 4 * RANK / BLOCK_ROWS),
+            "round trip + delta, to bf16": Kernel(self.merge_to_bfloat16, 4 + 8 / NF4_BLOCK),
+            "round trip + delta, to nf4": Kernel(self.merge_to_nf4, 2.5 + 12 / NF4_BLOCK),
             "nf4 decode": Kernel(self.nf4_decode, 4.5 + 4 / NF4_BLOCK),
             "double quantisation": Kernel(self.double_quantisation, 5 / NF4_BLOCK),
             "row absmax": Kernel(self.row_absmax, 4),
@@ -120,13 +131,44 @@ class Bench:
     def narrow_from_memory(self, rows: slice) -> None:
         self.narrowed(self.values[rows], rows)
 
+    def encode_four_bit(self, rows: slice, grid: four_bit.FourBitGrid) -> None:
+        bits, absmax = self.bits[rows].reshape(-1), self.absmax[rows].reshape(-1)
+        four_bit.block_absmax(bits, NF4_BLOCK, absmax)
+        four_bit.encode(bits, absmax, NF4_BLOCK, grid, self.pairs[rows].reshape(-1))
+
     def nf4_encode(self, rows: slice) -> None:
-        values, absmax = self.widened(rows).reshape(-1), self.absmax[rows].reshape(-1)
-        four_bit.block_absmax(values, NF4_BLOCK, absmax)
-        four_bit.encode(values, absmax, NF4_BLOCK, four_bit.NF4, self.pairs[rows].reshape(-1))
+        self.encode_four_bit(rows, four_bit.NF4)
+
+    def fp4_encode(self, rows: slice) -> None:
+        self.encode_four_bit(rows, four_bit.FP4)
 
     def nf4_absmax(self, rows: slice) -> None:
-        four_bit.block_absmax(self.values[rows].reshape(-1), NF4_BLOCK, self.absmax[rows].reshape(-1))
+        four_bit.block_absmax(self.bits[rows].reshape(-1), NF4_BLOCK, self.absmax[rows].reshape(-1))
+
+    def merged(self, rows: slice) -> floats.Float32:
+        """A block as training saw it, with a delta of rank 16 added."""
+        bits, absmax = self.bits[rows].reshape(-1), self.absmax[rows].reshape(-1)
+        block = self.block[: len(self.bits[rows])]
+        four_bit.round_trip(bits, absmax, absmax, NF4_BLOCK, four_bit.NF4, block.reshape(-1))
+        floats.round_bfloat16(block.reshape(-1).view(np.uint32))
+        self.delta.apply(block, 0)
+        return block
+
+    def nf4_round_trip(self, rows: slice) -> None:
+        bits, absmax = self.bits[rows].reshape(-1), self.absmax[rows].reshape(-1)
+        out = self.block[: len(self.bits[rows])].reshape(-1)
+        four_bit.round_trip(bits, absmax, absmax, NF4_BLOCK, four_bit.NF4, out)
+
+    def low_rank(self, rows: slice) -> None:
+        self.delta.apply(self.block[: len(self.bits[rows])], 0)
+
+    def merge_to_bfloat16(self, rows: slice) -> None:
+        self.narrowed(self.merged(rows), rows)
+
+    def merge_to_nf4(self, rows: slice) -> None:
+        values, absmax = self.merged(rows).reshape(-1), self.new_absmax[rows].reshape(-1)
+        four_bit.block_absmax(values, NF4_BLOCK, absmax)
+        four_bit.encode(values, absmax, NF4_BLOCK, four_bit.NF4, self.pairs[rows].reshape(-1))
 
     def nf4_decode(self, rows: slice) -> None:
         pairs, out = self.pairs[rows].reshape(-1), self.values[rows].reshape(-1)
@@ -263,7 +305,7 @@ def main() -> None:
     if options.json:
         table = {name: asdict(row) | {"share": row.share} for name, row in rows.items()}
         data = {"weights": bench.weights, "copy_bytes_per_second": bytes_per_second}
-        print(json.dumps(data | {"rows": table, "peers": peers, "ratios": ratios}, indent=2))
+        print(json.dumps(data | ratios | {"rows": table, "peers": peers}, indent=2))
         return
     print(f"{bench.weights / 1e6:.0f} M weights, one thread, numpy copy {bytes_per_second / 1e9:.1f} GB/s; M weights/s")
     print(f"{'':<28} {'streamed':>9} {'cached':>9} {'limit':>9} {'share':>6} {'bytes':>6}")

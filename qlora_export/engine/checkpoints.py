@@ -73,11 +73,16 @@ class Checkpoints:
                     self._changed.notify_all()
                 unlisted = self._save([*unlisted, *taken])
                 if closing:
+                    self._drop()
                     return
         except BaseException as error:  # noqa: BLE001  raised again in the thread that runs the pass
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _drop(self) -> None:
+        for folder in self._folders if self._drops else ():
+            folder.writer.drop()
 
     def _save(self, tensors: Sequence[str]) -> list[str]:
         """Sync and journal; the tensors whose source is not listed yet."""
@@ -85,8 +90,7 @@ class Checkpoints:
             return []
         for folder in self._folders:
             folder.writer.sync()
-            if self._drops:
-                folder.writer.drop()
+        self._drop()
         ready = [name for name in tensors if self._listed(name)]
         for folder in self._folders:
             folder.journal.add(ready)

@@ -18,8 +18,10 @@ from qlora_export.quant.four_bit import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
 
-# Weights that a worker moves at once: two float32 copies of them stay within a core's second-level cache.
-BLOCK_WEIGHTS = 1 << 17
+# Weights that a worker moves at once: enough for the interpreter not to matter, few enough to stay in the caches.
+BLOCK_WEIGHTS = 1 << 18
+# Low-rank products take rows by twos.
+PAIR = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class BaseRows:
             return [range(spec.rows)] if spec.size else []
         whole = rows_of_whole_blocks(spec.columns, self._training.block_size)
         multiple = math.lcm(self._output.source.row_multiple, whole, *multiples)
-        height = max(multiple, BLOCK_WEIGHTS // max(spec.columns, 1) // multiple * multiple)
+        fitting = BLOCK_WEIGHTS // max(spec.columns, 1) // multiple
+        height = max(1, fitting - fitting % PAIR) * multiple
         return [range(first, min(first + height, spec.rows)) for first in range(0, spec.rows, height)]
 
     @property

@@ -90,7 +90,7 @@ def encode(values: Values, absmax: Float32, block: int, grid: FourBitGrid, out: 
     if whole < values.size:
         _encode_short(values[whole:], absmax[-1], grid.midpoints, out[whole // 2 :])
     if grid.renumber is not None:
-        np.take(grid.renumber, out, out=out)
+        _renumber(grid.renumber, out)
 
 
 def round_trip(values: Values, absmax: Float32, scales: Float32, block: int, grid: FourBitGrid, out: Float32) -> None:
@@ -207,6 +207,12 @@ def _encode(values: Values, absmax: Float32, block: int, midpoints: Float32, out
         packed = out[group * block // 2 : (group * block + source.size) // 2]
         for pair in range(packed.size):
             packed[pair] = np.uint8((numbers[2 * pair] << np.uint8(4)) | numbers[2 * pair + 1])
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _renumber(table: UInt8, out: UInt8) -> None:
+    for index in range(out.size):
+        out[index] = table[out[index]]
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

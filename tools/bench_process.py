@@ -1,0 +1,27 @@
+"""Run whole processes and measure them: wall seconds, and resident memory as the kernel reports it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall seconds and peak resident bytes of a process."""
+
+    seconds: float
+    resident_bytes: int
+
+
+def cost(words: list[str], output: str = os.devnull) -> Cost:
+    """Run a process and measure it."""
+    started = time.perf_counter()
+    flags = os.O_WRONLY | os.O_CREAT
+    streams = [(os.POSIX_SPAWN_OPEN, 1, output, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+    pid = os.posix_spawn(words[0], words, os.environ, file_actions=streams)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)}: ended with status {status}")
+    return Cost(time.perf_counter() - started, usage.ru_maxrss * 1024)
