@@ -88,8 +88,8 @@ def test_what_is_no_fault(fault: str, text: str) -> None:
 def test_the_proof_can_be_left_out(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = ("--set", "publish.to=folder:registry", "--set", "publish.card={}")
-    for words, proven in ((["--no-prove"], False), (["--prove"], True), ([], True)):
-        found = command("release", recipe, "--out", out, *settings, *words, "--json")
+    for words, proven in ((["release", "--no-prove"], False), (["publish"], True)):
+        found = command(*words, recipe, "--out", out, *settings, "--json")
         assert found.returncode == 0, found.stderr
         (receipt,) = json.loads(found.stdout)["published"]
         assert (receipt["proof"] is not None) == proven
