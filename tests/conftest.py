@@ -99,6 +99,12 @@ def save_adapter(base: Path, folder: Path, seed: int, size: float = 0.05, **chan
     return folder
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a CUDA device run where there is one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untied pico base in one file."""

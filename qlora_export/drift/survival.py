@@ -102,7 +102,8 @@ class _Survival:
 
     def _rows(self, rows: range) -> Float32:
         taken = self._base.take(rows.start, len(rows))
-        return taken.original if self._original else taken.trained
+        values: Float32 = taken.original if self._original else taken.trained
+        return values
 
     def _found(self, shipped: Shipped, rows: range) -> Float32:
         form = self._route.form

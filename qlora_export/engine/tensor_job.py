@@ -9,15 +9,19 @@ last is written by the seal. A weight that is stored [in, out] moves as a whole,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
 from qlora_export.contracts import Onto, Piece
+from qlora_export.device import kernels
+from qlora_export.device.accelerator import Accelerator
+from qlora_export.device.kernels import Values
 from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
-from qlora_export.merge.changes import Changes
+from qlora_export.merge.changes import Changes, LowRank
 from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.quant.floats import Float32
 from qlora_export.sources.weights import Weight
@@ -53,7 +57,14 @@ class RowBlock:
 class TensorJob:
     """The work on one stored tensor for all artifacts that are made from it."""
 
-    def __init__(self, plan: Plan, source: Weight, files: SourceFiles, destinations: Sequence[Destination]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        source: Weight,
+        files: SourceFiles,
+        destinations: Sequence[Destination],
+        accelerator: Accelerator | None = None,
+    ) -> None:
         self._source = source
         self._files = files
         self._destinations = destinations
@@ -80,6 +91,8 @@ class TensorJob:
                 f"tensor {source.spec.name}: DoRA on an embedding that was quantised in training cannot be merged",
                 "give the adapter's training quantisation again",
             )
+        if self._rows is not None and self._suits_accelerator(self._rows):
+            self._rows.accelerator = accelerator
         self.blocks = self._blocks()
 
     @property
@@ -91,7 +104,8 @@ class TensorJob:
         """First pass over a block."""
         if self._rows is None:
             return
-        self._rows.observe(block.first, block.count)
+        with self._working():
+            self._rows.observe(block.first, block.count)
         if self._observing:
             rows = self._rows.take(block.first, block.count)
             for (_, onto), changes in self._observing:
@@ -108,7 +122,12 @@ class TensorJob:
         """Second pass over a block: merge, encode and write it."""
         if self._rows is None:
             return
-        rows = self._rows.take(block.first, block.count)
+        with self._working():
+            for found, piece in self._pieces(self._rows.take(block.first, block.count), block):
+                found.writer.write(piece)
+
+    def _pieces(self, rows: Rows, block: RowBlock) -> Iterator[tuple[Destination, Piece]]:
+        """What becomes of a block in every artifact."""
         in_place = self._merges_in_place and rows.owned
         merged: dict[tuple[str, Onto], Float32] = {}
         for found, encoder in zip(self._destinations, self._encoders, strict=True):
@@ -123,7 +142,7 @@ class TensorJob:
             if found.route.turned:
                 values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
             for piece in encoder.encode(values, block.first):
-                found.writer.write(piece)
+                yield found, piece
 
     def seal(self) -> None:
         """Write what only the whole tensor decides, copy what is carried, and compare the base with the sidecar."""
@@ -136,11 +155,20 @@ class TensorJob:
             for piece in encoder.seal():
                 found.writer.write(piece)
 
-    def _merge(self, values: Float32, found: Destination, block: RowBlock, in_place: bool) -> Float32:
+    def _suits_accelerator(self, rows: BaseRows) -> bool:
+        """Whether every change has a kernel there; else the processor does it, to the same bytes."""
+        plain = all(isinstance(change, LowRank) for found in self._encoded for change in found.route.output.changes)
+        return plain and rows.has_bits and (rows.observes or bool(self._changes))
+
+    def _working(self) -> AbstractContextManager[None]:
+        accelerator = self._rows.accelerator if self._rows is not None else None
+        return accelerator.working() if accelerator is not None else nullcontext()
+
+    def _merge(self, values: Values, found: Destination, block: RowBlock, in_place: bool) -> Values:
         changes = self._changes.get(found.merge)
         if changes is None:
             return values
-        merged = values if in_place and found.plan.onto == "as-trained" else values.copy()
+        merged = values if in_place and found.plan.onto == "as-trained" else kernels.copy(values)
         changes.apply(merged, block.first)
         return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
 
@@ -157,7 +185,7 @@ class TensorJob:
         return tuple(RowBlock(rows.start, len(rows)) for rows in self._rows.blocks(*multiples))
 
 
-def _base(rows: Rows, onto: Onto) -> Float32:
+def _base(rows: Rows, onto: Onto) -> Values:
     return rows.original if onto == "original" else rows.trained
 
 

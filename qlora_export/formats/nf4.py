@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.device import kernels
 from qlora_export.quant import four_bit, nested
 from qlora_export.quant.four_bit import NF4 as GRID
 
@@ -129,11 +130,9 @@ class NF4Encoder:
         """The rows' codes at their place."""
         first = first_row * self._spec.columns
         first_block = first // self._block
-        absmax = self._absmax[first_block : first_block - (-values.size // self._block)]
-        four_bit.block_absmax(values, self._block, absmax)
-        codes = np.empty((values.size + 1) // 2, np.uint8)
-        four_bit.encode(values, absmax, self._block, GRID, codes)
-        yield Piece(self._spec.name, first // 2, codes)
+        absmax = self._absmax[first_block : first_block - (-len(values) // self._block)]
+        kernels.block_absmax(values, self._block, absmax)
+        yield Piece(self._spec.name, first // 2, kernels.encode_four_bit(values, absmax, self._block, GRID))
 
     def seal(self) -> Iterable[Piece]:
         """The absmax state of the whole tensor."""

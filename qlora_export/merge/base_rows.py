@@ -10,10 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from qlora_export.contracts import TensorSpec, TrainingQuantization
+from qlora_export.device import kernels
+from qlora_export.device.accelerator import BLOCK_WEIGHTS as ACCELERATED_WEIGHTS
+from qlora_export.device.accelerator import Accelerator
+from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.quant.floats import Float32, UInt16, all_finite
+from qlora_export.quant.floats import Float32
 from qlora_export.quant.four_bit import rows_of_whole_blocks
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
@@ -44,22 +48,28 @@ class Rows:
         self._count = count
 
     @cached_property
-    def original(self) -> Float32:
+    def bits(self) -> Values | None:
+        """As bf16 where that is what training loaded, on the accelerator if there is one."""
+        return self._base.bits(self._first, self._count)
+
+    @cached_property
+    def original(self) -> Values:
         """The stored values; of a quantised base, decoded and rounded as they were multiplied with."""
+        if self.bits is not None:
+            return self._base.require_finite(kernels.widen(self.bits), self._first)
         return self._base.original(self._first, self._count)
 
     @cached_property
-    def stored(self) -> Float32:
+    def stored(self) -> Values:
         """Rounded to the dtype that training loaded them in."""
-        return self._base.stored(self.original, self._first)
+        return self.original if self.bits is not None else self._base.stored(self.original, self._first)
 
     @cached_property
-    def trained(self) -> Float32:
+    def trained(self) -> Values:
         """Quantised to 4 bits and back, where training did that."""
         if self._base.base is None:
             return self.stored
-        bits = self._base.bits(self._first, self._count)
-        return self._base.base.rows(self.stored if bits is None else bits, self._first)
+        return self._base.base.rows(self.stored if self.bits is None else self.bits, self._first)
 
     @property
     def owned(self) -> bool:
@@ -70,8 +80,11 @@ class Rows:
 class BaseRows:
     """One tensor: with `trained`, observe every row, settle, then take each row once; else take rows at once.
 
-    `own` says that the values come from the adapter: they were trained as they are, and nothing is rounded.
+    `own` says that the values come from the adapter: they were trained as they are, and nothing is rounded. Rows that
+    are bf16 as they were loaded go to the `accelerator`, if it is given.
     """
+
+    accelerator: Accelerator | None = None
 
     def __init__(self, output: Output, training: Training, files: SourceFiles, own: bool, trained: bool) -> None:
         self._output = output
@@ -85,13 +98,14 @@ class BaseRows:
         self.base = TrainedBase(spec, training.quantization) if requantised else None
 
     def blocks(self, *multiples: int) -> list[range]:
-        """All rows in blocks of about `BLOCK_WEIGHTS` values, each of whole multiples; one block where all turn."""
+        """All rows in blocks of about as many values as suit, each of whole multiples; one block where all turn."""
         spec = self.spec
         if self._output.transposed or not spec.size:
             return [range(spec.rows)] if spec.size else []
         whole = rows_of_whole_blocks(spec.columns, self._training.block_size)
         multiple = math.lcm(self._output.source.row_multiple, whole, *multiples)
-        fitting = BLOCK_WEIGHTS // max(spec.columns, 1) // multiple
+        weights = BLOCK_WEIGHTS if self.accelerator is None else ACCELERATED_WEIGHTS
+        fitting = weights // max(spec.columns, 1) // multiple
         height = max(1, fitting - fitting % PAIR) * multiple
         return [range(first, min(first + height, spec.rows)) for first in range(0, spec.rows, height)]
 
@@ -120,15 +134,21 @@ class BaseRows:
             _ = rows.trained  # its digest counts every row, wanted or not
         return rows
 
-    def bits(self, first: int, count: int) -> UInt16 | None:
-        """The bits of bf16 rows that training loaded as they are, which need not become float32 first."""
+    @property
+    def has_bits(self) -> bool:
+        """Whether the rows are bf16 and were loaded as they are, so that they need not become float32 first."""
         source = self._output.source
         plain = source.storage == "plain" and not self._output.transposed
-        if not (plain and source.spec.dtype == self._training.storage_dtype == "BF16"):
-            return None
-        return self._files.read(source.stored[0], first, count).view(np.uint16)
+        return plain and source.spec.dtype == self._training.storage_dtype == "BF16"
 
-    def original(self, first: int, count: int) -> Float32:
+    def bits(self, first: int, count: int) -> Values | None:
+        """Such rows as they are stored, on the accelerator if there is one; None for others."""
+        if not self.has_bits:
+            return None
+        bits = self._files.read(self._output.source.stored[0], first, count).view(np.uint16)
+        return bits if self.accelerator is None else self.accelerator.send(bits)
+
+    def original(self, first: int, count: int) -> Values:
         """The stored values."""
         source = self._output.source
         if self._output.transposed:
@@ -143,21 +163,24 @@ class BaseRows:
             roundings = (source.spec.dtype,)
         for dtype in roundings:
             values = round_to(values, dtype)
-        return require_finite(values, self.spec, str(source.stored[0].path), first)
+        return self.require_finite(values, first)
 
-    def stored(self, values: Float32, first: int) -> Float32:
+    def require_finite(self, values: Values, first: int) -> Values:
+        """The values themselves, if they are finite."""
+        return require_finite(values, self.spec, str(self._output.source.stored[0].path), first)
+
+    def stored(self, values: Float32, first: int) -> Values:
         """The values in the dtype that training loaded them in."""
         storage = self._training.storage_dtype
         if self._own or self._output.source.storage not in ("plain", "fp8") or self.spec.dtype == storage:
             return values
-        return require_finite(
-            round_to(values.copy(), storage), self.spec, str(self._output.source.stored[0].path), first
-        )
+        return self.require_finite(round_to(values.copy(), storage), first)
 
 
-def require_finite(values: Float32, spec: TensorSpec, place: str, first_row: int) -> Float32:
+def require_finite(values: Values, spec: TensorSpec, place: str, first_row: int) -> Values:
     """The flat values themselves; raises InputError naming the first that is NaN or infinite."""
-    if not all_finite(values.view(np.uint32)):
+    if not kernels.all_finite(values):
+        values = kernels.to_host(values)
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
         row, column = divmod(bad, spec.columns)
         raise InputError(

@@ -14,10 +14,11 @@ import threading
 import numpy as np
 
 from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.device import kernels
+from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
 from qlora_export.quant import four_bit, nested
 from qlora_export.quant.floats import Float32, UInt8, all_finite
-from qlora_export.quant.four_bit import Values
 from qlora_export.sources.sidecar import absmax_sha256
 from qlora_export.tensors.dtypes import round_to
 
@@ -37,7 +38,7 @@ class TrainedBase:
     def observe(self, values: Values, first_row: int) -> bool:
         """Take note of the absmax of flat rows, which hold whole blocks; whether all of them are finite."""
         absmax = self._blocks(self._absmax, values, first_row)
-        four_bit.block_absmax(values, self._training.block_size, absmax)
+        kernels.block_absmax(values, self._training.block_size, absmax)
         return bool(all_finite(absmax.view(np.uint32)))
 
     def settle(self) -> None:
@@ -52,17 +53,13 @@ class TrainedBase:
         if self._recorded is not None:
             self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
 
-    def rows(self, values: Values, first_row: int) -> Float32:
+    def rows(self, values: Values, first_row: int) -> Values:
         """The same rows as training multiplied with, a new array; every row passes here exactly once."""
         absmax, scales = self._blocks(self._absmax, values, first_row), self._blocks(self._scales, values, first_row)
-        out, block = np.empty(values.size, np.float32), self._training.block_size
-        if self._recorded is None:
-            four_bit.round_trip(values, absmax, scales, block, four_bit.NF4, out)
-        else:
-            codes: UInt8 = np.empty((values.size + 1) // 2, np.uint8)
-            four_bit.encode(values, absmax, block, four_bit.NF4, codes)
+        if self._recorded is not None:
+            codes = kernels.encode_four_bit(values, absmax, self._training.block_size, four_bit.NF4)
             self._codes_digest.update(first_row * self._spec.columns // 2, codes)
-            four_bit.decode(codes, scales, block, four_bit.NF4.codebook, out)
+        out = kernels.round_trip(values, absmax, scales, self._training.block_size, four_bit.NF4)
         for dtype in self._training.weight_roundings:
             out = round_to(out, dtype)
         return out
@@ -85,7 +82,7 @@ class TrainedBase:
     def _blocks(self, per_block: Float32, values: Values, first_row: int) -> Float32:
         """The slice of a per-block array that belongs to these rows."""
         first = first_row * self._spec.columns // self._training.block_size
-        return per_block[first : first - (-values.size // self._training.block_size)]
+        return per_block[first : first - (-len(values) // self._training.block_size)]
 
 
 def nested_offset(absmax: Float32, recorded: TrainedModule | None) -> np.float32:

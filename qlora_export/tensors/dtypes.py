@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from qlora_export.device import kernels
+from qlora_export.device.kernels import Values, on_device
 from qlora_export.quant.floats import Float32, UInt8, narrow_bfloat16, round_bfloat16, widen_bfloat16
 
 ITEM_BYTES = {
@@ -27,20 +29,25 @@ def widen(raw: UInt8, dtype: str) -> Float32:
     return raw.view(np.float32).copy()
 
 
-def narrow(values: Float32, dtype: str) -> UInt8:
+def narrow(values: Values, dtype: str) -> UInt8:
     """Raw bytes of flat float32 values rounded once to a dtype in `FLOATS`; may share memory for F32."""
+    if on_device(values):
+        return kernels.narrow(values, dtype)
     if dtype == "BF16":
         out = np.empty(values.size, np.uint16)
         narrow_bfloat16(values.view(np.uint32), out)
         return out.view(np.uint8)
     if dtype == "F16":
         with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint8)
-    return values.view(np.uint8)
+            values = values.astype(np.float16)
+    raw: UInt8 = values.view(np.uint8)
+    return raw
 
 
-def round_to(values: Float32, dtype: str) -> Float32:
+def round_to(values: Values, dtype: str) -> Values:
     """Flat float32 values rounded to a dtype in `FLOATS`; in place where that is possible."""
+    if on_device(values):
+        return kernels.round_to(values, dtype)
     if dtype == "BF16":
         round_bfloat16(values.view(np.uint32))
         return values

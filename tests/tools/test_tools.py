@@ -27,7 +27,7 @@ def test_the_build_benchmark() -> None:
 def test_the_scale_benchmark() -> None:
     data = json.loads(tool("bench_scale.py", "--layers", "2", "--hidden", "256", "--small", "3e6", "--json"))
     assert data["large"]["layers"] == data["planned_layers"] == 2
-    assert data["time_per_weight_vs_small"] > 0
+    assert {"time_per_weight_vs_small", "projected_seconds"} <= data.keys()
     assert all(count > 0 for count in data["large"]["resident_bytes"][1:])
 
 
