@@ -39,6 +39,12 @@ def test_the_kernel_benchmark() -> None:
     assert data["nf4_encode_vs_bitsandbytes"] > 0
 
 
+def test_the_device_benchmark() -> None:
+    data = json.loads(tool("bench_device.py", "--device", "cpu", "--weights", "1e5", "--json"))
+    assert all(speed > 0 for speed in data["weights_per_second"].values())
+    assert {"nf4 encode_to_copy", "merge to nf4_to_copy"} <= data.keys()
+
+
 def test_the_demo_maker(tmp_path: Path) -> None:
     """A base and an adapter of a few steps, with record, sidecar and no trace of this machine."""
     sizes = ["--base-steps", "2", "--steps", "2", "--dialogues", "20"]
