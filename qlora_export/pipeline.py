@@ -26,6 +26,7 @@ from qlora_export.drift.measure import (
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.survival import survival
 from qlora_export.drift.tokens import TokenSet, token_set
+from qlora_export.engine import Engine
 from qlora_export.engine.building import locked
 from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
 from qlora_export.pinned import require_pinned, require_pinned_bytes
@@ -63,6 +64,7 @@ class RunOptions:
     publisher_environment: Mapping[str, str] = field(default_factory=dict)
     pinned: Mapping[str, Any] | None = None
     keeps_plan: bool = False
+    engine: Engine = "threads"
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
@@ -89,7 +91,12 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
         require_pinned(plan, options.pinned)
     require(plan)
     with options.track("build") as progress:
-        limits = engine.BuildOptions(options.workers, progress=progress, memory_limit_bytes=options.memory_limit_bytes)
+        limits = engine.BuildOptions(
+            options.workers,
+            progress=progress,
+            memory_limit_bytes=options.memory_limit_bytes,
+            engine=options.engine,
+        )
         built = engine.build(plan, options.out, limits)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:

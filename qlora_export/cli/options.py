@@ -17,6 +17,7 @@ import typer
 from qlora_export.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
+    from qlora_export.engine import Engine
     from qlora_export.pipeline import RunOptions
     from qlora_export.recipe import Recipe
 
@@ -42,6 +43,10 @@ Settings = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE or out].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
+EngineName = Annotated[
+    str | None,
+    typer.Option("--engine", help="threads (default), or ray: as many processes on the cluster of RAY_ADDRESS."),
+]
 MemoryLimit = Annotated[
     str | None,
     typer.Option("--memory-limit", help="Memory that a build may take, as in 800MB; fewer threads run to keep it."),
@@ -77,6 +82,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         settings: Settings = None,
         out: Out = None,
         workers: Workers = None,
+        engine: EngineName = None,
         memory_limit: MemoryLimit = None,
         as_json: Json = False,
         output: Output = None,
@@ -100,6 +106,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             run_options(recipe, out, workers),
             memory_limit_bytes=byte_count(memory_limit) if memory_limit else None,
             keeps_plan=output is not None,
+            engine=engine_name(engine),
         )
         if recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)
@@ -120,6 +127,13 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         words = [word for name, word in signature.parameters.items() if name != "prove"]
         command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
     return command
+
+
+def engine_name(text: str | None) -> Engine:
+    """The engine that a build runs on; raises UsageError for one that there is not."""
+    if text not in (None, "threads", "ray"):
+        raise UsageError(f"--engine {text!r} is no engine", "threads or ray")
+    return "ray" if text == "ray" else "threads"
 
 
 def byte_count(text: str) -> int:

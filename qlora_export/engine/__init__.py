@@ -3,6 +3,6 @@
 from qlora_export.engine.building import build
 from qlora_export.engine.export import export
 from qlora_export.engine.finished import finished
-from qlora_export.engine.options import BuildOptions
+from qlora_export.engine.options import BuildOptions, Engine
 
-__all__ = ["BuildOptions", "build", "export", "finished"]
+__all__ = ["BuildOptions", "Engine", "build", "export", "finished"]

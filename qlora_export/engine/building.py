@@ -24,6 +24,7 @@ from qlora_export.engine.manifest import read_artifact, require_same_sources, ve
 from qlora_export.engine.one_pass import run_pass
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
+from qlora_export.engine.ray_cluster import require_ray
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
 from qlora_export.memory import workers_within
@@ -34,7 +35,7 @@ from qlora_export.tensors.writing import disk_full
 
 def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
     """Build what is missing and verify what is there; the artifacts in the recipe's order."""
-    options = replace(options, workers=workers_within(plan, options.workers, options.memory_limit_bytes))
+    options = within_memory(plan, options)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file", "--out names a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -47,9 +48,18 @@ def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
             with disk_errors(out, sum(item.bytes for item in missing)):
                 _build_missing(plan, missing, kept, out, options, digests)
         else:
-            digests.hash_all([path.name for path in digests.paths], options.workers)
+            digests.hash_all([path.name for path in digests.paths], options.threads)
             require_same_sources(kept, digests.facts)
         return [finished[item.name] or read_artifact(out / item.name) for item in plan.artifacts]
+
+
+def within_memory(plan: Plan, options: BuildOptions) -> BuildOptions:
+    """As many threads as the limit of memory allows; on a cluster it is a limit for each process."""
+    if options.engine == "ray":
+        require_ray()
+        workers_within(plan, 1, options.memory_limit_bytes)
+        return options
+    return replace(options, workers=workers_within(plan, options.workers, options.memory_limit_bytes))
 
 
 def _build_missing(
@@ -66,7 +76,7 @@ def _build_missing(
         for item in missing:
             folders.append(PartialFolder(item, out))
             stack.callback(folders[-1].writer.close)
-        _restart_unless_same_sources(folders, digests, options.workers)
+        _restart_unless_same_sources(folders, digests, options.threads)
         run_pass(plan, folders, options, digests, files)
         require_same_sources(kept, digests.facts)
         for folder in folders:

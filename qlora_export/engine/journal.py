@@ -2,8 +2,9 @@
 
 `NAME.partial/.journal` holds one JSON object a line: first the digest of the plan, then the sha256 of each source file
 and lists of tensors whose bytes had reached the disk before the line was written; a tensor is listed only once its
-source is. A torn last line is ignored. What is listed counts only while the sources still have these digests and every
-weight file is there with its size and header; else everything is written again, with the same bytes.
+source is. A line may hold the mark of a run, by which workers on other machines know the folder: it says nothing of
+what is finished. A torn last line is ignored. What is listed counts only while the sources still have these digests and
+every weight file is there with its size and header; else everything is written again, with the same bytes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def is_ours(folder: Path) -> bool:
             return False
     plan = first.get("plan") if isinstance(first, dict) else None
     return isinstance(plan, str) and PLAN_DIGEST.fullmatch(plan) is not None
+
+
+def marked(folder: Path, text: str) -> bool:
+    """Whether a journal holds a mark."""
+    path = folder / JOURNAL_NAME
+    return path.is_file() and json.dumps({"mark": text}) in path.read_text(encoding="utf-8").splitlines()
 
 
 class Journal:
@@ -72,6 +79,10 @@ class Journal:
         """Record tensors whose bytes are on the disk."""
         self.finished.update(tensors)
         self._append({"tensors": list(tensors)})
+
+    def mark(self, text: str) -> None:
+        """Leave a mark that `marked` finds."""
+        self._append({"mark": text})
 
     def _append(self, record: dict[str, Any]) -> None:
         with self._appending, self._path.open("a", encoding="utf-8") as file:

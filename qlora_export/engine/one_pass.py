@@ -2,25 +2,26 @@
 
 Source files are hashed by the same workers, each before its tensors, which brings them into the page cache; weight
 files are hashed behind the writers; syncs have a thread of their own. A tensor counts as finished once its bytes and
-the digest of its source are in the journals.
+the digest of its source are in the journals. Who does the work is exchangeable: threads of this process, or processes
+on a cluster that write into the same files.
 """
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from qlora_export.engine.checkpoints import Checkpoints
+from qlora_export.engine.collecting import few_collections
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
-from qlora_export.engine.source_digests import HashJob, SourceDigests
-from qlora_export.engine.tensor_job import Destination, TensorJob
+from qlora_export.engine.ray_cluster import run_on_ray
+from qlora_export.engine.source_digests import SourceDigests
+from qlora_export.engine.subjects import destinations_of, file_of, opener, subjects_of
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning import Plan, route_parts
 from qlora_export.sources.weights import Weight, weight_bytes
@@ -39,23 +40,17 @@ def run_pass(
         few_collections(),
         Checkpoints(folders, options.checkpoint_bytes, work.is_listed, work.drops) as checkpoints,
     ):
-        WorkerPool(options.workers, partial(work.finished, checkpoints)).run(work.makers())
-        with ThreadPoolExecutor(options.workers) as pool:
+        finished = partial(work.finished, checkpoints)
+        if options.engine == "ray":
+            run_on_ray(plan, work.subjects, folders, options, digests, finished)
+        else:
+            WorkerPool(options.workers, finished).run(work.openers())
+        with ThreadPoolExecutor(options.threads) as pool:
             list(pool.map(lambda folder: folder.writer.hash_behind(), folders))
 
 
-@contextmanager
-def few_collections() -> Iterator[None]:
-    """Spare the garbage collector the modules and the plan, which it would look through again and again."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class Pass:
-    """What there is to do, and what is done: subjects are source files to hash and weights to make."""
+    """What there is to do, and what is done."""
 
     def __init__(
         self,
@@ -70,7 +65,7 @@ class Pass:
         self._options = options
         self._digests = digests
         self._files = files
-        self._destinations = _destinations(folders)
+        self._destinations = destinations_of((folder.item, folder.writer) for folder in folders)
         self._total = sum(weight_bytes(source) for source in plan.sources)
         self._counting = threading.Lock()
         self._listed: set[str] = set()
@@ -79,22 +74,19 @@ class Pass:
         self._done = sum(weight_bytes(source) for source in done)
         for source in done:
             self._mark(source)
-        self.subjects = _subjects(plan, [source for source in plan.sources if source.spec.name not in written])
+        self.subjects = subjects_of(plan, [source for source in plan.sources if source.spec.name not in written])
         self._files_of = {source.spec.name: self._source_files(source) for source in plan.sources}
-        self._left = Counter(_file(subject) for subject in self.subjects)
+        self._left = Counter(file_of(subject) for subject in self.subjects)
 
     @property
     def drops(self) -> bool:
         """Whether the page cache is kept clear of what the pass has done with."""
         return self._total + sum(folder.item.bytes for folder in self._folders) > self._options.cache_bytes
 
-    def makers(self) -> list[Callable[[], StagedJob]]:
+    def openers(self) -> list[Callable[[], StagedJob]]:
         """What opens the job of each subject."""
         return [
-            partial(HashJob, self._digests, subject)
-            if isinstance(subject, Path)
-            else partial(TensorJob, self._plan, subject, self._files, self._destinations.get(id(subject), ()))
-            for subject in self.subjects
+            opener(self._plan, subject, self._destinations, self._files, self._digests) for subject in self.subjects
         ]
 
     def is_listed(self, tensor: str) -> bool:
@@ -114,9 +106,9 @@ class Pass:
         with self._counting:
             self._done += 0 if isinstance(subject, Path) else weight_bytes(subject)
             self._options.progress(self._done, self._total)
-            self._left[_file(subject)] -= 1
-        if self.drops and not self._left[_file(subject)]:
-            self._files.drop(_file(subject))
+            self._left[file_of(subject)] -= 1
+        if self.drops and not self._left[file_of(subject)]:
+            self._files.drop(file_of(subject))
         for folder in self._folders:
             folder.writer.hash_behind(HASHED_BYTES_EACH)
 
@@ -127,26 +119,3 @@ class Pass:
     def _source_files(self, source: Weight) -> set[str]:
         """Names of the base's files that a weight is read from; the adapter is hashed when it is opened."""
         return set() if self._plan.from_adapter(source) else {tensor.path.name for tensor in source.stored}
-
-
-def _file(subject: Path | Weight) -> Path:
-    """The file that a subject begins in, or is."""
-    return subject if isinstance(subject, Path) else subject.stored[0].path
-
-
-def _subjects(plan: Plan, missing: Sequence[Weight]) -> list[Path | Weight]:
-    """Every file of the base before the weights that begin in it; the adapter's own weights last."""
-    groups: dict[Path, list[Weight]] = {path: [] for path in plan.checkpoint.files}
-    for source in missing:
-        groups.setdefault(_file(source), []).append(source)
-    base = set(plan.checkpoint.files)
-    return [subject for path, group in groups.items() for subject in ([path] * (path in base) + group)]
-
-
-def _destinations(folders: Sequence[PartialFolder]) -> Mapping[int, Sequence[Destination]]:
-    """What is made from each source, by the identity of the source."""
-    found: dict[int, list[Destination]] = {}
-    for folder in folders:
-        for route in folder.item.routes.values():
-            found.setdefault(id(route.output.source), []).append(Destination(folder.item, folder.writer, route))
-    return found

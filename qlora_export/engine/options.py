@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from qlora_export.contracts import Progress
+
+Engine = Literal["threads", "ray"]
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """Threads, limits, and who is told bytes done and bytes in all.
 
+    The engine `ray` has as many processes on a cluster where `threads` has threads, and a limit of memory for each.
     `checkpoint_bytes` of the base may be read again after a kill. `memory_limit_bytes` is for resident memory: fewer
     threads run where that keeps it. A build that moves more than `cache_bytes` leaves nothing in the page cache, for
     whatever else runs there; a smaller one leaves it all, for the check that follows.
@@ -22,3 +27,9 @@ class BuildOptions:
     progress: Progress = lambda done, total: None
     memory_limit_bytes: int | None = None
     cache_bytes: int = field(default_factory=lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    engine: Engine = "threads"
+
+    @property
+    def threads(self) -> int:
+        """Threads of this process."""
+        return self.workers if self.engine == "threads" else min(self.workers, len(os.sched_getaffinity(0)))

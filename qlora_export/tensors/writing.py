@@ -17,23 +17,27 @@ from typing import Any, Self
 import numpy as np
 
 from qlora_export.contracts import Part, Piece
-from qlora_export.errors import EnvironmentProblem
+from qlora_export.errors import EnvironmentProblem, InputError
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.layout import Layout, ShardLayout, lay_out
 from qlora_export.tensors.prefix_digest import PrefixDigest
 
 
 class ShardWriter:
-    """Writes the weight files of one artifact into a folder."""
+    """Writes the weight files of one artifact into a folder.
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    One that `joins` finds them made by another process, perhaps on another machine, and only adds pieces to them.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, joins: bool = False) -> None:
         self._places = layout.places
         self._descriptors: dict[str, int] = {}
         self._digests: dict[str, PrefixDigest] = {}
         try:
             for shard in layout.shards:
-                descriptor = self._descriptors[shard.file] = _create(folder / shard.file, shard)
-                self._digests[shard.file] = PrefixDigest(descriptor, shard.bytes)
+                path = folder / shard.file
+                self._descriptors[shard.file] = _join(path, shard) if joins else _create(path, shard)
+                self._digests[shard.file] = PrefixDigest(path, shard.bytes)
                 self._digests[shard.file].mark(0, len(shard.header))
         except BaseException:
             self.close()
@@ -111,6 +115,15 @@ def _create(path: Path, shard: ShardLayout) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
+
+
+def _join(path: Path, shard: ShardLayout) -> int:
+    """Open for writing alone: a client of NFS that read pages, too, might write them back whole, over a neighbour."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    if (size := os.fstat(descriptor).st_size) != shard.bytes:
+        os.close(descriptor)
+        raise InputError(f"{path}: {size} bytes, the plan says {shard.bytes}", "run again, with nobody else in --out")
     return descriptor
 
 

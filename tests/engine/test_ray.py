@@ -1,0 +1,302 @@
+"""A real cluster of several ray nodes on one machine: nodes and drivers die, the bytes stay those of the threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from qlora_export.engine import BuildOptions, batch_worker, build, ray_cluster
+from qlora_export.engine.batches import cut
+from qlora_export.engine.journal import Journal
+from qlora_export.engine.manifest import versions
+from qlora_export.engine.ray_crew import Crew, Question
+from qlora_export.engine.subjects import subjects_of
+from qlora_export.errors import EnvironmentProblem, ExportError, InputError
+from qlora_export.planning import make_plan
+from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+
+FORMATS = ("bf16", "nf4", "nf4-adapter", {"format": "fp32", "onto": "original"})
+ONE_BY_ONE = 1
+STORE_BYTES = 80 << 20
+
+
+def command(base: Path, adapter: Path, out: Path) -> list[str]:
+    words = ["build", "--base", str(base), "--adapter", str(adapter), "--format", "bf16", "--out", str(out)]
+    return [sys.executable, "-m", "qlora_export", *words, "--engine", "ray", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def own_cluster(
+    pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that starts a cluster of its own, which takes ray some seconds: meanwhile the other one starts."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    words = command(pico_base, pico_adapter, tmp_path_factory.mktemp("own") / "out")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
+        yield child
+
+
+@pytest.fixture(scope="module")
+def cluster(own_cluster: subprocess.Popen[str]) -> Iterator[Cluster]:
+    """A head that only keeps the books, and two nodes of one CPU; a dead node is missed after a few seconds."""
+    patience = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 4}
+    settings = {f"health_check_{name}": value for name, value in patience.items()}
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": settings}
+    with ray_cluster.environment(ray_cluster.QUIET):
+        made = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            made.add_node(wait=False, num_cpus=1, object_store_memory=STORE_BYTES)
+        made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def address(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a driver of the cluster."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    return str(cluster.address)
+
+
+@pytest.fixture
+def whole(pico_recipe: RecipeMaker, tmp_path: Path) -> dict[str, bytes]:
+    """What threads make."""
+    build(make_plan(pico_recipe(*FORMATS), tmp_path / "whole"), tmp_path / "whole", BuildOptions())
+    return folder_bytes(tmp_path / "whole")
+
+
+class Deaths:
+    """The crew of a build, and what its workers had in hand when they died."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.crew: Crew
+        self.lost: list[Question] = []
+        enter, bury = Crew.__enter__, Crew._bury
+
+        def entered(crew: Crew) -> Crew:
+            self.crew = crew
+            return enter(crew)
+
+        def buried(crew: Crew, question: Question, error: Any) -> None:
+            self.lost.append(question)
+            bury(crew, question, error)
+
+        monkeypatch.setattr(Crew, "__enter__", entered)
+        monkeypatch.setattr(Crew, "_bury", buried)
+
+    def stall(self) -> tuple[str, int]:
+        """Have a worker that is at work stop inside its next tensor; its node and its process."""
+
+        def stalled(worker: Any) -> tuple[str, int]:
+            from qlora_export.engine.tensor_job import TensorJob
+
+            setattr(TensorJob, "seal", lambda job: time.sleep(60))  # noqa: B010
+            return ray.get_runtime_context().get_node_id(), os.getpid()
+
+        working = next(item.worker for item in self.crew._asked.values() if item.batch is not None)
+        node, process = ray.get(working.__ray_call__.remote(stalled))
+        return node, process
+
+
+def once(action: Callable[[], None]) -> Callable[[int, int], None]:
+    """A progress that does something at its first report."""
+    left = [action]
+    return lambda done, total: left.pop()() if left else None
+
+
+def share_into(reports: list[float]) -> Callable[[int, int], None]:
+    """A progress that keeps the shares it is told."""
+    return lambda done, total: reports.append(done / total)
+
+
+def later(action: Callable[[], Any]) -> None:
+    """Do it when the driver has given the worker its next batch."""
+    threading.Timer(0.7, action).start()
+
+
+def test_a_node_killed_inside_a_tensor_changes_no_byte(
+    cluster: Cluster,
+    address: str,
+    pico_recipe: RecipeMaker,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaths, out = Deaths(monkeypatch), tmp_path / "out"
+
+    def kill() -> None:
+        name, _ = deaths.stall()
+        node = next(node for node in cluster.worker_nodes if node.node_id == name)
+        later(lambda: cluster.remove_node(node, allow_graceful=False))
+
+    options = BuildOptions(2, ONE_BY_ONE, once(kill), engine="ray")
+    build(make_plan(pico_recipe(*FORMATS), out), out, options)
+    assert any(question.batch is not None for question in deaths.lost), "a batch was lost with the node"
+    assert folder_bytes(out) == whole
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+
+def test_a_worker_killed_inside_a_tensor_is_replaced(
+    address: str, pico_recipe: RecipeMaker, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths, out = Deaths(monkeypatch), tmp_path / "out"
+
+    def kill() -> None:
+        _, process = deaths.stall()
+        later(lambda: os.kill(process, signal.SIGKILL))
+
+    build(make_plan(pico_recipe(*FORMATS), out), out, BuildOptions(1, ONE_BY_ONE, once(kill), engine="ray"))
+    assert [question.batch is not None for question in deaths.lost] == [True]
+    assert folder_bytes(out) == whole
+
+
+def test_an_error_in_a_worker_is_the_one_that_threads_raise(
+    address: str, pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+
+    plan = make_plan(pico_recipe("bf16", base=str(base_copy)), tmp_path / "out")
+    edit_tensors(base_copy / "model.safetensors", spoil)
+    errors: list[ExportError] = []
+    for name in ("threads", "ray"):
+        with pytest.raises(InputError, match="up_proj") as caught:
+            build(plan, tmp_path / name, replace(BuildOptions(1), engine=name))
+        errors.append(caught.value)
+    assert type(errors[0]) is type(errors[1])
+    assert [errors[0].message, errors[0].hint] == [errors[1].message, errors[1].hint]
+
+
+def test_a_path_that_a_node_does_not_see_is_named(
+    address: str, pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assign = batch_worker.assign
+    unseen = tmp_path / "only/here.safetensors"
+    monkeypatch.setattr(ray_cluster, "assign", lambda *given: replace(assign(*given), sizes={unseen: 1}))
+    with pytest.raises(EnvironmentProblem, match=f"node .*: {unseen} is not there") as caught:
+        build(make_plan(pico_recipe("bf16"), tmp_path / "out"), tmp_path / "out", BuildOptions(1, engine="ray"))
+    assert "file system they share" in caught.value.hint
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_shared_one(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    plan = make_plan(pico_recipe("bf16"), tmp_path)
+    Journal(tmp_path, "digest").mark("the driver's")
+    folders = {"bf16": tmp_path}
+    batch_worker.require_visible(batch_worker.assign(plan, [], folders, "the driver's"), "here")
+    with pytest.raises(EnvironmentProblem, match=f"node here: {tmp_path} is another folder than the driver's"):
+        batch_worker.require_visible(batch_worker.assign(plan, [], folders, "another's"), "here")
+    with pytest.raises(EnvironmentProblem, match="nowhere is not there"):
+        batch_worker.require_visible(batch_worker.assign(plan, [], {"bf16": tmp_path / "nowhere"}, "m"), "here")
+
+
+def test_a_node_with_other_versions_is_refused() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"node .*: numpy .*, the driver has 1\.0"):
+        batch_worker.BatchWorker({**versions(), "numpy": "1.0"}, b"").open()
+
+
+def test_batches_hold_every_subject_once_and_files_alone(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
+    plan = make_plan(pico_recipe("bf16"), tmp_path)
+    subjects = subjects_of(plan, plan.sources)
+    assert isinstance(subjects[0], Path)
+    for workers in (1, 3, 1000):
+        batches = cut(subjects, 256_000_000, workers)
+        assert [number for batch in batches for number in batch] == list(range(len(subjects)))
+        assert batches[0] == (0,)
+    assert len(cut(subjects, 256_000_000, 1)) < len(subjects)
+    assert len(cut(subjects, ONE_BY_ONE, 1)) == len(subjects)
+
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import make_plan
+from qlora_export.recipe import make_recipe
+
+base, adapter, out = sys.argv[1:]
+
+def progress(done, total):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = make_recipe({"base": base, "adapter": adapter, "artifacts": FORMATS}, Path(), "child")
+build(make_plan(recipe, Path(out)), Path(out), BuildOptions(2, 1, progress, engine="ray"))
+""".replace("FORMATS", repr([{"format": item} if isinstance(item, str) else item for item in FORMATS]))
+
+
+def test_what_a_killed_driver_left_is_completed_by_either_engine(
+    address: str,
+    pico_recipe: RecipeMaker,
+    pico_base: Path,
+    pico_adapter: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", DRIVER, str(pico_base), str(pico_adapter), str(out)]
+    child = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert (out / "nf4.partial/.journal").read_text().count("tensors") > 1
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    for folder, options in ((out, BuildOptions(2)), (copy, BuildOptions(1, engine="ray"))):
+        reports: list[float] = []
+        watched = replace(options, progress=share_into(reports))
+        build(make_plan(pico_recipe(*FORMATS), folder), folder, watched)
+        assert folder_bytes(folder) == whole
+        assert min(reports) > 0.2, "what was finished is not made again"
+
+
+def test_a_cluster_of_its_own_says_nothing(own_cluster: subprocess.Popen[str]) -> None:
+    stdout, stderr = own_cluster.communicate(timeout=60)
+    assert own_cluster.returncode == 0, stderr
+    assert stderr == ""
+    assert stdout.count("\n") == 1
+
+
+def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, threading\n"
+        "from qlora_export.cli.main import run\n"
+        "from qlora_export.engine.ray_crew import Crew\n"
+        "take = Crew._take\n"
+        "def taken(*words):\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    Crew._take = lambda *words: None\n"
+        "Crew._take = taken\n"
+        "run()"
+    )
+    words = [sys.executable, "-c", script, *command(pico_base, pico_adapter, tmp_path / "out")[3:]]
+    child = subprocess.run(words, check=False, capture_output=True, text=True, timeout=30)
+    assert child.returncode == 143, child.stderr
+    assert child.stderr.count("\n") == 1, child.stderr
+    assert (tmp_path / "out/bf16.partial/.journal").is_file()
+
+
+def test_without_ray_or_a_cluster_the_next_step_is_named(
+    pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(pico_recipe("bf16"), tmp_path / "out")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(EnvironmentProblem, match="RAY_ADDRESS=127.0.0.1:1: no cluster answers there"):
+        build(plan, tmp_path / "out", BuildOptions(1, engine="ray"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match="ray is not installed") as caught:
+        build(plan, tmp_path / "none", BuildOptions(1, engine="ray"))
+    assert caught.value.hint == "pip install 'qlora-export[ray]'"
+    assert not (tmp_path / "none").exists()
