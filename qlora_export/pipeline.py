@@ -65,6 +65,7 @@ class RunOptions:
     pinned: Mapping[str, Any] | None = None
     keeps_plan: bool = False
     engine: Engine = "threads"
+    accelerator: str | None = None
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
@@ -96,6 +97,7 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
             progress=progress,
             memory_limit_bytes=options.memory_limit_bytes,
             engine=options.engine,
+            accelerator=options.accelerator,
         )
         built = engine.build(plan, options.out, limits)
     made = {artifact.name: artifact for artifact in built}

@@ -47,6 +47,10 @@ EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="threads (default), or ray: as many processes on the cluster of RAY_ADDRESS."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="What computes a build: cpu (default), cuda, cuda:1; same bytes."),
+]
 MemoryLimit = Annotated[
     str | None,
     typer.Option("--memory-limit", help="Memory that a build may take, as in 800MB; fewer threads run to keep it."),
@@ -83,6 +87,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         out: Out = None,
         workers: Workers = None,
         engine: EngineName = None,
+        device: Device = None,
         memory_limit: MemoryLimit = None,
         as_json: Json = False,
         output: Output = None,
@@ -107,6 +112,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             memory_limit_bytes=byte_count(memory_limit) if memory_limit else None,
             keeps_plan=output is not None,
             engine=engine_name(engine),
+            accelerator=None if device in (None, "cpu") else device,
         )
         if recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)

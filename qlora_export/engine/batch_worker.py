@@ -22,7 +22,7 @@ from qlora_export.engine.collecting import few_collections
 from qlora_export.engine.journal import marked
 from qlora_export.engine.manifest import FileFacts, versions
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.subjects import Subject, destinations_of, opener
+from qlora_export.engine.subjects import Subject, Workshop, destinations_of
 from qlora_export.engine.workers import WorkerPool
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.planning import Plan
@@ -85,11 +85,10 @@ class BatchWorker:
     def make(self, batch: Batch) -> FileFacts:
         """Make the subjects of these numbers and sync what was written; size and sha256 of the files among them."""
         digests = SourceDigests(())
+        workshop = Workshop(self._plan, self._destinations, self._files, digests)
         chosen = [self._subjects[number] for number in batch]
         with few_collections():
-            WorkerPool(1, lambda number: None).run(
-                [opener(self._plan, subject, self._destinations, self._files, digests) for subject in chosen]
-            )
+            WorkerPool(1, lambda number: None).run([workshop.opener(subject) for subject in chosen])
         if not all(isinstance(subject, Path) for subject in chosen):
             for writer in self._writers:
                 writer.sync()

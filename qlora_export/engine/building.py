@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_export.contracts import Artifact
+from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.engine.manifest import read_artifact, require_same_sources, verify_artifact
 from qlora_export.engine.one_pass import run_pass
@@ -35,6 +36,7 @@ from qlora_export.tensors.writing import disk_full
 
 def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
     """Build what is missing and verify what is there; the artifacts in the recipe's order."""
+    require_accelerator(options)
     options = within_memory(plan, options)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file", "--out names a folder")
@@ -51,6 +53,19 @@ def build(plan: Plan, out: Path, options: BuildOptions) -> list[Artifact]:
             digests.hash_all([path.name for path in digests.paths], options.threads)
             require_same_sources(kept, digests.facts)
         return [finished[item.name] or read_artifact(out / item.name) for item in plan.artifacts]
+
+
+def require_accelerator(options: BuildOptions) -> None:
+    """Raise where the accelerator is not there, or what else is asked of the build does not go with it."""
+    if options.accelerator is None:
+        return
+    if options.engine != "threads":
+        hint = "workers on a cluster compute on their processors"
+        raise UsageError(f"--device {options.accelerator} and --engine {options.engine}", hint)
+    if options.memory_limit_bytes is not None:
+        hint = "what the device's driver maps cannot be known beforehand"
+        raise UsageError(f"--device {options.accelerator} and --memory-limit", hint)
+    Accelerator(options.accelerator)
 
 
 def within_memory(plan: Plan, options: BuildOptions) -> BuildOptions:
@@ -128,6 +143,6 @@ def locked(out: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UsageError(f"{out}: another run is building here", "wait for it, or choose another --out") from None
+        raise UsageError(f"{out}: another run is at work here", "wait for it, or choose another --out") from None
     finally:
         os.close(descriptor)

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.checkpoints import Checkpoints
 from qlora_export.engine.collecting import few_collections
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.ray_cluster import run_on_ray
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.subjects import destinations_of, file_of, opener, subjects_of
+from qlora_export.engine.subjects import Workshop, destinations_of, file_of, subjects_of
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning import Plan, route_parts
 from qlora_export.sources.weights import Weight, weight_bytes
@@ -85,9 +86,10 @@ class Pass:
 
     def openers(self) -> list[Callable[[], StagedJob]]:
         """What opens the job of each subject."""
-        return [
-            opener(self._plan, subject, self._destinations, self._files, self._digests) for subject in self.subjects
-        ]
+        name = self._options.accelerator
+        accelerator = Accelerator(name) if name is not None else None
+        workshop = Workshop(self._plan, self._destinations, self._files, self._digests, accelerator)
+        return [workshop.opener(subject) for subject in self.subjects]
 
     def is_listed(self, tensor: str) -> bool:
         """Whether the digest of every source file of a tensor stands in the journals."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from qlora_export.contracts import Progress
 
 Engine = Literal["threads", "ray"]
-ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class BuildOptions:
     The engine `ray` has as many processes on a cluster where `threads` has threads, and a limit of memory for each.
     `checkpoint_bytes` of the base may be read again after a kill. `memory_limit_bytes` is for resident memory: fewer
     threads run where that keeps it. A build that moves more than `cache_bytes` leaves nothing in the page cache, for
-    whatever else runs there; a smaller one leaves it all, for the check that follows.
+    whatever else runs there; a smaller one leaves it all, for the check that follows. `accelerator` is the torch device
+    that computes, None for the processor.
     """
 
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -28,6 +28,7 @@ class BuildOptions:
     memory_limit_bytes: int | None = None
     cache_bytes: int = field(default_factory=lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     engine: Engine = "threads"
+    accelerator: str | None = None
 
     @property
     def threads(self) -> int:

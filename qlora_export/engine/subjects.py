@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.source_digests import HashJob, SourceDigests
 from qlora_export.engine.tensor_job import Destination, TensorJob
 from qlora_export.engine.workers import StagedJob
@@ -42,10 +44,19 @@ def destinations_of(written: Iterable[tuple[ArtifactPlan, ShardWriter]]) -> Dest
     return found
 
 
-def opener(
-    plan: Plan, subject: Subject, destinations: Destinations, files: SourceFiles, digests: SourceDigests
-) -> Callable[[], StagedJob]:
-    """What opens the job of a subject."""
-    if isinstance(subject, Path):
-        return partial(HashJob, digests, subject)
-    return partial(TensorJob, plan, subject, files, destinations.get(id(subject), ()))
+@dataclass(frozen=True)
+class Workshop:
+    """What all jobs of a process share."""
+
+    plan: Plan
+    destinations: Destinations
+    files: SourceFiles
+    digests: SourceDigests
+    accelerator: Accelerator | None = None
+
+    def opener(self, subject: Subject) -> Callable[[], StagedJob]:
+        """What opens the job of a subject."""
+        if isinstance(subject, Path):
+            return partial(HashJob, self.digests, subject)
+        destinations = self.destinations.get(id(subject), ())
+        return partial(TensorJob, self.plan, subject, self.files, destinations, self.accelerator)

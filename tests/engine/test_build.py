@@ -313,7 +313,7 @@ def test_sources_are_never_touched(
 def test_two_runs_in_one_folder(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UsageError, match="another run is building here"):
+    with pytest.raises(UsageError, match="another run is at work here"):
         run(pico_recipe("bf16"), tmp_path)
     os.close(descriptor)
     run(pico_recipe("bf16"), tmp_path)

@@ -1,0 +1,64 @@
+"""Builds whose row blocks pass through torch tensors have the bytes of any other build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_export.device.accelerator import Accelerator
+from qlora_export.engine import BuildOptions, build
+from qlora_export.errors import EnvironmentProblem, InputError, UsageError
+from qlora_export.planning import make_plan
+from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+
+ALL: tuple[Any, ...] = ("bf16", "fp32", "nf4", "nf4-adapter", {"format": "nf4", "name": "original", "onto": "original"})
+
+
+def run(recipe: Any, out: Path, accelerator: str | None = None, **options: Any) -> None:
+    build(make_plan(recipe, out), out, BuildOptions(accelerator=accelerator, **options))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weights", [1, 1 << 24])
+def test_bytes_do_not_depend_on_the_device(
+    pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, weights: int
+) -> None:
+    monkeypatch.setattr("qlora_export.merge.base_rows.ACCELERATED_WEIGHTS", weights)
+    run(pico_recipe(*ALL), tmp_path / "processor")
+    run(pico_recipe(*ALL), tmp_path / "accelerator", device)
+    assert folder_bytes(tmp_path / "processor") == folder_bytes(tmp_path / "accelerator")
+
+
+def test_a_bad_weight_is_named(pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
+
+    edit_tensors(base_copy / "model.safetensors", spoil)
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight is inf in row 3, column 5"):
+        run(pico_recipe("nf4", base=str(base_copy)), tmp_path / "out", "cpu")
+
+
+def test_bits_arrive_as_they_are() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    accelerator = Accelerator("cpu")
+    with accelerator.working():
+        assert accelerator.send(bits).view(torch.int16).numpy().view(np.uint16).tolist() == bits.tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(EnvironmentProblem, match="--device cuda: "):
+        Accelerator("cuda")
+    with pytest.raises(EnvironmentProblem, match="--device warp9: "):
+        Accelerator("warp9")
+
+
+@pytest.mark.parametrize("other", [{"engine": "ray"}, {"memory_limit_bytes": 1 << 30}])
+def test_what_does_not_go_with_an_accelerator(pico_recipe: RecipeMaker, tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--device cpu and --"):
+        run(pico_recipe("bf16"), tmp_path / "out", "cpu", **other)
+    assert not (tmp_path / "out").exists()
