@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
+from qlora_export import catalog
+from qlora_export.contracts import TORCH_NAMES, Format, TrainingQuantization
 from qlora_export.inputs import Inputs
 from qlora_export.merge.carried import differing_tokenizer_files
 from qlora_export.merge.combining import Weighted
@@ -88,11 +89,18 @@ def _training(recipe: Recipe, training: TrainingQuantization) -> list[str]:
     return found
 
 
+def _requantises(form: Format) -> bool:
+    return form.quantises and form.consumes == "merged"
+
+
 def _dense_experts(recipe: Recipe, checkpoint: Checkpoint, facts: TrainingFacts) -> list[str]:
-    quantising = [item.name for item in recipe.artifacts if item.format == "nf4"]
+    merged = {name for name in catalog.FORMATS if _requantises(catalog.load_format(name, facts.live))}
+    quantising = [item.name for item in recipe.artifacts if item.format in merged]
     if not facts.experts or not quantising:
         return []
     weights = [weight for weight in checkpoint.weights.values() if weight.spec.module in facts.experts]
     size = sum(weight.spec.size * ITEM_BYTES[facts.live.storage_dtype] for weight in weights)
     dense = f"{', '.join(quantising)}: {len(weights)} expert weights stay dense ({size / 1e6:.2f} MB)"
-    return [f"{dense}, since transformers does not load NF4 experts; bf16 serves a mixture of experts as well"]
+    return [
+        f"{dense}, since transformers does not load experts in 4 or 8 bits; bf16 serves a mixture of experts as well"
+    ]

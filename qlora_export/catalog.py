@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
+from types import MappingProxyType
 from typing import Any, cast
 
 from qlora_export.contracts import Exporter, Format, Options, Publisher, Runtime, TrainingQuantization
@@ -14,8 +16,9 @@ FORMATS = {
     "fp32": "qlora_export.formats.dense:fp32",
     "bf16": "qlora_export.formats.dense:bf16",
     "fp16": "qlora_export.formats.dense:fp16",
-    "nf4": "qlora_export.formats.nf4:nearest",
-    "nf4-adapter": "qlora_export.formats.nf4:trained",
+    "nf4": "qlora_export.formats.four_bit:nf4",
+    "fp4": "qlora_export.formats.four_bit:fp4",
+    "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 EXPORTERS = {
@@ -31,11 +34,22 @@ PUBLISHERS = {
     "folder": "qlora_export.publish.folder:open_registry",
     "hub": "qlora_export.publish.hub.publisher:open_hub",
 }
+NO_OPTIONS: Options = MappingProxyType({})
 
 
-def load_format(name: str, training: TrainingQuantization) -> Format:
-    """The format of that name, told how the base was quantised in training."""
-    return cast(Format, _load(FORMATS, "format", name)(training))
+def load_format(name: str, training: TrainingQuantization, options: Options = NO_OPTIONS) -> Format:
+    """The format of that name, told how the base was quantised in training; its options are keywords of its maker.
+
+    Raises UsageError for options that it does not have.
+    """
+    make = _load(FORMATS, "format", name)
+    known = [item.name for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY]
+    for option in options:
+        if not known:
+            raise UsageError(f"{name} has no options")
+        if option not in known:
+            raise UsageError(f"{name} has no option {option!r}; known: {', '.join(known)}")
+    return cast(Format, make(training, **options))
 
 
 def load_exporter(name: str, options: Options) -> Exporter:

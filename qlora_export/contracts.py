@@ -138,6 +138,10 @@ class Format(Protocol):
     keeps_adapter: bool
     dense_dtype: str
 
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """Why a layer of this shape [out, in] cannot be encoded; an `input_major` module stores [in, out]."""
+        ...
+
     def row_multiple(self, spec: TensorSpec) -> int:
         """Fewest rows that hold whole blocks."""
         ...

@@ -5,7 +5,6 @@ Made from headers alone; no weight is read (the adapter's file is hashed). A pla
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
@@ -34,7 +33,9 @@ from qlora_export.preflight import (
     artifact_problems,
     base_problems,
     disk_problems,
+    encoded_modules,
     kept_adapter_problems,
+    layer_problems,
     merge_problems,
     opened,
     read_values,
@@ -200,6 +201,7 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     if adapter is not None:
         problems += training_problems(adapter, checkpoint, facts)
     problems += [*artifact_problems(recipe, facts), *kept_adapter_problems(recipe, facts, model)]
+    problems += layer_problems(recipe, facts, model)
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
@@ -217,13 +219,12 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
 
 def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
     checkpoint = inputs.checkpoint
-    form = catalog.load_format(item.format, inputs.training)
+    form = catalog.load_format(item.format, inputs.training, item.options)
     dense = form
     if form.quantises:
         dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
     model = inputs.unmerged if form.consumes == "base" else inputs.model
-    dropped = {name for pattern in item.keep for name in fnmatch.filter(inputs.facts.encodable, pattern)}
-    encoded = inputs.facts.encodable - dropped if form.quantises else frozenset()
+    encoded = encoded_modules(item, inputs.facts) if form.quantises else frozenset()
     routes = {}
     for name, output in model.outputs.items():
         as_stored = form.consumes == "base" and output.source.storage in ("nf4", "fp4")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,13 +15,14 @@ from typing import TypeVar
 import numpy as np
 
 from qlora_export import catalog
-from qlora_export.errors import ExitCode, ExportError, Problem
+from qlora_export.contracts import Format
+from qlora_export.errors import ExitCode, ExportError, Problem, UsageError
 from qlora_export.merge.homes import Match
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.quant.floats import all_finite
-from qlora_export.recipe import Merge, Recipe
+from qlora_export.recipe import ArtifactRecipe, Merge, Recipe
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, read_json
 from qlora_export.tensors.dtypes import FLOATS
@@ -29,6 +32,7 @@ SECTOR_BYTES = 512
 DECODED_METHODS = ("bitsandbytes", "fp8")
 NORMED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FACTOR_NAME = re.compile(r"\.lora_(embedding_)?[AB](\.default)?(\.weight)?$")
+LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 Source = TypeVar("Source")
 Opened = TypeVar("Opened")
 
@@ -226,9 +230,10 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
             if artifact.keep:
                 problems.append((artifact, f"{artifact.format} is exported whole, nothing can be kept dense"))
             continue
-        form = catalog.load_format(artifact.format, training)
-        if artifact.options:
-            problems.append((artifact, f"{artifact.format} has no options"))
+        form = _format(artifact, facts)
+        if isinstance(form, UsageError):
+            problems.append((artifact, form.message))
+            form = catalog.load_format(artifact.format, training)
         unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(facts.encodable, pattern)]
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
         if artifact.keep and not form.quantises:
@@ -247,6 +252,40 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
         )
         for artifact, message in problems
     ]
+
+
+def _format(artifact: ArtifactRecipe, facts: TrainingFacts) -> Format | UsageError:
+    """The artifact's format, or what is wrong with its options."""
+    try:
+        return catalog.load_format(artifact.format, facts.live, artifact.options)
+    except UsageError as error:
+        return error
+
+
+def encoded_modules(artifact: ArtifactRecipe, facts: TrainingFacts) -> AbstractSet[str]:
+    """The stored linear layers that a quantising format encodes: all that it can but those to keep."""
+    kept = {name for pattern in artifact.keep for name in fnmatch.filter(facts.encodable, pattern)}
+    return facts.encodable - kept
+
+
+def layer_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) -> list[Problem]:
+    """Layers whose shape a format cannot encode and that are not kept dense; layers of all numbers are told at once."""
+    problems = []
+    for artifact in recipe.artifacts:
+        form = _format(artifact, facts) if artifact.format in catalog.FORMATS else None
+        if form is None or isinstance(form, UsageError) or not form.quantises:
+            continue
+        counts: Counter[tuple[str, str]] = Counter()
+        for module in sorted(encoded_modules(artifact, facts)):
+            output = model.outputs.get(f"{module}.weight")
+            reason = form.obstacle(output.layer_spec, output.transposed) if output is not None else None
+            if reason is not None:
+                counts[LAYER_NUMBER.sub(".*", module), reason] += 1
+        for (name, reason), count in counts.items():
+            message = f"artifact {artifact.name}: {artifact.format} cannot hold {name} ({count} layers): {reason}"
+            hint = f'keep: ["{name}"] leaves it dense; other formats and options have other limits'
+            problems.append(Problem(ExitCode.USAGE, message, hint))
+    return problems
 
 
 def kept_adapter_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) -> list[Problem]:

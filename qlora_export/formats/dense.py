@@ -31,6 +31,10 @@ class Dense:
     quantises: bool = False
     keeps_adapter: bool = False
 
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """None: any tensor can be dense."""
+        return None
+
     def row_multiple(self, spec: TensorSpec) -> int:
         """Any row stands alone."""
         return 1

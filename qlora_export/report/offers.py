@@ -22,6 +22,7 @@ LINES = {
     "bf16": "merged, dense bfloat16: for serving at full size and for further quantisation",
     "fp16": "merged, dense float16; a value beyond 65504 stops the build",
     "nf4": "merged, rounded to the nearest NF4 code: small, and a small delta may not survive it",
+    "fp4": "merged, rounded to the nearest bitsandbytes FP4 code: as small as nf4, and coarser",
     "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",
     "adapter": "the adapter on its own, for the base it was trained on",
     "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; needs the extra [onnx]",

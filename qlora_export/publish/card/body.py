@@ -75,7 +75,7 @@ def _adapter(item: CardItem) -> str:
 
 def _stored(item: CardItem) -> str:
     verb = "exported to" if item.kind.library == "onnx" else "stored in"
-    if item.artifact.format == "nf4":
+    if item.kind.library == "transformers" and item.kind.relation == "quantized":
         verb = "rounded to"
     return f"{verb} {item.kind.weights}"
 

@@ -28,17 +28,17 @@ class Kind:
 
 
 TRANSFORMERS = ("transformers", "accelerate")
+BITSANDBYTES = (*TRANSFORMERS, "bitsandbytes")
 ONNX = ("onnxruntime-genai", "huggingface_hub")
 NF4_WORDS = "bitsandbytes NF4 (4 bits)"
 KINDS = {
     "fp32": Kind("transformers", "finetune", "float32", TRANSFORMERS, served=True),
     "bf16": Kind("transformers", "finetune", "bfloat16", TRANSFORMERS, served=True),
     "fp16": Kind("transformers", "finetune", "float16", TRANSFORMERS, served=True),
-    "nf4": Kind("transformers", "quantized", NF4_WORDS, (*TRANSFORMERS, "bitsandbytes"), ("bitsandbytes", "4-bit")),
-    "nf4-adapter": Kind(
-        "peft", "quantized", NF4_WORDS, (*TRANSFORMERS, "bitsandbytes", "peft"), ("bitsandbytes", "4-bit", "lora")
-    ),
-    "adapter": Kind("peft", "adapter", "the adapter's own", (*TRANSFORMERS, "bitsandbytes", "peft"), ("lora",)),
+    "nf4": Kind("transformers", "quantized", NF4_WORDS, BITSANDBYTES, ("bitsandbytes", "4-bit")),
+    "fp4": Kind("transformers", "quantized", "bitsandbytes FP4 (4 bits)", BITSANDBYTES, ("bitsandbytes", "4-bit")),
+    "nf4-adapter": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
+    "adapter": Kind("peft", "adapter", "the adapter's own", (*BITSANDBYTES, "peft"), ("lora",)),
     "onnx-int4": Kind("onnx", "quantized", "ONNX with 4-bit integers", ONNX, ("onnx",)),
     "onnx-fp32": Kind("onnx", "finetune", "ONNX in float32", ONNX, ("onnx",)),
 }

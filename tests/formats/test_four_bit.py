@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from qlora_export.catalog import load_format
-from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.contracts import Format, TensorSpec, TrainedModule, TrainingQuantization
 from tests.conftest import random_values
 from tests.formats.test_contract import SHAPES, encode
 
 
-def oracle(weight: torch.Tensor, block: int, double: bool) -> dict[str, torch.Tensor]:
+def oracle(weight: torch.Tensor, block: int, double: bool, kind: str) -> dict[str, torch.Tensor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type=kind)
     torch.set_num_threads(threads)
     return {"": packed, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}
 
@@ -28,11 +28,23 @@ def oracle(weight: torch.Tensor, block: int, double: bool) -> dict[str, torch.Te
 @pytest.mark.parametrize(("block", "double"), [(64, True), (64, False), (128, True)])
 def test_parts_are_those_of_bitsandbytes(shape: tuple[int, int], block: int, double: bool) -> None:
     training = TrainingQuantization(block_size=block, double_quant=double)
-    form = load_format("nf4-adapter", training)
+    assert_same(load_format("nf4-adapter", training), shape, block, double, "nf4")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (512, 640)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_merged_weights_have_the_settings_of_training_scripts(shape: tuple[int, int], kind: str) -> None:
+    """Blocks of 64 and double quantisation, whatever training had."""
+    training = TrainingQuantization(block_size=128, double_quant=False)
+    assert_same(load_format(kind, training), shape, 64, True, kind)
+
+
+def assert_same(form: Format, shape: tuple[int, int], block: int, double: bool, kind: str) -> None:
+    """Every part is the oracle's."""
     weight = torch.from_numpy(random_values(*shape)).bfloat16()
     spec = TensorSpec("x.weight", "BF16", shape)
     found: dict[str, Any] = encode(form, spec, weight.float().numpy().reshape(-1), [0, spec.rows])
-    expected = oracle(weight, block, double)
+    expected = oracle(weight, block, double, kind)
     shapes = {part.name.removeprefix("x.weight"): part.shape for part in form.parts(spec)}
     assert set(shapes) == set(expected)
     for suffix, tensor in expected.items():

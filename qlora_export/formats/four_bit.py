@@ -1,14 +1,15 @@
-"""bitsandbytes NF4: `nf4` holds the merged weights, `nf4-adapter` the base of training with the adapter beside it.
+"""bitsandbytes in 4 bits: `nf4` and `fp4` of the merged weights, `nf4-adapter` of the base, with the adapter beside it.
 
 For a linear `x.weight` of shape [out, in]: `x.weight` uint8 [ceil(out * in / 2), 1], the first code of a pair in the
 high nibble; `x.weight.absmax` uint8 [blocks] (float32 without double quantisation); `x.weight.quant_map` float32 [16];
 `x.weight.nested_absmax` float32 [ceil(blocks / 256)]; `x.weight.nested_quant_map` float32 [256];
-`x.weight.quant_state.bitsandbytes__nf4` uint8, JSON padded with spaces to a length that does not depend on the
-weights. Everything else stays dense in the dtype the base was loaded in. Source: bitsandbytes `QuantState.as_dict`.
+`x.weight.quant_state.bitsandbytes__nf4` (or `__fp4`) uint8, JSON padded with spaces to a length that does not depend on
+the weights. Everything else stays dense in the dtype the base was loaded in. Source: bitsandbytes `QuantState.as_dict`.
 Cost: 4.127 bits a weight.
 
 `nf4` rounds to nearest, and so falls back onto the grid that the base already sits on: a delta smaller than half a
-step changes no code. `nf4-adapter` keeps the codes that training saw and ships the adapter untouched, without drift.
+step changes no code. `fp4` has the levels of a 4-bit float, which are further apart where most weights are.
+`nf4-adapter` keeps the codes that training saw and ships the adapter untouched, without drift.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from numpy.typing import NDArray
 from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.quant import four_bit, nested
-from qlora_export.quant.four_bit import NF4 as GRID
+from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
 
-STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 LONGEST_OFFSET = -1.2345678901234567e-100
 
 
 @dataclass(frozen=True)
-class NF4:
-    """NF4 weights in bitsandbytes' layout; `training` gives block size, dtypes and the absmax means of training."""
+class FourBit:
+    """Weights of a 4-bit grid in bitsandbytes' layout; `training` gives block size, dtypes, absmax means."""
 
     name: str
+    grid: FourBitGrid
     training: TrainingQuantization
     consumes: Consumes = "merged"
     quantises: bool = True
@@ -44,6 +45,15 @@ class NF4:
     def dense_dtype(self) -> str:
         """What is not quantised keeps the dtype the base was loaded in."""
         return self.training.storage_dtype
+
+    @property
+    def state_suffix(self) -> str:
+        """The last part of the name of the JSON state."""
+        return f"quant_state.bitsandbytes__{self.grid.name}"
+
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """None: a block may be short, and bitsandbytes has layers for both orders."""
+        return None
 
     def row_multiple(self, spec: TensorSpec) -> int:
         """Blocks run over row ends unless the rows hold whole blocks."""
@@ -63,11 +73,11 @@ class NF4:
                 Part(f"{spec.name}.nested_quant_map", "F32", (256,)),
             ]
         state_bytes = len(self.state(spec, np.float32(0)))
-        return (*parts, Part(f"{spec.name}.{STATE_SUFFIX}", "U8", (state_bytes,)))
+        return (*parts, Part(f"{spec.name}.{self.state_suffix}", "U8", (state_bytes,)))
 
-    def open(self, spec: TensorSpec) -> NF4Encoder:
+    def open(self, spec: TensorSpec) -> FourBitEncoder:
         """Start encoding a tensor."""
-        return NF4Encoder(spec, self)
+        return FourBitEncoder(spec, self)
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of whole blocks of rows, before any rounding to the model's dtype."""
@@ -76,13 +86,14 @@ class NF4:
         first = rows.start * spec.columns
         blocks = range(first // block, first // block - (-out.size // block))
         if self.training.double_quant:
-            state = json.loads(parts[f"{spec.name}.{STATE_SUFFIX}"].tobytes())
+            state = json.loads(parts[f"{spec.name}.{self.state_suffix}"].tobytes())
             nested_absmax = parts[f"{spec.name}.nested_absmax"].view(np.float32)
-            codes = parts[f"{spec.name}.absmax"][blocks.start : blocks.stop]
-            scales = nested.decode(codes, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
+            stored = parts[f"{spec.name}.absmax"][blocks.start : blocks.stop]
+            scales = nested.decode(stored, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
         else:
             scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
-        four_bit.decode(parts[spec.name][first // 2 : (first + out.size + 1) // 2], scales, block, GRID.codebook, out)
+        codes = parts[spec.name][first // 2 : (first + out.size + 1) // 2]
+        four_bit.decode(codes, scales, block, self.grid.codebook, out)
         return out
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
@@ -91,7 +102,7 @@ class NF4:
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_type": self.grid.name,
             "bnb_4bit_use_double_quant": self.training.double_quant,
             "bnb_4bit_compute_dtype": TORCH_NAMES[self.training.compute_dtype],
             "bnb_4bit_quant_storage": "uint8",
@@ -104,7 +115,7 @@ class NF4:
     def state(self, spec: TensorSpec, offset: np.float32) -> bytes:
         """The JSON state, padded with spaces to the length it has with the longest possible offset."""
         facts: dict[str, Any] = {
-            "quant_type": "nf4",
+            "quant_type": self.grid.name,
             "blocksize": self.training.block_size,
             "dtype": TORCH_NAMES[self.training.storage_dtype],
             "shape": list(spec.shape),
@@ -117,10 +128,10 @@ class NF4:
         return json.dumps(facts).encode().ljust(length + -length % 8)
 
 
-class NF4Encoder:
+class FourBitEncoder:
     """Writes codes as rows come; the absmax of the whole tensor waits for the seal."""
 
-    def __init__(self, spec: TensorSpec, layout: NF4) -> None:
+    def __init__(self, spec: TensorSpec, layout: FourBit) -> None:
         self._spec = spec
         self._layout = layout
         self._block = layout.training.block_size
@@ -132,12 +143,13 @@ class NF4Encoder:
         first_block = first // self._block
         absmax = self._absmax[first_block : first_block - (-len(values) // self._block)]
         kernels.block_absmax(values, self._block, absmax)
-        yield Piece(self._spec.name, first // 2, kernels.encode_four_bit(values, absmax, self._block, GRID))
+        codes = kernels.encode_four_bit(values, absmax, self._block, self._layout.grid)
+        yield Piece(self._spec.name, first // 2, codes)
 
     def seal(self) -> Iterable[Piece]:
         """The absmax state of the whole tensor."""
         name, training = self._spec.name, self._layout.training
-        yield Piece(f"{name}.quant_map", 0, GRID.codebook.view(np.uint8))
+        yield Piece(f"{name}.quant_map", 0, self._layout.grid.codebook.view(np.uint8))
         offset = np.float32(0)
         if training.double_quant:
             offset = self._offset()
@@ -149,7 +161,7 @@ class NF4Encoder:
         else:
             yield Piece(f"{name}.absmax", 0, self._absmax.view(np.uint8))
         state = self._layout.state(self._spec, offset)
-        yield Piece(f"{name}.{STATE_SUFFIX}", 0, np.frombuffer(state, np.uint8))
+        yield Piece(f"{name}.{self._layout.state_suffix}", 0, np.frombuffer(state, np.uint8))
 
     def _offset(self) -> np.float32:
         """The mean of training when it is the training's base that is encoded, else that of these weights."""
@@ -159,12 +171,21 @@ class NF4Encoder:
         return nested.mean(self._absmax)
 
 
-def nearest(training: TrainingQuantization) -> NF4:
-    """Merged weights in NF4, blocks of 64, double quantisation, rounded to nearest."""
-    fresh = TrainingQuantization(storage_dtype=training.storage_dtype, compute_dtype=training.compute_dtype)
-    return NF4("nf4", fresh)
+def _fresh(training: TrainingQuantization) -> TrainingQuantization:
+    """Blocks of 64 and double quantisation, in the dtypes of training."""
+    return TrainingQuantization(storage_dtype=training.storage_dtype, compute_dtype=training.compute_dtype)
 
 
-def trained(training: TrainingQuantization) -> NF4:
+def nf4(training: TrainingQuantization) -> FourBit:
+    """Merged weights in NF4, rounded to nearest."""
+    return FourBit("nf4", NF4, _fresh(training))
+
+
+def fp4(training: TrainingQuantization) -> FourBit:
+    """Merged weights in FP4, rounded to nearest."""
+    return FourBit("fp4", FP4, _fresh(training))
+
+
+def nf4_adapter(training: TrainingQuantization) -> FourBit:
     """The base exactly as it was quantised in training, with the adapter kept beside it."""
-    return NF4("nf4-adapter", training, consumes="base", keeps_adapter=True)
+    return FourBit("nf4-adapter", NF4, training, consumes="base", keeps_adapter=True)
