@@ -29,12 +29,8 @@ from qlora_export.planning import Plan
 ADDRESS = "RAY_ADDRESS"
 OBJECT_STORE_BYTES = 256 << 20
 ANSWER_SECONDS = 5.0
-# No statistics to ray's makers, and nothing of ray's on stderr; some of it ray reads when it is imported.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    "RAY_BACKEND_LOG_LEVEL": "error",
-}
+# No statistics to ray's makers, and nothing of ray's on stderr; ray reads the latter when it is imported.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 
 
 def require_ray() -> None:
@@ -96,7 +92,7 @@ def connected(workers: int) -> Iterator[None]:
         place = f"{ADDRESS}={address}: no cluster answers there" if address else "ray starts no cluster here"
         raise EnvironmentProblem(
             f"{place}: {str(error).strip().splitlines()[0]}",
-            f"`ray status` tells of a running one, RAY_AUTH_MODE=token is for one that asks for its token; "
+            "`ray status` tells of a running one, RAY_AUTH_MODE=token is for one that asks for its token; "
             f"without {ADDRESS} a cluster is started on this machine",
         ) from None
     try:
