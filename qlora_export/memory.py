@@ -1,7 +1,7 @@
 """What a build takes at its peak, known from the plan: it does not grow with the model, only with its largest tensors.
 
     interpreter and libraries
-    + workers * (a row block, its raw bytes and what it becomes in every artifact)
+    + threads * (a row block, its raw bytes and what it becomes in every artifact)
     + the tensors that are open at once, one more than there are workers: absmax of whole tensors, factors in float32
 
 A weight that is stored [in, out] moves as a whole. The estimate is compared with the kernel's number in the tests.
@@ -28,7 +28,13 @@ def peak_memory_bytes(plan: Plan, workers: int) -> int:
     turned = [output.spec.size for output in plan.model.outputs.values() if output.transposed]
     block = max(BLOCK_WEIGHTS, widest * plan.training.quantization.block_size, *turned, 0)
     states = heapq.nlargest(workers + 1, _states(plan))
-    return plan.library_bytes + workers * block * 4 * (4 + len(plan.artifacts)) + sum(states)
+    threads = workers + spare_threads(workers)
+    return plan.library_bytes + threads * block * 4 * (4 + len(plan.artifacts)) + sum(states)
+
+
+def spare_threads(workers: int) -> int:
+    """Threads beside the workers, for when these wait for the disk."""
+    return max(1, workers // 2)
 
 
 def workers_within(plan: Plan, workers: int, limit_bytes: int | None) -> int:

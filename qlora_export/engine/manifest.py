@@ -21,16 +21,22 @@ from qlora_export.contracts import TORCH_NAMES, Artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.sources.locate import identity
+from qlora_export.tensors.reading import BeforeWait, read_at
 
+CHUNK_BYTES = 1 << 19
 MANIFEST_NAME = "manifest.json"
 FileFacts = dict[str, dict[str, Any]]
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path, before_wait: BeforeWait = lambda: None) -> dict[str, Any]:
     """Size and sha256 of a file, which is read once from its beginning."""
-    with path.open("rb") as file:
+    digest, position, chunk = hashlib.sha256(), 0, memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while count := read_at(file.fileno(), chunk, position, before_wait):
+            digest.update(chunk[:count])
+            position += count
+    return {"bytes": position, "sha256": digest.hexdigest()}
 
 
 def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files: FileFacts) -> bytes:

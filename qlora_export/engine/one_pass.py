@@ -23,6 +23,7 @@ from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.ray_cluster import run_on_ray
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.engine.subjects import Workshop, destinations_of, file_of, subjects_of
+from qlora_export.engine.vacancies import Vacancies
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning import Plan, route_parts
 from qlora_export.sources.weights import Weight, weight_bytes
@@ -45,7 +46,9 @@ def run_pass(
         if options.engine == "ray":
             run_on_ray(plan, work.subjects, folders, options, digests, finished)
         else:
-            WorkerPool(options.workers, finished).run(work.openers())
+            vacancies = Vacancies(options.spares)
+            files.before_wait = digests.before_wait = vacancies.lend
+            WorkerPool(options.workers, finished, vacancies).run(work.openers())
         with ThreadPoolExecutor(options.threads) as pool:
             list(pool.map(lambda folder: folder.writer.hash_behind(), folders))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qlora_export.contracts import Progress
+from qlora_export.memory import spare_threads
 
 Engine = Literal["threads", "ray"]
 
@@ -29,6 +30,11 @@ class BuildOptions:
     cache_bytes: int = field(default_factory=lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     engine: Engine = "threads"
     accelerator: str | None = None
+
+    @property
+    def spares(self) -> int:
+        """Threads that go on while workers wait for the disk."""
+        return spare_threads(self.workers)
 
     @property
     def threads(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_export.engine.manifest import file_facts
 from qlora_export.engine.tensor_job import RowBlock
+from qlora_export.tensors.reading import BeforeWait
 
 
 class SourceDigests:
@@ -16,12 +17,13 @@ class SourceDigests:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
+        self.before_wait: BeforeWait = lambda: None
         self.facts: dict[str, dict[str, Any]] = {}
 
     def hash_file(self, path: Path) -> None:
         """Hash a file unless that was done."""
         if path.name not in self.facts:
-            self.facts[path.name] = file_facts(path)
+            self.facts[path.name] = file_facts(path, self.before_wait)
 
     def hash_all(self, names: Sequence[str], workers: int) -> None:
         """Hash the named files."""

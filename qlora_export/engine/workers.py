@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from qlora_export.engine.tensor_job import RowBlock
+from qlora_export.engine.vacancies import Vacancies
 
 
 class StagedJob(Protocol):
@@ -60,11 +61,15 @@ class _Countdown:
 
 
 class WorkerPool:
-    """Runs jobs on `workers` threads; `finished` is called once for every job, by the thread that ended it."""
+    """Runs jobs on `workers` threads; `finished` is called once for every job, by the thread that ended it.
 
-    def __init__(self, workers: int, finished: Callable[[int], None]) -> None:
+    Spare threads do tasks while workers wait for the disk, as many as there may be `vacancies`.
+    """
+
+    def __init__(self, workers: int, finished: Callable[[int], None], vacancies: Vacancies | None = None) -> None:
         self._workers = workers
         self._finished = finished
+        self._vacancies = vacancies or Vacancies(0)
         self._tasks: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._open = 0
@@ -76,7 +81,8 @@ class WorkerPool:
         """Open and finish all jobs in about this order; raises the first error of any thread."""
         self._openers = iter(list(enumerate(openers)))
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._workers)]
-        for thread in threads:
+        spares = [threading.Thread(target=self._help, daemon=True) for _ in range(self._vacancies.most)]
+        for thread in [*threads, *spares]:
             thread.start()
         try:
             for thread in threads:
@@ -86,20 +92,29 @@ class WorkerPool:
             self._fail(error)
             raise
         finally:
-            for thread in threads:
+            self._vacancies.close()
+            for thread in [*threads, *spares]:
                 thread.join()
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        while (task := self._next()) is not None:
-            try:
-                task()
-            except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
-                self._fail(error)
+        while (task := self._next(waits=True)) is not None:
+            self._do(task)
 
-    def _next(self) -> Callable[[], None] | None:
-        """The next block of an open tensor, else a new tensor; None when all is done or failed."""
+    def _help(self) -> None:
+        while self._vacancies.take():
+            if (task := self._next(waits=False)) is not None:
+                self._do(task)
+
+    def _do(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            self._fail(error)
+
+    def _next(self, waits: bool) -> Callable[[], None] | None:
+        """The next block of an open tensor, else a new tensor; None when all is done or failed, or none is ready."""
         with self._changed:
             while self._error is None:
                 if self._tasks:
@@ -113,6 +128,8 @@ class WorkerPool:
                     self._exhausted = True
                 if self._open == 0 and self._exhausted:
                     self._changed.notify_all()
+                    return None
+                if not waits:
                     return None
                 self._changed.wait()
             return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,12 +20,24 @@ from qlora_export.tensors.header import StoredTensor
 
 SHARED_TENSORS = 8
 BLOCK_VALUES = 1 << 20
+# Called by a thread that is about to wait for the disk.
+BeforeWait = Callable[[], None]
+
+
+def read_at(descriptor: int, view: memoryview, position: int, before_wait: BeforeWait) -> int:
+    """Read into a view, and tell before it takes the disk; how many bytes came, 0 at the end of the file."""
+    with suppress(BlockingIOError, NotImplementedError):
+        if (done := os.preadv(descriptor, [view], position, os.RWF_NOWAIT)) > 0:
+            return done
+    before_wait()
+    return os.preadv(descriptor, [view], position)
 
 
 class SourceFiles:
-    """Open source files by path; one descriptor each, closed together."""
+    """Open source files by path; one descriptor each, closed together. `before_wait` is called where a read waits."""
 
     def __init__(self) -> None:
+        self.before_wait: BeforeWait = lambda: None
         self._descriptors: dict[Path, int] = {}
         self._shared: OrderedDict[tuple[Path, int], Float32] = OrderedDict()
         self._lock = threading.Lock()
@@ -53,7 +66,7 @@ class SourceFiles:
         out = np.empty(count, np.uint8)
         view, position = out.data, tensor.offset + first
         while view:
-            done = os.preadv(self._descriptor(tensor.path), [view], position)
+            done = read_at(self._descriptor(tensor.path), view, position, self.before_wait)
             if done == 0:
                 raise InputError(
                     f"{tensor.path}: tensor {tensor.spec.name} ends early, at byte {position}",

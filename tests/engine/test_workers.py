@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from qlora_export.engine.tensor_job import RowBlock
+from qlora_export.engine.vacancies import Vacancies
 from qlora_export.engine.workers import StagedJob, WorkerPool
 
 
@@ -79,3 +80,61 @@ def test_few_jobs_are_open_at_a_time() -> None:
 
     WorkerPool(3, finished.append).run([partial(make, number) for number in range(40)])
     assert len(finished) == 40
+
+
+def test_a_place_is_used_while_its_worker_waits_for_the_disk() -> None:
+    vacancies = Vacancies(1)
+    elsewhere = threading.Event()
+    threads: set[int] = set()
+
+    class Reading(Counting):
+        def encode(self, block: RowBlock) -> None:
+            threads.add(threading.get_ident())
+            if block.first == 0:
+                vacancies.lend()
+                assert elsewhere.wait(20), "nobody else took the next block"
+            else:
+                elsewhere.set()
+            super().encode(block)
+
+    WorkerPool(1, lambda number: None, vacancies).run([partial(Reading, 2, False, [])])
+    assert len(threads) == 2
+
+
+def test_nobody_helps_where_nobody_waits() -> None:
+    threads: set[int] = set()
+
+    class Busy(Counting):
+        def encode(self, block: RowBlock) -> None:
+            threads.add(threading.get_ident())
+            super().encode(block)
+
+    WorkerPool(1, lambda number: None, Vacancies(3)).run([partial(Busy, 50, True, []) for _ in range(5)])
+    assert len(threads) == 1
+
+
+def test_places_are_not_saved_up() -> None:
+    vacancies = Vacancies(2)
+    for _ in range(10):
+        vacancies.lend()
+    assert vacancies.take()
+    assert vacancies.take()
+    vacancies.close()
+    assert not vacancies.take()
+
+
+def test_an_error_of_a_spare_thread_is_raised() -> None:
+    vacancies = Vacancies(1)
+    failed = threading.Event()
+
+    class Failing(Counting):
+        def encode(self, block: RowBlock) -> None:
+            if block.first == 0:
+                vacancies.lend()
+                assert failed.wait(20)
+            else:
+                failed.set()
+                raise ArithmeticError("broken")
+
+    with pytest.raises(ArithmeticError, match="broken"):
+        WorkerPool(1, lambda number: None, vacancies).run([partial(Failing, 2, False, [])])
