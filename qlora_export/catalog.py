@@ -18,6 +18,11 @@ FORMATS = {
     "fp16": "qlora_export.formats.dense:fp16",
     "nf4": "qlora_export.formats.four_bit:nf4",
     "fp4": "qlora_export.formats.four_bit:fp4",
+    "int8": "qlora_export.formats.int8:int8",
+    "w4a16": "qlora_export.formats.compressed.integers:w4a16",
+    "w8a16": "qlora_export.formats.compressed.integers:w8a16",
+    "w8a8": "qlora_export.formats.compressed.integers:w8a8",
+    "fp8": "qlora_export.formats.compressed.float8:fp8",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}

@@ -136,6 +136,7 @@ class Format(Protocol):
     consumes: Consumes
     quantises: bool
     keeps_adapter: bool
+    beside_experts: bool  # whether a folder loads in which experts stay dense
     dense_dtype: str
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:

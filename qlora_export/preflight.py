@@ -275,6 +275,9 @@ def layer_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) -> 
         form = _format(artifact, facts) if artifact.format in catalog.FORMATS else None
         if form is None or isinstance(form, UsageError) or not form.quantises:
             continue
+        if facts.experts and not form.beside_experts:
+            message = f"artifact {artifact.name}: transformers does not load {artifact.format} beside dense experts"
+            problems.append(Problem(ExitCode.USAGE, message, "fp8, int8, nf4 and bf16 serve a mixture of experts"))
         counts: Counter[tuple[str, str]] = Counter()
         for module in sorted(encoded_modules(artifact, facts)):
             output = model.outputs.get(f"{module}.weight")

@@ -30,6 +30,7 @@ class Dense:
     consumes: Consumes = "merged"
     quantises: bool = False
     keeps_adapter: bool = False
+    beside_experts: bool = True
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """None: any tensor can be dense."""

@@ -40,6 +40,7 @@ class FourBit:
     consumes: Consumes = "merged"
     quantises: bool = True
     keeps_adapter: bool = False
+    beside_experts: bool = True
 
     @property
     def dense_dtype(self) -> str:

@@ -8,8 +8,10 @@ float32 with the very values that a model sees: decoded in float32, then rounded
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
-        )
+        with redirect_stderr(io.StringIO()):  # bars of compressed-tensors, which nothing else turns off
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
+            )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(
             f"{folder}: transformers cannot load it: {_first_line(error)}", "is the folder complete?"
@@ -43,6 +46,17 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def decompress(model: Any) -> None:
+    """Decode what compressed-tensors holds now, in the model's dtype, as its first call would; others stay as they are.
+
+    Layers go on to round their activations, where the folder says so.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        with redirect_stderr(io.StringIO()):
+            compressor.decompress_model(model)
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:

@@ -2,7 +2,8 @@
 
 The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
 be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
-folder's compute dtype, the values that serving multiplies with.
+folder's compute dtype, the values that serving multiplies with; those of compressed-tensors are decoded in the model's
+dtype, and activations are rounded where the folder says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from pathlib import Path
 
 from qlora_export.contracts import Session
 from qlora_export.runtimes.adapted import pin_dora
-from qlora_export.runtimes.loading import ModelSession, attach_adapter, load_causal_lm, pin_weights, widen_dense
+from qlora_export.runtimes.loading import (
+    ModelSession,
+    attach_adapter,
+    decompress,
+    load_causal_lm,
+    pin_weights,
+    widen_dense,
+)
 
 ADAPTER_FOLDER = "adapter"
 
@@ -29,6 +37,7 @@ class TransformersRuntime:
         model = load_causal_lm(folder, dtype="auto")
         if (folder / ADAPTER_FOLDER).is_dir():
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
+        decompress(model)
         widen_dense(model)
         pin_weights(model)
         pin_dora(model)

@@ -31,7 +31,7 @@ REPOSITORY = "acme/bot-nf4"
 BASE = "acme/base"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_LIMITS = {"perplexity_ratio": None, "mean_kl": 0.25, "same_top1": None, "gain_kept": None, "survival_min": None}
-FORMS = ("bf16", "nf4", "nf4-adapter", "adapter", "onnx-int4")
+FORMS = ("bf16", "nf4", "nf4-adapter", "fp8", "adapter", "onnx-int4")
 
 
 class Release:
@@ -100,6 +100,15 @@ def test_the_front_matter_is_what_the_hub_and_its_client_read(release: Release) 
     assert data.tags == ["support", "qlora-export", "bitsandbytes", "4-bit", "qlora"]
 
 
+def test_vllm_serves_compressed_tensors_as_they_are(release: Release) -> None:
+    card = make_card(release.facts("fp8"), None)
+    assert card_problems(card) == ([], [])
+    assert "vllm serve acme/bot-nf4" in card
+    assert "pip install transformers accelerate compressed-tensors" in card
+    assert "rounded to FP8 (e4m3), activations too while it runs" in card
+    assert {"compressed-tensors", "fp8"} <= set(metadata_of(card)["tags"])
+
+
 def test_evaluation_results_are_our_numbers(release: Release) -> None:
     facts = release.facts("bf16", "onnx-int4")
     card = make_card(facts, None)
@@ -130,6 +139,7 @@ def test_evaluation_results_are_our_numbers(release: Release) -> None:
     [
         (("bf16",), "transformers", "finetune"),
         (("nf4",), "transformers", "quantized"),
+        (("fp8",), "transformers", "quantized"),
         (("nf4-adapter",), "peft", "quantized"),
         (("adapter",), "peft", "adapter"),
         (("onnx-int4",), "onnx", "quantized"),
@@ -517,7 +527,7 @@ def test_an_adapter_of_16_bit_training_loads_a_16_bit_base(release: Release) -> 
 
 def test_vllm_is_told_only_where_it_opens_the_folder(release: Release) -> None:
     told = {name: served(release.facts(name), release.items[name]) for name in FORMS}
-    assert {name for name, command in told.items() if command} == {"bf16"}
+    assert {name for name, command in told.items() if command} == {"bf16", "fp8"}
     assert told["bf16"] == f"vllm serve {REPOSITORY}"
     assert "vllm serve" not in make_card(release.facts("bf16", "nf4"), None)
 

@@ -51,6 +51,16 @@ def quantised(folder: Path) -> dict[str, Any]:
             {"quantization_config": None},
             f"has no quantization_config, and {LINEAR} is stored quantised [config]",
         ),
+        (
+            "int8",
+            {"quantization_config": None},
+            f"has no quantization_config, and {LINEAR} is stored quantised [config]",
+        ),
+        (
+            "w4a16",
+            {"quantization_config": None},
+            f"has no quantization_config, and {LINEAR}_packed is stored quantised [config]",
+        ),
         ("nf4", {"quantization_config": {"quant_method": "gptq"}}, "says gptq, the quantised weights are nf4 [config]"),
     ],
 )
@@ -235,3 +245,27 @@ def test_graph_settings_name_what_is_there(stage: Callable[..., Staged]) -> None
         "genai_config.json: names a library of operators to load [code]",
         "genai_config.json: names 'other.onnx', which does not lie beside it [companion]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("artifact", "changes", "says"),
+    [
+        ("int8", {"load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}, "says nf4, the quantised weights are int8"),
+        ("w4a16", {"format": "int-quantized"}, "has no weight of I8 beside it [config]"),
+        ("w8a8", {"format": "float-quantized"}, "has no weight of F8_E4M3 beside it [config]"),
+        ("fp8", {"format": "pack-quantized"}, "has no weight_packed of I32 beside it [config]"),
+        (
+            "fp8",
+            {"ignore": ["model.layers.0.mlp.up_proj"]},
+            "ignores model.layers.0.mlp.up_proj in quantisation, and it is stored quantised [config]",
+        ),
+    ],
+)
+def test_a_table_of_8_bits_or_of_compressed_tensors_that_does_not_fit(
+    stage: Callable[..., Staged], artifact: str, changes: dict[str, Any], says: str
+) -> None:
+    staged = stage(root=artifact)
+    assert found(staged) == []
+    edit_json(staged.folder / "config.json", quantization_config={**quantised(staged.folder), **changes})
+    (problem,) = found(again(staged))
+    assert says in problem

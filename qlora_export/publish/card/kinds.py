@@ -29,6 +29,9 @@ class Kind:
 
 TRANSFORMERS = ("transformers", "accelerate")
 BITSANDBYTES = (*TRANSFORMERS, "bitsandbytes")
+COMPRESSED = (*TRANSFORMERS, "compressed-tensors")
+W8A8_WORDS = "8-bit integers, activations too while it runs"
+FP8_WORDS = "FP8 (e4m3), activations too while it runs"
 ONNX = ("onnxruntime-genai", "huggingface_hub")
 NF4_WORDS = "bitsandbytes NF4 (4 bits)"
 KINDS = {
@@ -37,6 +40,11 @@ KINDS = {
     "fp16": Kind("transformers", "finetune", "float16", TRANSFORMERS, served=True),
     "nf4": Kind("transformers", "quantized", NF4_WORDS, BITSANDBYTES, ("bitsandbytes", "4-bit")),
     "fp4": Kind("transformers", "quantized", "bitsandbytes FP4 (4 bits)", BITSANDBYTES, ("bitsandbytes", "4-bit")),
+    "int8": Kind("transformers", "quantized", "bitsandbytes int8 (8 bits)", BITSANDBYTES, ("bitsandbytes", "8-bit")),
+    "w4a16": Kind("transformers", "quantized", "packed 4-bit integers", COMPRESSED, (COMPRESSED[-1], "4-bit"), True),
+    "w8a16": Kind("transformers", "quantized", "packed 8-bit integers", COMPRESSED, (COMPRESSED[-1], "8-bit"), True),
+    "w8a8": Kind("transformers", "quantized", W8A8_WORDS, COMPRESSED, (COMPRESSED[-1], "8-bit"), True),
+    "fp8": Kind("transformers", "quantized", FP8_WORDS, COMPRESSED, (COMPRESSED[-1], "fp8"), True),
     "nf4-adapter": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
     "adapter": Kind("peft", "adapter", "the adapter's own", (*BITSANDBYTES, "peft"), ("lora",)),
     "onnx-int4": Kind("onnx", "quantized", "ONNX with 4-bit integers", ONNX, ("onnx",)),

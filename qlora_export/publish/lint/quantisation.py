@@ -1,4 +1,7 @@
-"""quantization_config against the tensors: the method, its kind, double quantisation, and what it says stays dense."""
+"""quantization_config against the tensors: the method, its kind, double quantisation, and what it says stays dense.
+
+Of compressed-tensors: whether each scale has codes of the stated format beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,14 @@ MARKS = (
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_global_scale", ".weight_scale_inv", ".qweight",
     ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB",
 )  # fmt: skip
+
+# Codes of each format of compressed-tensors: the end of their name after the module's, and their dtype.
+COMPRESSED = {
+    "pack-quantized": (".weight_packed", "I32"),
+    "int-quantized": (".weight", "I8"),
+    "float-quantized": (".weight", "F8_E4M3"),
+}
+SCALES = ".weight_scale"
 
 
 def quantisation_problems(
@@ -48,6 +59,8 @@ def quantisation_problems(
         return
     if method == "bitsandbytes":
         yield from _bitsandbytes(path, stated, weights)
+    if method == "compressed-tensors":
+        yield from _compressed(path, stated, tensors)
 
 
 def _expected(stated: Mapping[str, Any]) -> str | None:
@@ -72,4 +85,20 @@ def _bitsandbytes(path: str, stated: Mapping[str, Any], weights: Mapping[str, We
         if not isinstance(weight, PlainWeight) and weight.spec.module in skipped:
             what = f"skips {weight.spec.module} in quantisation, and it is stored quantised"
             yield finding("config", path, what, BUILD_AGAIN)
+            return
+
+
+def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+    layout, ignored = stated.get("format"), stated.get("ignore") or []
+    if not isinstance(layout, str) or layout not in COMPRESSED:
+        return
+    suffix, dtype = COMPRESSED[layout]
+    for module in (name.removesuffix(SCALES) for name in tensors if name.endswith(SCALES)):
+        codes = tensors.get(module + suffix)
+        if codes is None or codes.spec.dtype != dtype:
+            what = f"says {layout}, {module}{SCALES} has no {suffix[1:]} of {dtype} beside it"
+            yield finding("config", path, what, BUILD_AGAIN)
+            return
+        if module in ignored:
+            yield finding("config", path, f"ignores {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
             return

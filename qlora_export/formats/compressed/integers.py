@@ -1,0 +1,158 @@
+"""compressed-tensors integers: `w4a16`, `w8a16` (packed, 16-bit activations) and `w8a8` (8-bit activations, too).
+
+For a linear `x.weight` of shape [out, in], scales in the model's dtype:
+packed: `x.weight_packed` int32 [out, ceil(in * bits / 32)]; `x.weight_scale` [out, groups]; `x.weight_shape` int64 [2].
+plain: `x.weight` int8 [out, in]; `x.weight_scale` [out, 1].
+`w4a16` has groups of 128 columns (option `group_size`: 32, 64 or 128), the others one scale a row. `w8a8` has its
+activations rounded to int8 token by token while it runs. All grids are symmetric. Equations: `quant/integers.py`.
+Source: compressed-tensors `compressors/pack_quantized`, `naive_quantized`. Cost: 4.125 bits a weight for `w4a16`, 8 for
+the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.errors import UsageError
+from qlora_export.formats.compressed.stated import INPUT_MAJOR, PER_CHANNEL, PER_TOKEN, arguments, rows_in, table
+from qlora_export.quant import integers, packing
+from qlora_export.quant.integers import Grid
+from qlora_export.quant.packing import words
+from qlora_export.quant.scales import Int8
+from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+
+GROUP_SIZES = (32, 64, 128)
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
+Raw = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Weights on an integer grid; `packed` into words, or with `activations` of as many bits."""
+
+    name: str
+    grid: Grid
+    packed: bool = True
+    activations: bool = False
+    consumes: Consumes = "merged"
+    quantises: bool = True
+    keeps_adapter: bool = False
+    beside_experts: bool = False
+
+    @property
+    def dense_dtype(self) -> str:
+        """That of weights before they are coded, and of scales."""
+        return self.grid.dtype
+
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """Groups are whole, layers are `Linear`, and SigLIP initialises weights that packed layers do not have."""
+        if self.grid.group and spec.columns % self.grid.group:
+            return f"{spec.columns} columns are no multiple of the group of {self.grid.group}"
+        if self.packed and VISION.search(spec.name):
+            return "transformers does not load packed layers of a vision tower"
+        return INPUT_MAJOR if input_major else None
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Any row stands alone."""
+        return 1
+
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """Codes, scales, and what unpacking needs."""
+        groups = self.grid.groups(spec.columns)
+        scales = Part(f"{spec.module}.weight_scale", self.grid.dtype, (spec.rows, groups))
+        if not self.packed:
+            return (Part(spec.name, "I8", spec.shape), scales)
+        packed = Part(f"{spec.module}.weight_packed", "I32", (spec.rows, words(spec.columns, self.grid.bits)))
+        return (packed, scales, Part(f"{spec.module}.weight_shape", "I64", (2,)))
+
+    def open(self, spec: TensorSpec) -> IntegerEncoder:
+        """Start encoding a tensor."""
+        return IntegerEncoder(spec, self)
+
+    def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+        """Flat float32 values of some rows, before rounding to the dtype."""
+        groups, item = self.grid.groups(spec.columns), ITEM_BYTES[self.grid.dtype]
+        raw = _rows_of(parts[f"{spec.module}.weight_scale"], rows, groups * item)
+        scales = widen(raw, self.grid.dtype).reshape(len(rows), groups)
+        out = np.empty((len(rows), spec.columns), np.float32)
+        integers.decode(self._codes(spec, parts, rows), scales, np.zeros(scales.shape, np.int8), out)
+        return out.reshape(-1)
+
+    def _codes(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Int8:
+        if not self.packed:
+            return _rows_of(parts[spec.name], rows, spec.columns).view(np.int8).reshape(len(rows), -1)
+        row_words = words(spec.columns, self.grid.bits)
+        packed = _rows_of(parts[f"{spec.module}.weight_packed"], rows, 4 * row_words).view(np.int32)
+        codes = np.empty((len(rows), spec.columns), np.int8)
+        packing.unpack(packed.reshape(len(rows), row_words), self.grid.bits, codes)
+        return codes
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """The table of compressed-tensors."""
+        bits = self.grid.bits
+        grouped = {"group_size": self.grid.group, "strategy": "group", "dynamic": False}
+        weights = arguments(bits, "int", True, grouped if self.grid.group else PER_CHANNEL)
+        activations = arguments(bits, "int", True, PER_TOKEN) if self.activations else None
+        return table("pack-quantized" if self.packed else "int-quantized", weights, activations, kept)
+
+
+@dataclass(frozen=True)
+class IntegerEncoder:
+    """Codes rows; keeps no state."""
+
+    spec: TensorSpec
+    layout: Integers
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """Codes and scales of some rows at their places."""
+        grid, module = self.layout.grid, self.spec.module
+        rows = rows_in(values, self.spec, grid.dtype)
+        scales, zeros = integers.fit(rows, grid)
+        codes = np.empty(rows.shape, np.int8)
+        integers.encode(rows, scales, zeros, grid, codes)
+        raw = narrow(scales.reshape(-1), grid.dtype)
+        yield Piece(f"{module}.weight_scale", first_row * scales.shape[1] * ITEM_BYTES[grid.dtype], raw)
+        if not self.layout.packed:
+            yield Piece(self.spec.name, first_row * self.spec.columns, _bytes_of(codes))
+            return
+        packed = np.empty((len(rows), words(self.spec.columns, grid.bits)), np.int32)
+        packing.pack(codes, grid.bits, packed)
+        yield Piece(f"{module}.weight_packed", first_row * packed.shape[1] * 4, _bytes_of(packed))
+
+    def seal(self) -> Iterable[Piece]:
+        """The shape, which packed words do not tell."""
+        if self.layout.packed:
+            yield Piece(f"{self.spec.module}.weight_shape", 0, _bytes_of(np.array(self.spec.shape, np.int64)))
+
+
+def _rows_of(raw: Raw, rows: range, row_bytes: int) -> Raw:
+    """The bytes of some rows, aligned."""
+    return np.array(raw[rows.start * row_bytes : rows.stop * row_bytes])
+
+
+def _bytes_of(values: NDArray[Any]) -> Raw:
+    return values.reshape(-1).view(np.uint8)
+
+
+def w4a16(training: TrainingQuantization, *, group_size: int = 128) -> Integers:
+    """Merged weights in 4 bits, packed; raises UsageError for another group size."""
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"w4a16: group_size {group_size!r}; known: {', '.join(str(size) for size in GROUP_SIZES)}")
+    return Integers("w4a16", Grid(4, group_size, dtype=training.storage_dtype))
+
+
+def w8a16(training: TrainingQuantization) -> Integers:
+    """Merged weights in 8 bits, packed, one scale a row."""
+    return Integers("w8a16", Grid(8, None, dtype=training.storage_dtype))
+
+
+def w8a8(training: TrainingQuantization) -> Integers:
+    """Merged weights in 8 bits, one scale a row; activations in 8 bits, one scale a token."""
+    return Integers("w8a8", Grid(8, None, dtype=training.storage_dtype), packed=False, activations=True)

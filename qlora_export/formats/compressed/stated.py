@@ -1,0 +1,65 @@
+"""What all compressed-tensors formats state: config.json's table, which layers they suit, rows in the model's dtype.
+
+The table is what the library's own `ModelCompressor.update_config` writes: one group of settings for every `Linear`,
+and `ignore`, the full names of modules that stay dense. vLLM and transformers read it with the library's own models.
+Source: compressed-tensors `quantization/quant_config.py`, `quant_scheme.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qlora_export.contracts import Float32, TensorSpec
+from qlora_export.errors import InputError
+from qlora_export.quant.floats import all_finite
+from qlora_export.tensors.dtypes import narrow, widen
+
+VERSION = "0.20.0"
+PER_CHANNEL = {"group_size": None, "strategy": "channel", "dynamic": False}
+PER_TOKEN = {"group_size": None, "strategy": "token", "dynamic": True}
+INPUT_MAJOR = "its module is a Conv1D, and compressed-tensors loads nothing but Linear"
+
+
+def arguments(bits: int, kind: str, symmetric: bool, cut: dict[str, Any]) -> dict[str, Any]:
+    """How weights or activations are rounded: `kind` is int or float, `cut` says what shares a scale."""
+    return {"num_bits": bits, "type": kind, "symmetric": symmetric, **cut}
+
+
+def table(
+    layout: str, weights: dict[str, Any], activations: dict[str, Any] | None, kept: Sequence[str]
+) -> dict[str, Any]:
+    """The `quantization_config` of a layout; `activations` that are None stay in 16 bits."""
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": layout,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "moe_sparsity_config": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def rows_in(values: Float32, spec: TensorSpec, dtype: str) -> Float32:
+    """Rows [rows, columns] rounded to the dtype; raises InputError for a value that it cannot hold."""
+    rounded = widen(narrow(values, dtype), dtype)
+    if not all_finite(rounded.view(np.uint32)):
+        raise InputError(
+            f"tensor {spec.name} holds {np.abs(values).max():.6g}, which the model's dtype {dtype} cannot",
+            "choose a dense format of a wider dtype for this artifact",
+        )
+    return rounded.reshape(-1, spec.columns)

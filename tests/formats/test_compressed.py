@@ -1,0 +1,130 @@
+"""compressed-tensors is the oracle: its compressor for every part, its config model for the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+
+from qlora_export.catalog import load_format
+from qlora_export.contracts import Format, Options, TensorSpec, TrainingQuantization
+from qlora_export.errors import InputError, UsageError
+from tests.conftest import random_values
+from tests.formats.test_contract import cuts, encode
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NAMES = {torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
+NAMES |= {dtype: name for name, dtype in TORCH.items()}
+CASES: list[tuple[str, Options]] = [
+    *[("w4a16", {"group_size": size}) for size in (32, 64, 128)],
+    ("w4a16", {}),
+    ("w8a16", {}),
+    ("w8a8", {}),
+    ("fp8", {}),
+]
+SHAPES = [(9, 128), (33, 384), (129, 640), (1, 128), (7, 256)]
+ODD_SHAPES = [(3, 5), (1, 1), (129, 88), (5, 333)]
+PRESETS = {"w8a8": "INT8", "fp8": "FP8_DYNAMIC", "w4a16": "W4A16"}
+
+
+def oracle(form: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of a layer that the library compressed, by the settings that the format states."""
+    config = QuantizationConfig.model_validate(form.quantization_config(["lm_head"]))
+    scheme = config.config_groups["group_0"]
+    groups = weight.unflatten(-1, (-1, scheme.weights.group_size or weight.shape[1]))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    compressed: dict[str, torch.Tensor] = BaseCompressor.get_value_from_registry(config.format).compress(state, scheme)
+    return compressed
+
+
+def decompressed(form: Format, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    config = QuantizationConfig.model_validate(form.quantization_config([]))
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    weight: torch.Tensor = compressor.decompress(state, config.config_groups["group_0"])["weight"]
+    return weight
+
+
+def assert_same(form: Format, values: Any, dtype: str) -> None:
+    spec = TensorSpec("x.weight", "F32", values.shape)
+    weight = torch.from_numpy(values).to(TORCH[dtype])
+    found = encode(form, spec, values.reshape(-1), cuts(form, spec, 3))
+    expected = {f"x.{name}": tensor for name, tensor in oracle(form, weight).items()}
+    parts = {part.name: part for part in form.parts(spec)}
+    assert set(expected) == set(parts)
+    for name, tensor in expected.items():
+        assert (NAMES[tensor.dtype], tuple(tensor.shape)) == (parts[name].dtype, parts[name].shape), name
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
+        assert found[name].tobytes() == flat.view(torch.uint8).numpy().tobytes(), name
+    decoded = torch.from_numpy(form.decode(spec, found, range(spec.rows)).reshape(values.shape)).to(TORCH[dtype])
+    assert torch.equal(decoded, decompressed(form, oracle(form, weight)))
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_parts_are_those_of_the_library(name: str, options: Options, dtype: str) -> None:
+    """Every byte, dtype and shape, and the values that the library decodes."""
+    form = load_format(name, TrainingQuantization(storage_dtype=dtype), options)
+    for seed, shape in enumerate(SHAPES + (ODD_SHAPES if name != "w4a16" else [])):
+        values = random_values(*shape, seed=seed)
+        assert_same(form, values, dtype)
+        values[0] = 0
+        assert_same(form, np.abs(values), dtype)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_the_table_is_what_the_library_serialises(name: str, options: Options) -> None:
+    stated = load_format(name, TrainingQuantization(), options).quantization_config(["lm_head", "model.a.b"])
+    assert stated is not None
+    config = QuantizationConfig.model_validate(stated)
+    beside = {"version": "0.20.0", "sparsity_config": {}, "transform_config": {}}
+    assert {**config.model_dump(), **beside} == stated
+    assert config.quant_method == "compressed-tensors"
+    assert config.ignore == ["lm_head", "model.a.b"]
+    assert not config.requires_calibration_data()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_are_those_of_the_preset(name: str) -> None:
+    stated = load_format(name, TrainingQuantization()).quantization_config([])
+    assert stated is not None
+    scheme = QuantizationConfig.model_validate(stated).config_groups["group_0"]
+    preset = preset_name_to_scheme(PRESETS[name], ["Linear"])
+    assert (scheme.weights, scheme.input_activations) == (preset.weights, preset.input_activations)
+
+
+def test_a_short_group_and_a_conv1d_are_obstacles() -> None:
+    form = load_format("w4a16", TrainingQuantization())
+    spec = TensorSpec("x.weight", "BF16", (16, 88))
+    assert form.obstacle(spec, False) == "88 columns are no multiple of the group of 128"
+    for name in ("w8a16", "w8a8", "fp8"):
+        form = load_format(name, TrainingQuantization())
+        assert form.obstacle(spec, False) is None
+        assert "Conv1D" in str(form.obstacle(spec, True))
+
+
+@pytest.mark.parametrize("options", [{"group_size": 48}, {"group_size": True}, {"group_size": "no"}])
+def test_options_that_are_out_of_range_are_refused(options: Options) -> None:
+    with pytest.raises(UsageError, match="known: 32, 64, 128"):
+        load_format("w4a16", TrainingQuantization(), options)
+
+
+def test_unknown_options_are_refused_and_the_known_named() -> None:
+    with pytest.raises(UsageError, match="w4a16 has no option 'groupsize'; known: group_size"):
+        load_format("w4a16", TrainingQuantization(), {"groupsize": 64})
+    with pytest.raises(UsageError, match="fp8 has no options"):
+        load_format("fp8", TrainingQuantization(), {"group_size": 64})
+
+
+@pytest.mark.parametrize("name", ["w4a16", "fp8"])
+def test_a_value_beyond_the_dtype_is_refused_by_name(name: str) -> None:
+    form = load_format(name, TrainingQuantization(storage_dtype="F16"))
+    spec = TensorSpec("x.weight", "F32", (1, 128))
+    with pytest.raises(InputError, match="tensor x.weight holds 70000, which the model's dtype F16 cannot"):
+        list(form.open(spec).encode(np.full(128, 70000, np.float32), 0))
