@@ -32,7 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench_model import make_adapter, make_base, shape_of
-from bench_process import Cost, cost
+from bench_process import Cost, cost, evict
 
 CHUNK_BYTES = 1 << 22
 PEFT_MERGE = """
@@ -50,15 +50,6 @@ print((time.perf_counter() - started) / weight.numel())
 """
 BUILDS = {"bf16": ["bf16"], "nf4": ["nf4"], "three formats": ["bf16", "nf4", "nf4-adapter"]}
 SAMPLE_WEIGHTS = 3e7
-
-
-def evict(folder: Path) -> None:
-    """Bring a folder's files to the disk and out of the page cache."""
-    for path in folder.rglob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 class Bench:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,12 @@ def cost(words: list[str], output: str = os.devnull) -> Cost:
     if status:
         raise SystemExit(f"{' '.join(words)}: ended with status {status}")
     return Cost(time.perf_counter() - started, usage.ru_maxrss * 1024)
+
+
+def evict(folder: Path) -> None:
+    """Bring a folder's files to the disk and out of the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
