@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant import row_integers
 from qlora_export.quant.floats import all_finite
@@ -87,10 +88,12 @@ class Int8Encoder:
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and absmax of some rows; raises InputError for a value that fp16 cannot hold."""
-        rounded = widen(narrow(widen(narrow(values, self.dtype), self.dtype), "F16"), "F16")
+        rounded = widen(narrow(values, self.dtype), self.dtype)
+        row_integers.round_to_float16(rounded)
         if not all_finite(rounded.view(np.uint32)):
+            most = np.abs(kernels.to_host(values)).max()
             raise InputError(
-                f"tensor {self.spec.name} holds {np.abs(values).max():.6g}, int8 weights pass float16, up to 65504",
+                f"tensor {self.spec.name} holds {most:.6g}, int8 weights pass float16, up to 65504",
                 "choose another format for this artifact, or `keep` the module dense",
             )
         rows = rounded.reshape(-1, self.spec.columns)

@@ -82,7 +82,7 @@ def test_every_commented_key_is_one_that_recipes_have(workplace: Path) -> None:
     assert (recipe.publish.version, recipe.publish.card.license) == ("v1", "apache-2.0")
     assert recipe.drift is not None
     assert recipe.drift.tokens == 20000
-    assert len(recipe.artifacts) == 4
+    assert len(recipe.artifacts) == 5
 
 
 def test_the_base_is_the_one_that_the_adapter_names(workplace: Path) -> None:

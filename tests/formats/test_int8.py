@@ -52,6 +52,18 @@ def test_every_half_float_has_the_code_of_bitsandbytes() -> None:
     np.testing.assert_array_equal(found, codes.numpy())
 
 
+def test_values_are_rounded_to_float16_as_torch_does() -> None:
+    """Every bf16 value, and float32 values beside the midpoints of fp16."""
+    wide = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    halves = torch.arange(0x7BFF, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    middles = ((halves[:-1] + halves[1:]) / 2).numpy()
+    beside = [np.nextafter(middles, np.float32(side)) for side in (0, 1e6)]
+    values = np.concatenate([wide[~wide.isnan()].numpy(), middles, -middles, *beside])
+    expected = torch.from_numpy(values).half().float().numpy()
+    row_integers.round_to_float16(values)
+    np.testing.assert_array_equal(values, expected)
+
+
 def test_a_row_of_zeros_has_codes_of_zero() -> None:
     form = load_format("int8", TrainingQuantization())
     spec = TensorSpec("x.weight", "BF16", (2, 3))

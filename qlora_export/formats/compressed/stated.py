@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_export.contracts import Float32, TensorSpec
+from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import all_finite
 from qlora_export.tensors.dtypes import narrow, widen
@@ -58,8 +59,9 @@ def rows_in(values: Float32, spec: TensorSpec, dtype: str) -> Float32:
     """Rows [rows, columns] rounded to the dtype; raises InputError for a value that it cannot hold."""
     rounded = widen(narrow(values, dtype), dtype)
     if not all_finite(rounded.view(np.uint32)):
+        largest = np.abs(kernels.to_host(values)).max()
         raise InputError(
-            f"tensor {spec.name} holds {np.abs(values).max():.6g}, which the model's dtype {dtype} cannot",
+            f"tensor {spec.name} holds {largest:.6g}, which the model's dtype {dtype} cannot",
             "choose a dense format of a wider dtype for this artifact",
         )
     return rounded.reshape(-1, spec.columns)
