@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,16 +20,26 @@ from qlora_export.tensors.header import StoredTensor
 
 SHARED_TENSORS = 8
 BLOCK_VALUES = 1 << 20
+CANNOT_SAY = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 # Called by a thread that is about to wait for the disk.
 BeforeWait = Callable[[], None]
 
 
 def read_at(descriptor: int, view: memoryview, position: int, before_wait: BeforeWait) -> int:
-    """Read into a view, and tell before it takes the disk; how many bytes came, 0 at the end of the file."""
-    with suppress(BlockingIOError, NotImplementedError):
-        if (done := os.preadv(descriptor, [view], position, os.RWF_NOWAIT)) > 0:
+    """Read into a view, and tell before it takes the disk; how many bytes came, 0 at the end of the file.
+
+    A file system that cannot say whether a read will wait (tmpfs, NFS) is read without telling.
+    """
+    try:
+        done = os.preadv(descriptor, [view], position, os.RWF_NOWAIT)
+    except BlockingIOError:
+        before_wait()
+    except OSError as error:
+        if error.errno not in CANNOT_SAY:
+            raise
+    else:
+        if done > 0:
             return done
-    before_wait()
     return os.preadv(descriptor, [view], position)
 
 

@@ -15,7 +15,10 @@ from qlora_export.errors import EnvironmentProblem, InputError, UsageError
 from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
 
-ALL: tuple[Any, ...] = ("bf16", "fp32", "nf4", "nf4-adapter", {"format": "nf4", "name": "original", "onto": "original"})
+ALL: tuple[Any, ...] = (
+    *("bf16", "fp32", "nf4", "nf4-adapter", "fp4", "int8", "w8a16", "fp8"),
+    {"format": "nf4", "name": "original", "onto": "original"},
+)
 
 
 def run(recipe: Any, out: Path, accelerator: str | None = None, **options: Any) -> None:
