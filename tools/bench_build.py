@@ -1,6 +1,6 @@
 """Measure builds against the disk and against peft, side by side on a model this tool makes.
 
-    python tools/bench_build.py [--weights 1.2e9] [--repeats 3] [--json] [--work FOLDER]
+    python tools/bench_build.py [--weights 1.2e9] [--repeats 3] [--device cpu] [--json] [--work FOLDER]
 
 Every row is a whole process. Before each, what earlier rows wrote is synced, and the base leaves the page cache or, for
 rows that are called warm, enters it; the fastest of a few rounds counts, since the machine is shared. For each format
@@ -55,11 +55,12 @@ SAMPLE_WEIGHTS = 3e7
 class Bench:
     """The model, and how each row is measured on it."""
 
-    def __init__(self, work: Path, repeats: int) -> None:
+    def __init__(self, work: Path, repeats: int, device: str) -> None:
         self.work = work
         self.base = work / "base"
         self.out = work / "out"
         self._repeats = repeats
+        self._device = device
 
     def fastest(self, run: Callable[[], Cost], cold: bool = True) -> Cost:
         """The fastest of a few rounds on a base that lies on the disk alone, or in the page cache."""
@@ -81,7 +82,7 @@ class Bench:
     def command(self, verb: str, formats: Sequence[str]) -> list[str]:
         """The command line of a verb."""
         words = [sys.executable, "-m", "qlora_export", verb, "--out", str(self.out)]
-        words += ["--base", str(self.base), "--adapter", str(self.work / "adapter")]
+        words += ["--base", str(self.base), "--adapter", str(self.work / "adapter"), "--device", self._device]
         return words + [word for name in formats for word in ("--format", name)]
 
     def peft(self) -> Cost:
@@ -162,13 +163,14 @@ def main() -> None:
     parser.add_argument("--weights", type=float, default=1.2e9)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for the model and outputs [default: a temporary one]")
+    parser.add_argument("--device", default="cpu", help="what computes the builds")
     parser.add_argument("--dora", action="store_true", help="a DoRA adapter instead of a plain one")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     shape = shape_of(options.weights)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
-        bench = Bench(Path(name), options.repeats)
+        bench = Bench(Path(name), options.repeats, options.device)
         make_base(bench.base, shape)
         make_adapter(bench.work / "adapter", shape, options.dora)
         rows = measure(bench, shape.weights, options.peft)
