@@ -28,7 +28,7 @@ BeforeWait = Callable[[], None]
 def read_at(descriptor: int, view: memoryview, position: int, before_wait: BeforeWait) -> int:
     """Read into a view, and tell before it takes the disk; how many bytes came, 0 at the end of the file.
 
-    A file system that cannot say whether a read will wait (tmpfs, NFS) is read without telling.
+    A file system that cannot say whether a read will wait (tmpfs, for one) is read without telling.
     """
     try:
         done = os.preadv(descriptor, [view], position, os.RWF_NOWAIT)
