@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import all_finite_16
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
@@ -72,7 +73,7 @@ class DenseEncoder:
         exponent, largest = LARGEST.get(self.dtype, (0, 0.0))
         if exponent and not all_finite_16(raw.view(np.uint16), np.uint16(exponent)):
             raise InputError(
-                f"tensor {self.spec.name} holds {np.abs(values).max():.6g}, "
+                f"tensor {self.spec.name} holds {np.abs(kernels.to_host(values)).max():.6g}, "
                 f"{TORCH_NAMES[self.dtype]} ends at {largest:g}",
                 "choose a wider dtype for this artifact",
             )

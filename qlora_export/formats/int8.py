@@ -22,7 +22,7 @@ from qlora_export.errors import InputError
 from qlora_export.quant import row_integers
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.scales import absmax
-from qlora_export.tensors.dtypes import narrow, widen
+from qlora_export.tensors.dtypes import narrow, round_to, widen
 
 THRESHOLD = 6.0
 
@@ -88,8 +88,7 @@ class Int8Encoder:
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and absmax of some rows; raises InputError for a value that fp16 cannot hold."""
-        rounded = widen(narrow(values, self.dtype), self.dtype)
-        row_integers.round_to_float16(rounded)
+        rounded = round_to(widen(narrow(values, self.dtype), self.dtype), "F16")
         if not all_finite(rounded.view(np.uint32)):
             most = np.abs(kernels.to_host(values)).max()
             raise InputError(

@@ -14,17 +14,10 @@ import numba
 import numpy as np
 
 from qlora_export.quant.floats import Float32
-from qlora_export.quant.precision import round_any, to_int8
+from qlora_export.quant.precision import to_int8
 from qlora_export.quant.scales import Int8
 
 STEP = np.float32(7.874015718698502e-3)
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def round_to_float16(values: Float32) -> None:
-    """Round flat values to fp16 in place, still as float32; numpy's conversions take six times as long."""
-    for index in range(values.size):
-        values[index] = round_any(values[index], np.uint32(13))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

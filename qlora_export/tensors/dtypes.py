@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_export.device import kernels
 from qlora_export.device.kernels import Values, on_device
-from qlora_export.quant.floats import Float32, UInt8, narrow_bfloat16, round_bfloat16, widen_bfloat16
+from qlora_export.quant.floats import Float32, UInt8, narrow_bfloat16, round_bfloat16, round_float16
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -21,9 +21,8 @@ FLOATS = ("F32", "F16", "BF16")
 def widen(raw: UInt8, dtype: str) -> Float32:
     """The float32 values of raw little-endian bytes of a dtype in `FLOATS`; a new array."""
     if dtype == "BF16":
-        out = np.empty(raw.size // 2, np.float32)
-        widen_bfloat16(raw.view(np.uint16), out.view(np.uint32))
-        return out
+        values: Float32 = kernels.widen(raw.view(np.uint16))
+        return values
     if dtype == "F16":
         return raw.view(np.float16).astype(np.float32)
     return raw.view(np.float32).copy()
@@ -45,12 +44,11 @@ def narrow(values: Values, dtype: str) -> UInt8:
 
 
 def round_to(values: Values, dtype: str) -> Values:
-    """Flat float32 values rounded to a dtype in `FLOATS`; in place where that is possible."""
+    """Flat float32 values rounded to a dtype in `FLOATS`, in place where they are numpy's."""
     if on_device(values):
         return kernels.round_to(values, dtype)
     if dtype == "BF16":
         round_bfloat16(values.view(np.uint32))
-        return values
     if dtype == "F16":
-        return widen(narrow(values, "F16"), "F16")
+        round_float16(values)
     return values

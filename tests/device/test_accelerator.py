@@ -45,6 +45,18 @@ def test_a_bad_weight_is_named(pico_recipe: RecipeMaker, base_copy: Path, tmp_pa
         run(pico_recipe("nf4", base=str(base_copy)), tmp_path / "out", "cpu")
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_overflow_is_named(pico_recipe: RecipeMaker, adapter_copy: Path, tmp_path: Path, device: str) -> None:
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.fill_(1e6)
+
+    edit_tensors(adapter_copy / "adapter_model.safetensors", grow)
+    with pytest.raises(InputError, match=r"tensor model.layers.\d.* holds \S+, float16 ends at 65504"):
+        run(pico_recipe("fp16", adapter=str(adapter_copy)), tmp_path / "out", device)
+
+
 def test_bits_arrive_as_they_are() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     accelerator = Accelerator("cpu")

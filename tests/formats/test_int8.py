@@ -10,7 +10,7 @@ import torch
 from qlora_export.catalog import load_format
 from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
-from qlora_export.quant import row_integers
+from qlora_export.quant import floats, row_integers
 from qlora_export.quant.scales import absmax
 from tests.conftest import random_values
 from tests.formats.test_contract import SHAPES, encode
@@ -60,7 +60,7 @@ def test_values_are_rounded_to_float16_as_torch_does() -> None:
     beside = [np.nextafter(middles, np.float32(side)) for side in (0, 1e6)]
     values = np.concatenate([wide[~wide.isnan()].numpy(), middles, -middles, *beside])
     expected = torch.from_numpy(values).half().float().numpy()
-    row_integers.round_to_float16(values)
+    floats.round_float16(values)
     np.testing.assert_array_equal(values, expected)
 
 
