@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qlora_export.calibration_recipe import CalibrationPart, CalibrationRecipe
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
 from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
@@ -181,6 +182,7 @@ class Recipe(_Facts):
     merge: Merge = Merge()
     training_quantization: str | None = None
     artifacts: tuple[ArtifactRecipe, ...] = Field(min_length=1)
+    calibration: CalibrationRecipe | None = None
     drift: DriftRecipe | None = None
     publish: PublishRecipe | None = None
     shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1)
@@ -341,6 +343,8 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         "merge": Merge,
         "adapter": WeightedAdapter,
         "artifacts": ArtifactRecipe,
+        "calibration": CalibrationRecipe,
+        "mixture": CalibrationPart,
         "drift": DriftRecipe,
         "limits": Limits,
         "publish": PublishRecipe,

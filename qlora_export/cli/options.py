@@ -37,6 +37,9 @@ Training = Annotated[
 Formats = Annotated[list[str] | None, typer.Option("--format", help="A format to make; repeat for several.")]
 OntoName = Annotated[str | None, typer.Option("--onto", help="Merge base: as-trained (default), original or auto.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text to measure drift on: .jsonl or .txt.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="Text to calibrate rounding on, another one than --text.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="KEY=VALUE, a recipe key by its path, as in drift.limits.mean_kl=0.1; repeat."),
@@ -83,6 +86,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         onto: OntoName = None,
         training: Training = None,
         text: Text = None,
+        calibration: Calibration = None,
         settings: Settings = None,
         out: Out = None,
         workers: Workers = None,
@@ -104,6 +108,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             "--onto": onto,
             "--training-quantization": training,
             "--text": text,
+            "--calibration": calibration,
         }
         if prove is not None:
             settings = [*(settings or []), f"publish.prove={str(prove).lower()}"]
@@ -223,6 +228,8 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
     data["artifacts"] = [{"format": name} for name in flags["--format"]]
     if flags["--onto"]:
         data["merge"] = {"onto": flags["--onto"]}
+    if flags["--calibration"]:
+        data["calibration"] = {"text": flags["--calibration"]}
     if flags["--text"]:
         data["drift"] = {"text": flags["--text"]}
     return make_recipe(data, Path(), "flags", settings)

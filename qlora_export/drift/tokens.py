@@ -7,15 +7,15 @@ numbers of different protocols do not compare.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import chain
 
 from qlora_export.contracts import Tokenizer
 from qlora_export.errors import InputError
-from qlora_export.sources.text import Chat, DriftText
+from qlora_export.sources.text import DriftText
+from qlora_export.sources.text_entries import Chat
+from qlora_export.sources.windows import digest_of_tokens, text_windows
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,8 @@ class TokenSet:
     @property
     def sha256(self) -> str:
         """Digest over the ids and scored positions of all windows, as little-endian int32 with lengths."""
-        digest = hashlib.sha256()
-        for window in self.windows:
-            numbers = [len(window.tokens), *window.tokens, len(window.scored), *window.scored]
-            digest.update(np.array(numbers, "<i4").tobytes())
-        return digest.hexdigest()
+        rows = chain.from_iterable((window.tokens, window.scored) for window in self.windows)
+        return digest_of_tokens(rows)
 
 
 def first_windows(tokens: TokenSet, at_least: int) -> TokenSet:
@@ -60,7 +57,8 @@ def token_set(text: DriftText, tokenizer: Tokenizer, window_tokens: int, limit: 
         found = (_chat_window(chat, tokenizer, window_tokens) for chat in text.chats)
         protocol = f"chat template, one window of at most {window_tokens} tokens a chat, assistant tokens scored"
     else:
-        found = _text_windows(tokenizer.encode(text.text), tokenizer.begin, window_tokens)
+        pieces = text_windows(tokenizer.encode(text.text), tokenizer.begin, window_tokens)
+        found = (Window(tokens, tuple(range(1, len(tokens)))) for tokens in pieces)
         begin = "each after the begin token" if tokenizer.begin is not None else "no begin token"
         protocol = f"joined text, disjoint windows of {window_tokens} tokens, {begin}, all tokens scored"
     windows = tuple(_until(limit, (window for window in found if window.scored)))
@@ -88,14 +86,6 @@ def _chat_window(chat: Chat, tokenizer: Tokenizer, window_tokens: int) -> Window
         tokens = after
         scored += range(len(before), len(after))
     return Window(tuple(tokens[:window_tokens]), tuple(p for p in scored if 1 <= p < window_tokens))
-
-
-def _text_windows(ids: list[int], begin: int | None, window_tokens: int) -> Iterator[Window]:
-    lead = [] if begin is None else [begin]
-    step = window_tokens - len(lead)
-    for start in range(0, len(ids), step):
-        tokens = lead + ids[start : start + step]
-        yield Window(tuple(tokens), tuple(range(1, len(tokens))))
 
 
 def _until(limit: int | None, windows: Iterator[Window]) -> Iterator[Window]:

@@ -28,7 +28,11 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
         for item in data["adapter"] or ():
             item["path"] = _source(recipe, item["path"])
     if recipe.drift is not None:
-        data["drift"]["text"] = PurePosixPath(recipe.drift.text).name
+        data["drift"]["text"] = _text(recipe.drift.text)
+    if recipe.calibration is not None and recipe.calibration.text is not None:
+        data["calibration"]["text"] = _text(recipe.calibration.text)
+    for item in (data["calibration"] or {}).get("mixture", ()):
+        item["text"] = _text(item["text"])
     if recipe.publish is not None:
         del data["publish"]["sign"]
         kind, _, place = recipe.publish.to.partition(":")
@@ -60,6 +64,11 @@ def without_machine_paths(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("/", "~/")):
         return PurePosixPath(value).name
     return value
+
+
+def _text(name: str) -> str:
+    """A text's own name, without the folders it lies in."""
+    return PurePosixPath(name).name
 
 
 def _source(recipe: Recipe, text: str) -> str:

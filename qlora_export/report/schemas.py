@@ -42,6 +42,9 @@ def recipe_schema() -> Schema:
     named: Schema = {"type": "string", "minLength": 1}
     several = {"anyOf": [{"$ref": "#/$defs/WeightedAdapter"}, named]}
     keys["adapter"] = {"anyOf": [named, {"type": "array", "minItems": 1, "items": several}]}
+    parts["CalibrationRecipe"]["oneOf"] = [{"required": ["text"]}, {"required": ["mixture"]}]
+    mixture = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/CalibrationPart"}}
+    keys["calibration"]["anyOf"].append(mixture)
     # Where paths start is the file's own folder, and no key.
     del keys["folder"]
     return {"$schema": DRAFT, **schema, "title": "A recipe of qlora-export"}

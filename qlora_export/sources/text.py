@@ -1,15 +1,17 @@
-"""Text to measure on: JSON lines with `messages` (a chat) or `text` in each, or a plain text file."""
+"""Text to measure on or to calibrate on: one kind in a file, chats or running text.
+
+train.jsonl      a line is {"messages": [...]}, {"text": ...} or {"prompt": ..., "completion": ...}
+notes.txt        anything else that is UTF-8 is one piece of running text
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.errors import InputError
-
-Chat = tuple[Mapping[str, str], ...]
+from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, content_of
 
 
 @dataclass(frozen=True)
@@ -21,38 +23,43 @@ class DriftText:
 
 
 def read_text(path: Path) -> DriftText:
-    """Read a text file for drift; raises InputError naming the line."""
+    """Read a text for drift, its pieces of running text joined; raises InputError naming the line."""
+    return joined(read_entries(str(path), Path()))
+
+
+def joined(entries: tuple[Entry, ...]) -> DriftText:
+    """Entries as chats, or as running text with an empty line between the pieces."""
+    chats = tuple(entry.content for entry in entries if not isinstance(entry.content, str))
+    return DriftText(chats, "\n\n".join(entry.content for entry in entries if isinstance(entry.content, str)))
+
+
+def read_entries(name: str, folder: Path) -> tuple[Entry, ...]:
+    """The chats or the pieces of running text of a file, seen from `folder`; raises InputError naming the line."""
+    path = folder / Path(name).expanduser()
     if not path.is_file():
-        raise InputError(f"{path}: no such text", "drift.text names a .jsonl or .txt file")
+        raise InputError(f"{path}: no such text", "name a .jsonl or .txt file")
+    entries = _lines(path)
+    chats = sum(not isinstance(entry.content, str) for entry in entries)
+    if 0 < chats < len(entries):
+        raise InputError(f"{path}: {chats} chats and {len(entries) - chats} plain texts", "use one kind in a file")
+    return entries
+
+
+def _lines(path: Path) -> tuple[Entry, ...]:
     try:
         raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix != ".jsonl":
-        return DriftText(text=raw)
-    entries = [_entry(path, number, line) for number, line in enumerate(raw.split("\n"), 1) if line.strip()]
-    chats = tuple(entry for entry in entries if not isinstance(entry, str))
-    texts = [entry for entry in entries if isinstance(entry, str)]
-    if chats and texts:
-        raise InputError(f"{path}: {len(chats)} chats and {len(texts)} plain texts", "use one kind in a file")
-    return DriftText(chats, "\n\n".join(texts))
+        return (Entry(raw, "line 1"),)
+    return tuple(_entry(path, number, line) for number, line in enumerate(raw.split("\n"), 1) if line.strip())
 
 
-def _entry(path: Path, number: int, line: str) -> Chat | str:
-    hint = 'a line is {"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+def _entry(path: Path, number: int, line: str) -> Entry:
     try:
-        data = json.loads(line)
+        content = content_of(json.loads(line))
     except ValueError:
-        raise InputError(f"{path}: line {number} is not valid JSON", hint) from None
-    if isinstance(data, dict) and isinstance(data.get("text"), str):
-        return str(data["text"])
-    messages = data.get("messages") if isinstance(data, dict) else None
-    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-        return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    raise InputError(f"{path}: line {number} has neither messages nor text", hint)
-
-
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
+        raise InputError(f"{path}: line {number} is not valid JSON", ROW_HINT) from None
+    if content is None:
+        raise InputError(f"{path}: line {number} has neither messages nor text", ROW_HINT)
+    return Entry(content, f"line {number}")

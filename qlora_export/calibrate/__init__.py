@@ -1,0 +1,1 @@
+"""Calibration: the text that data-aware rounding looks at, and what is learnt from it."""
