@@ -213,7 +213,7 @@ def _proven(
 def _drift_text(recipe: Recipe) -> DriftText:
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
-    return read_text(recipe.path(recipe.drift.text))
+    return read_text(recipe.drift.text, recipe.folder)
 
 
 def _tokens(run: Run, text: DriftText) -> TokenSet:

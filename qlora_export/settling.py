@@ -63,7 +63,7 @@ def require_evidence(recipe: Recipe) -> None:
             "merge.onto is auto, which needs an adapter and a text to measure on",
             "add `drift: {text: FILE}`, or choose as-trained or original",
         )
-    read_text(recipe.path(recipe.drift.text))
+    read_text(recipe.drift.text, recipe.folder)
 
 
 def _on(recipe: Recipe, onto: Onto) -> Recipe:

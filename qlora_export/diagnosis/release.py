@@ -12,6 +12,7 @@ from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.sources.locate import hub_id
+from qlora_export.sources.text_tables import HUB_PREFIX
 
 
 def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check], Needs]:
@@ -51,6 +52,8 @@ def _text(recipe: Recipe) -> Check:
     if recipe.drift is None:
         fix = "add `drift: {text: FILE}`: release and check need it"
         return Check("drift.text", "warn", "the recipe names no text to measure on", fix)
+    if recipe.drift.text.startswith(HUB_PREFIX):
+        return Check("drift.text", "ok", recipe.drift.text)
     path = recipe.path(recipe.drift.text)
     if not path.is_file():
         return Check("drift.text", "fail", f"{path} is not there", "name a .jsonl or .txt file that training never saw")

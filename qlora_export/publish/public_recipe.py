@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_export.recipe import Recipe
 from qlora_export.sources.locate import hub_id, identity
+from qlora_export.sources.text_tables import HUB_PREFIX
 
 OF_THE_RUN = ("published", "exit_code")
 OF_THE_MACHINE = ("path", "reused")
@@ -67,8 +68,8 @@ def without_machine_paths(value: Any) -> Any:
 
 
 def _text(name: str) -> str:
-    """A text's own name, without the folders it lies in."""
-    return PurePosixPath(name).name
+    """A text's own name, without the folders it lies in; a data set of the Hub is named as it is."""
+    return name if name.startswith(HUB_PREFIX) else PurePosixPath(name).name
 
 
 def _source(recipe: Recipe, text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_export.errors import InputError
 from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, content_of
+from qlora_export.sources.text_tables import HUB_PREFIX, hub_entries, parquet_entries
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class DriftText:
     text: str = ""
 
 
-def read_text(path: Path) -> DriftText:
+def read_text(name: str | Path, folder: Path = Path()) -> DriftText:
     """Read a text for drift, its pieces of running text joined; raises InputError naming the line."""
-    return joined(read_entries(str(path), Path()))
+    return joined(read_entries(str(name), folder))
 
 
 def joined(entries: tuple[Entry, ...]) -> DriftText:
@@ -34,14 +35,22 @@ def joined(entries: tuple[Entry, ...]) -> DriftText:
 
 
 def read_entries(name: str, folder: Path) -> tuple[Entry, ...]:
-    """The chats or the pieces of running text of a file, seen from `folder`; raises InputError naming the line."""
-    path = folder / Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path}: no such text", "name a .jsonl or .txt file")
-    entries = _lines(path)
+    """The chats or the pieces of running text of a file, seen from `folder`, or of a data set on the Hub.
+
+    Raises InputError naming the line or the row.
+    """
+    if name.startswith(HUB_PREFIX):
+        entries, origin = hub_entries(name), name
+    else:
+        path = folder / Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such text", "name a .jsonl, .parquet or .txt file, or hub:owner/name@COMMIT#train"
+            )
+        entries, origin = parquet_entries(path) if path.suffix == ".parquet" else _lines(path), str(path)
     chats = sum(not isinstance(entry.content, str) for entry in entries)
     if 0 < chats < len(entries):
-        raise InputError(f"{path}: {chats} chats and {len(entries) - chats} plain texts", "use one kind in a file")
+        raise InputError(f"{origin}: {chats} chats and {len(entries) - chats} plain texts", "use one kind in a file")
     return entries
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from qlora_export.errors import InputError
-from qlora_export.sources.text import read_text
+from qlora_export.sources.text import read_entries, read_text
+from qlora_export.sources.text_entries import Entry
 
 
 def write(tmp_path: Path, name: str, content: str) -> Path:
@@ -21,12 +23,21 @@ def test_chats_and_texts(tmp_path: Path) -> None:
     assert read_text(write(tmp_path, "c.txt", "plain")).text == "plain"
 
 
+def test_a_prompt_and_its_completion_are_a_chat(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    lines = [{"prompt": "x", "completion": "y"}, {"prompt": turns[:1], "completion": turns[1:]}]
+    found = read_entries("a.jsonl", write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, lines))).parent)
+    assert found == (Entry(tuple(turns), "line 1"), Entry(tuple(turns), "line 3"))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("{", "line 1 is not valid JSON"),
         ('{"text": "a"}\n[1]', "line 2 has neither messages nor text"),
         ('{"messages": []}', "line 1 has neither"),
+        ('{"prompt": "a"}', "line 1 has neither"),
+        ('{"prompt": [{"role": "user"}], "completion": []}', "line 1 has neither"),
         ('{"messages": [{"role": "user"}]}', "line 1 has neither"),
         ('{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}', "1 chats and 1 plain texts"),
     ],
