@@ -21,6 +21,7 @@ import pydoc_data.topics
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; `batch` counts windows or dialogues."""
+
+    steps: int
+    batch: int
+    rate: float
+    decay: float
+    seed: int = SEED
 
 
 def documents() -> Iterator[str]:
@@ -119,31 +131,30 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
 
 
-def train_base(folder: Path, steps: int) -> dict[str, Any]:
-    """Train the base from scratch and save it in bf16."""
-    texts = list(documents())
-    tokenizer = make_tokenizer(texts, folder)
+def token_stream(texts: list[str], tokenizer: transformers.PreTrainedTokenizerFast) -> torch.Tensor:
+    """All texts as one row of int32 ids, each between the begin and the end token."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
-    ids = np.concatenate(
-        [np.array([begin, *tokenizer.encode(text, add_special_tokens=False), end], np.int32) for text in texts]
-    )
-    split = len(ids) * 98 // 100
-    train, held_out = torch.from_numpy(ids[:split]).long(), torch.from_numpy(ids[split:]).long()
-    torch.manual_seed(SEED)
-    model = transformers.LlamaForCausalLM(base_config(tokenizer))
+    rows = [np.array([begin, *tokenizer.encode(text, add_special_tokens=False), end], np.int32) for text in texts]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def pretrain(model: Any, ids: torch.Tensor, schedule: Schedule) -> list[float]:
+    """Train a model from scratch on random windows of a stream and return the loss of every step."""
+    train = ids.long()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": schedule.decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
     )
-    generator = torch.Generator().manual_seed(SEED)
-    batch, losses = 24, []
+    generator = torch.Generator().manual_seed(schedule.seed)
+    steps, losses = schedule.steps, []
     print(f"{len(ids)} tokens, {sum(p.numel() for p in model.parameters())} parameters, {steps} steps", flush=True)
     started = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 3e-3)
-        starts = torch.randint(0, len(train) - WINDOW, (batch,), generator=generator)
+            group["lr"] = learning_rate(step, steps, schedule.rate)
+        starts = torch.randint(0, len(train) - WINDOW, (schedule.batch,), generator=generator)
         windows = torch.stack([train[start : start + WINDOW] for start in starts])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=windows, labels=windows).loss
@@ -154,18 +165,35 @@ def train_base(folder: Path, steps: int) -> dict[str, Any]:
         losses.append(loss.item())
         if step % 50 == 49:
             print(f"base {step + 1}/{steps} {np.mean(losses[-50:]):.3f} {time.monotonic() - started:.0f}s", flush=True)
-    model.eval().to(torch.bfloat16).save_pretrained(folder)
+    return losses
+
+
+def window_nll(model: Any, ids: torch.Tensor) -> float:
+    """Mean NLL of the first 64 windows of a stream."""
+    windows = ids[: len(ids) // WINDOW * WINDOW].long().view(-1, WINDOW)[:64]
     with torch.no_grad():
-        windows = held_out[: len(held_out) // WINDOW * WINDOW].view(-1, WINDOW)[:64]
-        held_out_loss = model.float()(input_ids=windows, labels=windows).loss.item()
+        return float(model.float()(input_ids=windows, labels=windows).loss)
+
+
+def train_base(folder: Path, steps: int) -> dict[str, Any]:
+    """Train the base from scratch and save it in bf16."""
+    texts = list(documents())
+    tokenizer = make_tokenizer(texts, folder)
+    ids = token_stream(texts, tokenizer)
+    split = len(ids) * 98 // 100
+    torch.manual_seed(SEED)
+    model = transformers.LlamaForCausalLM(base_config(tokenizer))
+    schedule = Schedule(steps, batch=24, rate=3e-3, decay=0.1)
+    losses = pretrain(model, ids[:split], schedule)
+    model.eval().to(torch.bfloat16).save_pretrained(folder)
     return {
-        "corpus_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "corpus_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "tokens": len(ids),
         "steps": steps,
         "window": WINDOW,
-        "batch": batch,
+        "batch": schedule.batch,
         "train_nll": float(np.mean(losses[-50:])),
-        "held_out_nll": held_out_loss,
+        "held_out_nll": window_nll(model, ids[split:]),
     }
 
 
@@ -220,6 +248,30 @@ def relative_deltas(model: Any) -> dict[str, float]:
     return ratios
 
 
+def fit_adapter(model: Any, train: list[tuple[list[int], int]], schedule: Schedule, pad: int) -> list[float]:
+    """Train a model's adapter on the answers of dialogues and return the loss of every step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=schedule.decay, betas=(0.9, 0.99))
+    rng = np.random.default_rng(schedule.seed)
+    losses = []
+    started = time.monotonic()
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, schedule.steps, schedule.rate)
+        batch = [train[index] for index in rng.choice(len(train), schedule.batch, replace=False)]
+        loss = answer_loss(model, batch, pad)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            mean = np.mean(losses[-50:])
+            ratio = np.median(list(relative_deltas(model).values()))
+            print(f"adapter {step + 1} {mean:.3f} delta {ratio:.3f} {time.monotonic() - started:.0f}s", flush=True)
+    return losses
+
+
 def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train and save the QLoRA adapter with its sidecar."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -231,32 +283,14 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
         r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", bias="none"
     )
     model = peft.get_peft_model(load_qlora(base), lora)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=options.decay, betas=(0.9, 0.99))
-    rng = np.random.default_rng(SEED)
-    losses = []
-    started = time.monotonic()
     with torch.no_grad(), model.disable_adapter():
         base_nll = answer_loss(model.train(), held_out, pad).item()
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps, options.rate)
-        batch = [train[index] for index in rng.choice(len(train), 16, replace=False)]
-        loss = answer_loss(model, batch, pad)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 50 == 49:
-            mean = np.mean(losses[-50:])
-            ratio = np.median(list(relative_deltas(model).values()))
-            print(f"adapter {step + 1} {mean:.3f} delta {ratio:.3f} {time.monotonic() - started:.0f}s", flush=True)
+    losses = fit_adapter(model, train, Schedule(options.steps, 16, options.rate, options.decay), pad)
     with torch.no_grad():
         tuned_nll = answer_loss(model, held_out, pad).item()
     ratios = relative_deltas(model)
     model.save_pretrained(folder)
-    tidy_adapter(folder)
+    tidy_adapter(folder, BASE_ID)
     record(model, folder)
     return {
         "dialogues": options.dialogues,
@@ -271,11 +305,11 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     }
 
 
-def tidy_adapter(folder: Path) -> None:
+def tidy_adapter(folder: Path, base_id: str) -> None:
     """Leave nothing of this machine and no order that changes from run to run in what peft saved."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = BASE_ID
+    config["base_model_name_or_path"] = base_id
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").unlink()
@@ -287,15 +321,15 @@ def write_text(folder: Path, seed: int, count: int, name: str) -> None:
     (folder / name).write_text("\n".join(lines) + "\n")
 
 
-def update_record(path: Path, part: str, facts: dict[str, Any]) -> None:
-    """Add one stage's facts and the versions in use to the record."""
+def update_record(path: Path, part: str, facts: dict[str, Any], seeds: dict[str, int]) -> None:
+    """Add one stage's facts, the seeds and the versions in use to the record."""
     record = json.loads(path.read_text()) if path.exists() else {}
     record[part] = facts
     record["versions"] = {
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes, tokenizers)},
     }
-    record["seeds"] = {"torch": SEED, "train_dialogues": TRAIN_SEED, "held_out_dialogues": HOLDOUT_SEED}
+    record["seeds"] = seeds
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -311,10 +345,12 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "training_record.json"
+    seeds = {"torch": SEED, "train_dialogues": TRAIN_SEED, "held_out_dialogues": HOLDOUT_SEED}
     if options.stage != "adapter":
-        update_record(path, "base", train_base(options.out / "base", options.base_steps))
+        update_record(path, "base", train_base(options.out / "base", options.base_steps), seeds)
     if options.stage != "base":
-        update_record(path, "adapter", train_adapter(options.out / "base", options.out / "adapter", options))
+        facts = train_adapter(options.out / "base", options.out / "adapter", options)
+        update_record(path, "adapter", facts, seeds)
         write_text(options.out, HOLDOUT_SEED, HOLDOUT_DIALOGUES, "holdout.jsonl")
 
 

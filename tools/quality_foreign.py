@@ -1,0 +1,54 @@
+"""Folders that another tool made: how the benchmark has llm-compressor make one, and measures it with our code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from quality_models import QualityModel, calibration_ids
+
+from qlora_export import Run
+from qlora_export.catalog import load_runtime
+from qlora_export.contracts import Drift
+from qlora_export.drift.measure import keep_reference, measure, measure_reference, reference_probabilities
+from qlora_export.drift.statistics import compare
+
+
+def peer_folder(python: Path, merged: Path, model: QualityModel, out: Path) -> Path:
+    """The GPTQ folder of a merged folder, made in the peer's environment; raises RuntimeError with its last line."""
+    if (out / "config.json").is_file():
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    sequences = out / "sequences.json"
+    sequences.write_text(json.dumps(calibration_ids(model)))
+    tool = Path(__file__).with_name("quality_peer.py")
+    words = [str(python), str(tool), "--model", str(merged), "--sequences", str(sequences), "--out", str(out)]
+    found = subprocess.run(words, check=False, capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError((found.stderr.strip() or "it said nothing").splitlines()[-1])
+    (out / "versions.json").write_text(found.stdout.strip().splitlines()[-1] + "\n")
+    return out
+
+
+def measure_folder(folder: Path, run: Run) -> Drift:
+    """The drift of a folder that we did not make, on the tokens of a run and against the same reference."""
+    from qlora_export.runtimes.as_trained import open_as_trained
+
+    plan, ledger = run.plan, run.ledger
+    if ledger is None or plan.adapter is None:
+        raise ValueError("nothing to compare with")
+
+    def progress(done: int, total: int) -> None:
+        del done, total
+
+    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
+    with reference_probabilities(folder, ledger.tokens) as store:
+        keep_reference(live.tuned(), store, progress)
+        with live.base() as session:
+            base = measure("base", "transformers", session, store, progress)
+        with load_runtime("transformers").open(folder) as session:
+            measured = measure(folder.name, "transformers", session, store, progress)
+        return compare(measured, measure_reference("as trained", store), base, ledger.tokens)

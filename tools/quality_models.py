@@ -1,0 +1,104 @@
+"""What the quality benchmark measures on: a folder with base, adapter and texts, copies with scaled deltas, sizes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import demo_dialogues
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "qlora_export" / "demo"
+DEMO_CALIBRATION_SEED = 2_000_003
+WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class QualityModel:
+    """One model: where its parts lie; `calibration` has as many conversations as are calibrated on, and no more."""
+
+    name: str
+    base: Path
+    adapter: Path
+    holdout: Path
+    calibration: Path
+
+
+def find_model(word: str, work: Path, sequences: int) -> QualityModel:
+    """`demo`, or a folder that `make_quality_model` filled; writes the calibration text into `work`."""
+    folder = DEMO if word == "demo" else Path(word).resolve()
+    name = "demo" if word == "demo" else folder.name
+    calibration = work / name / "calibration.jsonl"
+    calibration.parent.mkdir(parents=True, exist_ok=True)
+    lines = list(islice(_calibration_lines(folder), sequences))
+    calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return QualityModel(name, folder / "base", folder / "adapter", folder / "holdout.jsonl", calibration)
+
+
+def _calibration_lines(folder: Path) -> Iterator[str]:
+    """The model's own calibration text; for the demo, dialogues of a seed that is neither trained nor measured on."""
+    path = folder / "calibration.jsonl"
+    if path.is_file():
+        yield from path.read_text(encoding="utf-8").splitlines()
+        return
+    for talk in demo_dialogues.dialogues(DEMO_CALIBRATION_SEED, 256):
+        yield json.dumps({"messages": talk})
+
+
+def calibration_ids(model: QualityModel) -> list[list[int]]:
+    """Token ids of the calibration conversations, one whole conversation a sequence."""
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    tokenizer = FolderTokenizer(model.base)
+    talks = [json.loads(line)["messages"] for line in model.calibration.read_text(encoding="utf-8").splitlines()]
+    return [tokenizer.encode(tokenizer.render(talk, answering=False))[:WINDOW_TOKENS] for talk in talks]
+
+
+def scaled_adapter(adapter: Path, factor: float, out: Path) -> Path:
+    """A copy of an adapter whose delta is `factor` times as large, by its B factors."""
+    from safetensors.torch import load_file, save_file
+
+    if out.is_dir():
+        shutil.rmtree(out)
+    shutil.copytree(adapter, out)
+    path = out / "adapter_model.safetensors"
+    tensors = {name: tensor * (factor if ".lora_B." in name else 1) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    return out
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of all weight files, and bits a weight of the linear layers' matrices takes with all that belongs to it."""
+
+    bytes: int
+    bits_per_weight: float
+
+
+def size_of(folder: Path, base: Path) -> Size:
+    """The size of a folder's weights, adapter included, from the headers of its files."""
+    matrices = {
+        name.removesuffix(".weight"): entry["shape"][0] * entry["shape"][1]
+        for name, entry in _headers(base)
+        if name.endswith("proj.weight") and len(entry["shape"]) == 2
+    }
+    held = 0
+    for name, entry in _headers(folder):
+        first, last = entry["data_offsets"]
+        if not name.endswith(".bias") and any(f"{module}." in name for module in matrices):
+            held += last - first
+    total = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return Size(total, 8 * held / sum(matrices.values()))
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        yield from ((name, entry) for name, entry in header.items() if name != "__metadata__")
