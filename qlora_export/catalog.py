@@ -23,6 +23,8 @@ FORMATS = {
     "w8a16": "qlora_export.formats.compressed.integers:w8a16",
     "w8a8": "qlora_export.formats.compressed.integers:w8a8",
     "fp8": "qlora_export.formats.compressed.float8:fp8",
+    "gptq": "qlora_export.formats.gptq_awq:gptq",
+    "awq": "qlora_export.formats.gptq_awq:awq",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}

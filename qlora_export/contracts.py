@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +161,15 @@ class Format(Protocol):
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The `quantization_config` of config.json; `kept` names the linear modules that stay dense."""
+        ...
+
+
+@runtime_checkable
+class HoldingFormat(Protocol):
+    """A format whose encoders keep parts of a tensor until the seal, more than a scale for each block."""
+
+    def held_bytes(self, spec: TensorSpec) -> int:
+        """What an encoder of this tensor holds."""
         ...
 
 

@@ -2,7 +2,8 @@
 
     interpreter and libraries
     + threads * (a row block, its raw bytes and what it becomes in every artifact)
-    + the tensors that are open at once, one more than there are workers: absmax of whole tensors, factors in float32
+    + the tensors that are open at once, one more than there are workers: absmax of whole tensors, factors in float32,
+      and what a format holds back until a tensor is whole
 
 A weight that is stored [in, out] moves as a whole. The estimate is compared with the kernel's number in the tests.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+from qlora_export.contracts import HoldingFormat
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.merge.base_rows import BLOCK_WEIGHTS
 from qlora_export.planning import Plan, Route
@@ -65,8 +67,14 @@ def _states(plan: Plan) -> Iterator[int]:
         blocks = -(-source.spec.size // block_size)
         encoded = sum(route.form is not None and route.form.quantises for route in routes[key])
         trained = any(route.output.layer_spec.module in plan.training.quantised for route in routes[key])
+        held = sum(_held_bytes(route) for route in routes[key])
         factors = {change for route in routes[key] for change in route.output.changes}
         yield (
             blocks * (TRAINED_STATE_BYTES * trained + ENCODED_STATE_BYTES * encoded)
+            + held
             + 6 * sum(tensor.spec.size for change in factors for tensor in change.tensors)
         )
+
+
+def _held_bytes(route: Route) -> int:
+    return route.form.held_bytes(route.spec) if isinstance(route.form, HoldingFormat) else 0

@@ -3,7 +3,7 @@
 The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
 be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
 folder's compute dtype, the values that serving multiplies with; those of compressed-tensors are decoded in the model's
-dtype, and activations are rounded where the folder says so.
+dtype, and activations are rounded where the folder says so. `interleaved` decodes GPTQ and AWQ.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qlora_export.contracts import Session
 from qlora_export.runtimes.adapted import pin_dora
+from qlora_export.runtimes.interleaved import METHODS, load_interleaved, stated_method
 from qlora_export.runtimes.loading import (
     ModelSession,
     attach_adapter,
@@ -34,7 +35,8 @@ class TransformersRuntime:
     @contextmanager
     def open(self, folder: Path) -> Iterator[Session]:
         """Load the folder; raises InputError when it does not load."""
-        model = load_causal_lm(folder, dtype="auto")
+        decodes = stated_method(folder) in METHODS
+        model = load_interleaved(folder) if decodes else load_causal_lm(folder, dtype="auto")
         if (folder / ADAPTER_FOLDER).is_dir():
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         decompress(model)

@@ -14,10 +14,11 @@ from qlora_export.contracts import Format, TensorSpec, TrainingQuantization
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from tests.conftest import random_values
 
-SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640), (37, 256)]
+SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640), (37, 256), (24, 384)]
 # Largest error a format may leave, relative to the largest magnitude of the tensor.
 BOUNDS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "nf4": 0.17, "fp4": 0.17, "nf4-adapter": 0.17}
 BOUNDS |= {"int8": 0.006, "w4a16": 0.075, "w8a16": 0.009, "w8a8": 0.009, "fp8": 0.04}
+BOUNDS |= {"gptq": 0.075, "awq": 0.08}
 
 
 @pytest.fixture(params=FORMATS)
@@ -92,6 +93,6 @@ def test_every_format_has_a_bound_and_its_own_name(form: Format) -> None:
 
 def test_parts_are_named_after_the_tensor(form: Format) -> None:
     names = [part.name for part in form.parts(TensorSpec("a.b.weight", "BF16", (64, 128)))]
-    assert names[0] in ("a.b.weight", "a.b.weight_packed")
+    assert names[0] in ("a.b.weight", "a.b.weight_packed", "a.b.qweight")
     assert all(name.startswith("a.b.") for name in names)
     assert len(set(names)) == len(names)

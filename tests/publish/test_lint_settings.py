@@ -259,6 +259,20 @@ def test_graph_settings_name_what_is_there(stage: Callable[..., Staged]) -> None
             {"ignore": ["model.layers.0.mlp.up_proj"]},
             "ignores model.layers.0.mlp.up_proj in quantisation, and it is stored quantised [config]",
         ),
+        ("gptq", {"group_size": 64}, "says gptq in groups of 64, model.layers.0.mlp.down_proj has qweight ["),
+        ("gptq", {"quant_method": "awq"}, "says awq in groups of 128, model.layers.0.mlp.down_proj has qweight ["),
+        ("gptq", {"group_size": "all"}, "says group_size 'all', expected a number of columns [config]"),
+        ("fp8", {"quant_method": "gptq", "group_size": 128}, "says gptq, and no tensor is a qweight [config]"),
+        (
+            "gptq",
+            {"dynamic": {r"-:^model\.layers\.0\.mlp\.up_proj$": {}}},
+            "skips model.layers.0.mlp.up_proj in quantisation, and it is stored quantised [config]",
+        ),
+        (
+            "awq",
+            {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]},
+            "skips model.layers.0.mlp.up_proj in quantisation, and it is stored quantised [config]",
+        ),
     ],
 )
 def test_a_table_of_8_bits_or_of_compressed_tensors_that_does_not_fit(

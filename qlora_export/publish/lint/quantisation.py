@@ -1,10 +1,12 @@
 """quantization_config against the tensors: the method, its kind, double quantisation, and what it says stays dense.
 
-Of compressed-tensors: whether each scale has codes of the stated format beside it.
+Of compressed-tensors: whether each scale has codes of the stated format beside it. Of GPTQ and AWQ: whether words, zero
+points and scales are all there and have the shapes of the stated method and group.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -61,6 +63,8 @@ def quantisation_problems(
         yield from _bitsandbytes(path, stated, weights)
     if method == "compressed-tensors":
         yield from _compressed(path, stated, tensors)
+    if method in ("gptq", "awq"):
+        yield from _interleaved(path, stated, tensors)
 
 
 def _expected(stated: Mapping[str, Any]) -> str | None:
@@ -102,3 +106,37 @@ def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, Stor
         if module in ignored:
             yield finding("config", path, f"ignores {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
             return
+
+
+def _interleaved(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+    """The first module of GPTQ or AWQ whose parts are not what is stated."""
+    method, group = stated["quant_method"], stated.get("group_size")
+    if not isinstance(group, int) or group < 1:
+        yield finding("config", path, f"says group_size {group!r}, expected a number of columns", BUILD_AGAIN)
+        return
+    skipped = stated.get("modules_to_not_convert") or stated.get("dynamic") or []
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    if not modules:
+        yield finding("config", path, f"says {method}, and no tensor is a qweight", BUILD_AGAIN)
+    for module in modules:
+        found = {name: tensors.get(f"{module}.{name}") for name in ("qweight", "qzeros", "scales")}
+        shapes = {name: tensor.spec.shape for name, tensor in found.items() if tensor is not None}
+        if shapes != _expected_shapes(method, group, shapes["qweight"]):
+            what = f"says {method} in groups of {group}, {module} has {_told(shapes)}"
+            yield finding("config", path, what, BUILD_AGAIN)
+            return
+        if module in skipped or f"-:^{re.escape(module)}$" in skipped:
+            yield finding("config", path, f"skips {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
+            return
+
+
+def _expected_shapes(method: str, group: int, words: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a module by its words of eight codes; None where these are no matrix."""
+    if len(words) != 2:
+        return None
+    inputs, outputs = (8 * words[0], words[1]) if method == "gptq" else (words[0], 8 * words[1])
+    return {"qweight": words, "qzeros": (inputs // group, outputs // 8), "scales": (inputs // group, outputs)}
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -1,0 +1,208 @@
+"""4-bit integers in the layouts of GPTQ and AWQ, rounded to nearest: `gptq` (symmetric) and `awq` (with zero points).
+
+For a linear `x.weight` of shape [out, in] in groups of `size` columns (option `group_size`: 32, 64 or 128):
+
+    gptq   `x.qweight` int32 [in / 8, out], eight inputs a word; `x.g_idx` int32 [in], the group of each input
+    awq    `x.qweight` int32 [in, out / 8], eight outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7
+    both   `x.qzeros` int32 [groups, out / 8] (gptq: zero - 1, in plain order); `x.scales` float16 [groups, out]
+
+w' = (nibble - zero) * scale, zero 8 for gptq. A scale is a value of the model's dtype and of float16 alike, so
+that a loader that casts it to the one it computes in changes nothing. For 16-bit models `gptq` has the integers of
+`w4a16`.
+Words of a tensor are interleaved over its rows, so an encoder holds half a byte a weight until the seal.
+Sources: AutoGPTQ `checkpoint_format: gptq`, AutoAWQ `version: gemm`. Cost: 4.25 bits a weight in groups of 128.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.device import kernels
+from qlora_export.errors import InputError, UsageError
+from qlora_export.quant import integers
+from qlora_export.quant.column_packing import (
+    AWQ_ORDER,
+    PER_WORD,
+    PLAIN_ORDER,
+    pack_inputs,
+    pack_outputs,
+    unpack_inputs,
+    unpack_outputs,
+)
+from qlora_export.quant.floats import all_finite
+from qlora_export.quant.integers import Grid
+from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+
+GROUP_SIZES = (32, 64, 128)
+SMALLEST_HALF = np.float32(2.0**-24)
+Raw = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Weights on an integer grid in words over [in, out]: `gptq` along the inputs, `awq` along the outputs."""
+
+    name: str
+    grid: Grid
+    consumes: Consumes = "merged"
+    quantises: bool = True
+    keeps_adapter: bool = False
+    beside_experts: bool = False
+
+    @property
+    def dense_dtype(self) -> str:
+        """That of the model."""
+        return self.grid.dtype
+
+    @property
+    def along_inputs(self) -> bool:
+        """Whether a word holds inputs of one output: symmetric, as GPTQ packs them."""
+        return self.grid.symmetric
+
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """Groups and words are whole, layers are `Linear`."""
+        if self.grid.group and spec.columns % self.grid.group:
+            return f"{spec.columns} columns are no multiple of the group of {self.grid.group}"
+        if spec.rows % PER_WORD:
+            return f"{spec.rows} rows are no multiple of {PER_WORD}, the zero points of a word"
+        return f"its module is a Conv1D, and {self.name} is of Linear layers" if input_major else None
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Outputs of a word."""
+        return 1 if self.along_inputs else PER_WORD
+
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """Words, zero points and scales; for gptq also the group of each input."""
+        module, groups = spec.module, self.grid.groups(spec.columns)
+        words = (spec.columns // PER_WORD, spec.rows) if self.along_inputs else (spec.columns, spec.rows // PER_WORD)
+        parts = (
+            Part(f"{module}.qweight", "I32", words),
+            Part(f"{module}.qzeros", "I32", (groups, spec.rows // PER_WORD)),
+            Part(f"{module}.scales", "F16", (groups, spec.rows)),
+        )
+        return (*parts, Part(f"{module}.g_idx", "I32", (spec.columns,))) if self.along_inputs else parts
+
+    def held_bytes(self, spec: TensorSpec) -> int:
+        """All parts."""
+        return sum(prod(part.shape) * ITEM_BYTES[part.dtype] for part in self.parts(spec))
+
+    def open(self, spec: TensorSpec) -> InterleavedEncoder:
+        """Start encoding a tensor."""
+        return InterleavedEncoder(spec, self)
+
+    def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+        """Flat float32 values of some rows, before rounding to the dtype."""
+        found = {part.name.rpartition(".")[2]: _of_part(parts[part.name], part) for part in self.parts(spec)}
+        words = slice(rows.start // PER_WORD, -(-rows.stop // PER_WORD))
+        codes = np.empty((len(rows), spec.columns), np.int8)
+        zeros = np.zeros((len(rows), self.grid.groups(spec.columns)), np.int8)
+        if self.along_inputs:
+            unpack_inputs(found["qweight"][:, rows.start : rows.stop], codes)
+        else:
+            unpack_outputs(found["qweight"][:, words], AWQ_ORDER, codes)
+            unpack_outputs(found["qzeros"][:, words], AWQ_ORDER, zeros)
+        scales = np.ascontiguousarray(found["scales"][:, rows.start : rows.stop].T).astype(np.float32)
+        out = np.empty(codes.shape, np.float32)
+        integers.decode(codes, scales, zeros, out)
+        return out.reshape(-1)
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """What the loaders of AutoGPTQ and AutoAWQ, GPTQModel and vLLM read."""
+        facts = {"bits": self.grid.bits, "group_size": self.grid.group}
+        if not self.along_inputs:
+            method = {"quant_method": "awq", "version": "gemm", "zero_point": True}
+            return {**method, **facts, "modules_to_not_convert": list(kept)}
+        # GPTQModel's rules: a pattern after `-:` names modules that are left alone; `lm_head` has a key of its own.
+        dense: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in kept if name != "lm_head"}
+        method = {"quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "sym": True}
+        return {**method, **facts, "lm_head": False, "pack_dtype": "int32", "dynamic": dense}
+
+
+class InterleavedEncoder:
+    """Codes rows into the words of the whole tensor, which the seal writes."""
+
+    def __init__(self, spec: TensorSpec, layout: Interleaved) -> None:
+        self._spec = spec
+        self._layout = layout
+        self._held = {
+            part.name.rpartition(".")[2]: np.empty(part.shape, np.float16 if part.dtype == "F16" else np.uint32)
+            for part in layout.parts(spec)
+        }
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """Codes, zero points and scales of some rows into their columns; nothing is ready before the seal."""
+        grid = self._layout.grid
+        rows = self._rounded(values)
+        scales, zeros = integers.fit(rows, grid)
+        scales = self._in_half(scales)
+        codes = np.empty(rows.shape, np.int8)
+        held, last_row = self._held, first_row + len(rows)
+        if self._layout.along_inputs:
+            integers.encode(rows, scales, zeros, grid, codes)
+            pack_inputs(codes, first_row, held["qweight"])
+        else:
+            integers.encode(rows, scales, zeros, replace(grid, dtype="F32"), codes)
+            pack_outputs(codes, first_row, AWQ_ORDER, held["qweight"])
+            pack_outputs(zeros, first_row, AWQ_ORDER, held["qzeros"])
+        held["scales"][:, first_row:last_row] = scales.T
+        return ()
+
+    def seal(self) -> Iterable[Piece]:
+        """Everything."""
+        if self._layout.along_inputs:
+            groups, rows = self._held["scales"].shape
+            below = np.full((rows, groups), -1, np.int8)  # the zero point of 8 is stored as 7
+            pack_outputs(below, 0, PLAIN_ORDER, self._held["qzeros"])
+            size = np.uint32(self._layout.grid.group or self._spec.columns)
+            self._held["g_idx"][:] = np.arange(self._spec.columns, dtype=np.uint32) // size
+        for name, held in self._held.items():
+            yield Piece(f"{self._spec.module}.{name}", 0, held.reshape(-1).view(np.uint8))
+
+    def _rounded(self, values: Float32) -> Float32:
+        dtype = self._layout.grid.dtype
+        rounded = widen(narrow(values, dtype), dtype)
+        if not all_finite(rounded.view(np.uint32)):
+            largest = np.abs(kernels.to_host(values)).max()
+            raise self._refused(f"holds {largest:.6g}, which the model's dtype {dtype} cannot")
+        return rounded.reshape(-1, self._spec.columns)
+
+    def _in_half(self, scales: Float32) -> Float32:
+        """Scales as float16 has them, none of them zero."""
+        half = widen(narrow(scales.reshape(-1), "F16"), "F16").reshape(scales.shape)
+        if not all_finite(half.reshape(-1).view(np.uint32)):
+            what = f"needs a scale of {scales.max():.6g}, {self._layout.name} stores scales in float16, up to 65504"
+            raise self._refused(what)
+        return np.maximum(half, SMALLEST_HALF)
+
+    def _refused(self, what: str) -> InputError:
+        return InputError(
+            f"tensor {self._spec.name} {what}", "choose another format for this artifact, or `keep` the module dense"
+        )
+
+
+def _of_part(raw: Raw, part: Part) -> NDArray[Any]:
+    return raw.view(np.float16 if part.dtype == "F16" else np.uint32).reshape(part.shape)
+
+
+def _grid(name: str, training: TrainingQuantization, group_size: int, symmetric: bool) -> Grid:
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"{name}: group_size {group_size!r}; known: {', '.join(str(size) for size in GROUP_SIZES)}")
+    return Grid(4, group_size, symmetric, training.storage_dtype)
+
+
+def gptq(training: TrainingQuantization, *, group_size: int = 128) -> Interleaved:
+    """Merged weights in GPTQ's layout, symmetric; raises UsageError for another group size."""
+    return Interleaved("gptq", _grid("gptq", training, group_size, True))
+
+
+def awq(training: TrainingQuantization, *, group_size: int = 128) -> Interleaved:
+    """Merged weights in AWQ's layout, with zero points; raises UsageError for another group size."""
+    return Interleaved("awq", _grid("awq", training, group_size, False))
