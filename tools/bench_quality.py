@@ -54,12 +54,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a16 nearest": {"format": "w4a16"},
     "w4a16 search": {"format": "w4a16", "rounding": "search"},
     "w4a16 calibrated": {"format": "w4a16", "rounding": "calibrated"},
-    "gptq": {"format": "gptq", "rounding": "calibrated"},
+    "gptq": {"format": "gptq"},
+    "gptq calibrated": {"format": "gptq", "rounding": "calibrated"},
 }
 SWEEP_ROWS = (*PLAIN, "nf4 dithered")
 SWEEP_FACTORS = (0.0, 0.1, 0.3, 1.0, 2.0)
 CALIBRATED = ("calibrated", "tuned")
-NEEDS_CALIBRATION = ("nf4-lowrank", "gptq")
+NEEDS_CALIBRATION = ("nf4-lowrank",)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def measure_peer(
         return
     started = time.perf_counter()
     try:
-        folder = peer_folder(setting.peer_python, merged, model, setting.work / model.name / "peer")
+        folder = peer_folder(setting.peer_python, merged, model, setting.sequences, setting.work / model.name / "peer")
         seconds = time.perf_counter() - started
         rows[PEER] = as_row(measure_folder(folder, run), folder, seconds, model)
     except Exception as error:  # noqa: BLE001  a row that breaks is a result too
@@ -217,7 +218,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         sequences, tokens = (4, 200) if options.tiny else (options.sequences, None)
         setting = Setting(options.work or Path(name), chosen, tokens, sequences, options.peer_python)
-        models = [find_model(word, setting.work, sequences) for word in options.models.split(",")]
+        models = [find_model(word, setting.work) for word in options.models.split(",")]
         tables = {model.name: measure_model(model, setting) for model in models}
         sweeps = {model.name: sweep(model, setting) for model in models} if options.sweep else {}
     ratios = ratios_of(tables, sweeps)

@@ -16,16 +16,16 @@ from qlora_export.drift.measure import keep_reference, measure, measure_referenc
 from qlora_export.drift.statistics import compare
 
 
-def peer_folder(python: Path, merged: Path, model: QualityModel, out: Path) -> Path:
+def peer_folder(python: Path, merged: Path, model: QualityModel, sequences: int, out: Path) -> Path:
     """The GPTQ folder of a merged folder, made in the peer's environment; raises RuntimeError with its last line."""
     if (out / "config.json").is_file():
         return out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    sequences = out / "sequences.json"
-    sequences.write_text(json.dumps(calibration_ids(model)))
+    ids = out / "sequences.json"
+    ids.write_text(json.dumps(calibration_ids(model, sequences)))
     tool = Path(__file__).with_name("quality_peer.py")
-    words = [str(python), str(tool), "--model", str(merged), "--sequences", str(sequences), "--out", str(out)]
+    words = [str(python), str(tool), "--model", str(merged), "--sequences", str(ids), "--out", str(out)]
     found = subprocess.run(words, check=False, capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError((found.stderr.strip() or "it said nothing").splitlines()[-1])

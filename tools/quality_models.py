@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import demo_dialogues
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "qlora_export" / "demo"
-DEMO_CALIBRATION_SEED = 2_000_003
+DEMO_CALIBRATION_SEED, DEMO_CALIBRATION_DIALOGUES = 2_000_003, 160
 WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class QualityModel:
-    """One model: where its parts lie; `calibration` has as many conversations as are calibrated on, and no more."""
+    """One model: where its parts and its texts lie."""
 
     name: str
     base: Path
@@ -29,34 +28,33 @@ class QualityModel:
     calibration: Path
 
 
-def find_model(word: str, work: Path, sequences: int) -> QualityModel:
-    """`demo`, or a folder that `make_quality_model` filled; writes the calibration text into `work`."""
+def find_model(word: str, work: Path) -> QualityModel:
+    """`demo`, or a folder that `make_quality_model` filled.
+
+    The demo has no calibration text of its own: it gets dialogues of a seed that is neither trained nor measured on,
+    written into `work`.
+    """
     folder = DEMO if word == "demo" else Path(word).resolve()
     name = "demo" if word == "demo" else folder.name
-    calibration = work / name / "calibration.jsonl"
-    calibration.parent.mkdir(parents=True, exist_ok=True)
-    lines = list(islice(_calibration_lines(folder), sequences))
-    calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    calibration = folder / "calibration.jsonl"
+    if not calibration.is_file():
+        calibration = work / name / "calibration.jsonl"
+        calibration.parent.mkdir(parents=True, exist_ok=True)
+        talks = demo_dialogues.dialogues(DEMO_CALIBRATION_SEED, DEMO_CALIBRATION_DIALOGUES)
+        lines = [json.dumps({"messages": talk}) for talk in talks]
+        calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return QualityModel(name, folder / "base", folder / "adapter", folder / "holdout.jsonl", calibration)
 
 
-def _calibration_lines(folder: Path) -> Iterator[str]:
-    """The model's own calibration text; for the demo, dialogues of a seed that is neither trained nor measured on."""
-    path = folder / "calibration.jsonl"
-    if path.is_file():
-        yield from path.read_text(encoding="utf-8").splitlines()
-        return
-    for talk in demo_dialogues.dialogues(DEMO_CALIBRATION_SEED, 256):
-        yield json.dumps({"messages": talk})
-
-
-def calibration_ids(model: QualityModel) -> list[list[int]]:
-    """Token ids of the calibration conversations, one whole conversation a sequence."""
+def calibration_ids(model: QualityModel, sequences: int) -> list[list[int]]:
+    """Token ids of the sequences that a calibrated row looks at, in its order."""
+    from qlora_export.calibrate.text import calibration_tokens, read_calibration
+    from qlora_export.calibration_recipe import CalibrationRecipe
     from qlora_export.runtimes.loading import FolderTokenizer
 
-    tokenizer = FolderTokenizer(model.base)
-    talks = [json.loads(line)["messages"] for line in model.calibration.read_text(encoding="utf-8").splitlines()]
-    return [tokenizer.encode(tokenizer.render(talk, answering=False))[:WINDOW_TOKENS] for talk in talks]
+    recipe = CalibrationRecipe(text=str(model.calibration), sequences=sequences)
+    drawn = calibration_tokens(recipe, read_calibration(recipe, Path()), FolderTokenizer(model.base))
+    return [list(window) for window in drawn.windows]
 
 
 def scaled_adapter(adapter: Path, factor: float, out: Path) -> Path:
