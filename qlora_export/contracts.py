@@ -164,6 +164,44 @@ class Format(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LevelGrid:
+    """What a format can hold of a weight: ascending `levels` times a scale for each `group` of consecutive columns.
+
+    A scale is stored in the dtype `scales`, or `nested`: as an 8-bit code of bitsandbytes' double quantisation.
+    """
+
+    levels: tuple[float, ...]
+    group: int
+    scales: Literal["nested", "F32", "BF16", "F16"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rounding chose for a weight: numbers of levels, uint8 [rows, columns], and scales float32 [rows, groups].
+
+    The scales are such as can be stored; nested ones with their `offset` and `nested_absmax`, float32 [blocks].
+    """
+
+    codes: NDArray[np.uint8]
+    scales: Float32
+    offset: float = 0.0
+    nested_absmax: Float32 | None = None
+
+
+@runtime_checkable
+class GridFormat(Format, Protocol):
+    """A format on whose grid levels and scales can be chosen by other rules than the nearest level of an absmax."""
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """The grid of a layer [out, in]; None when its groups run over row ends."""
+        ...
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Every part of the layer, whole, from what was chosen."""
+        ...
+
+
 @runtime_checkable
 class HoldingFormat(Protocol):
     """A format whose encoders keep parts of a tensor until the seal, more than a scale for each block."""

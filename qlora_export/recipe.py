@@ -26,6 +26,7 @@ Combination = Literal[
     "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
+Rounding = Literal["nearest", "dithered", "search", "calibrated", "tuned"]
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -84,10 +85,11 @@ class WeightedAdapter(_Facts):
 
 
 class ArtifactRecipe(_Facts):
-    """One artifact to make."""
+    """One artifact to make; without a `rounding`, its format's usual one."""
 
     format: str
     name: str = ""
+    rounding: Rounding | None = None
     onto: Onto | None = None
     keep: tuple[str, ...] = ()
     options: dict[str, str | int | bool] = {}
@@ -101,7 +103,8 @@ class ArtifactRecipe(_Facts):
         if isinstance(data, str):
             data = {"format": data}
         if isinstance(data, dict) and not data.get("name"):
-            return {**data, "name": data.get("format", "")}
+            parts = [data.get("format", ""), data.get("rounding")]
+            return {**data, "name": "-".join(str(part) for part in parts if part)}
         return data
 
     @field_validator("name")

@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    TORCH_NAMES,
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.device import kernels
 from qlora_export.quant import four_bit, nested
 from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
@@ -35,7 +45,7 @@ class FourBit:
     """Weights of a 4-bit grid in bitsandbytes' layout; `training` gives block size, dtypes, absmax means."""
 
     name: str
-    grid: FourBitGrid
+    levels: FourBitGrid
     training: TrainingQuantization
     consumes: Consumes = "merged"
     quantises: bool = True
@@ -50,7 +60,7 @@ class FourBit:
     @property
     def state_suffix(self) -> str:
         """The last part of the name of the JSON state."""
-        return f"quant_state.bitsandbytes__{self.grid.name}"
+        return f"quant_state.bitsandbytes__{self.levels.name}"
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """None: a block may be short, and bitsandbytes has layers for both orders."""
@@ -94,8 +104,30 @@ class FourBit:
         else:
             scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
         codes = parts[spec.name][first // 2 : (first + out.size + 1) // 2]
-        four_bit.decode(codes, scales, block, self.grid.codebook, out)
+        four_bit.decode(codes, scales, block, self.levels.codebook, out)
         return out
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """The codebook in ascending order, and blocks as groups where a row holds whole ones."""
+        if spec.columns % self.training.block_size:
+            return None
+        levels = tuple(float(level) for level in self.levels.levels)
+        return LevelGrid(levels, self.training.block_size, "nested" if self.training.double_quant else "F32")
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes, absmax state and the JSON state."""
+        yield Piece(spec.name, 0, four_bit.pack(chosen.codes.reshape(-1), self.levels))
+        yield Piece(f"{spec.name}.quant_map", 0, self.levels.codebook.view(np.uint8))
+        scales = chosen.scales.reshape(-1)
+        if chosen.nested_absmax is None:
+            yield Piece(f"{spec.name}.absmax", 0, scales.view(np.uint8))
+        else:
+            codes = nested.codes_on(scales, chosen.nested_absmax, np.float32(chosen.offset))
+            yield Piece(f"{spec.name}.absmax", 0, codes)
+            yield Piece(f"{spec.name}.nested_absmax", 0, chosen.nested_absmax.view(np.uint8))
+            yield Piece(f"{spec.name}.nested_quant_map", 0, nested.dynamic_map().view(np.uint8))
+        state = self.state(spec, np.float32(chosen.offset))
+        yield Piece(f"{spec.name}.{self.state_suffix}", 0, np.frombuffer(state, np.uint8))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What transformers' bitsandbytes loader reads; `kept` lists every linear module that stays dense."""
@@ -103,7 +135,7 @@ class FourBit:
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": self.grid.name,
+            "bnb_4bit_quant_type": self.levels.name,
             "bnb_4bit_use_double_quant": self.training.double_quant,
             "bnb_4bit_compute_dtype": TORCH_NAMES[self.training.compute_dtype],
             "bnb_4bit_quant_storage": "uint8",
@@ -116,7 +148,7 @@ class FourBit:
     def state(self, spec: TensorSpec, offset: np.float32) -> bytes:
         """The JSON state, padded with spaces to the length it has with the longest possible offset."""
         facts: dict[str, Any] = {
-            "quant_type": self.grid.name,
+            "quant_type": self.levels.name,
             "blocksize": self.training.block_size,
             "dtype": TORCH_NAMES[self.training.storage_dtype],
             "shape": list(spec.shape),
@@ -144,13 +176,13 @@ class FourBitEncoder:
         first_block = first // self._block
         absmax = self._absmax[first_block : first_block - (-len(values) // self._block)]
         kernels.block_absmax(values, self._block, absmax)
-        codes = kernels.encode_four_bit(values, absmax, self._block, self._layout.grid)
+        codes = kernels.encode_four_bit(values, absmax, self._block, self._layout.levels)
         yield Piece(self._spec.name, first // 2, codes)
 
     def seal(self) -> Iterable[Piece]:
         """The absmax state of the whole tensor."""
         name, training = self._spec.name, self._layout.training
-        yield Piece(f"{name}.quant_map", 0, self._layout.grid.codebook.view(np.uint8))
+        yield Piece(f"{name}.quant_map", 0, self._layout.levels.codebook.view(np.uint8))
         offset = np.float32(0)
         if training.double_quant:
             offset = self._offset()

@@ -93,6 +93,15 @@ def encode(values: Values, absmax: Float32, block: int, grid: FourBitGrid, out: 
         _renumber(grid.renumber, out)
 
 
+def pack(numbers: UInt8, grid: FourBitGrid) -> UInt8:
+    """Numbers of ascending levels, flat, as packed codes: ceil(size / 2) bytes."""
+    whole = numbers if numbers.size % 2 == 0 else np.append(numbers, grid.midpoints.searchsorted(0).astype(np.uint8))
+    packed: UInt8 = (whole[::2] << np.uint8(4)) | whole[1::2]
+    if grid.renumber is not None:
+        _renumber(grid.renumber, packed)
+    return packed
+
+
 def round_trip(values: Values, absmax: Float32, scales: Float32, block: int, grid: FourBitGrid, out: Float32) -> None:
     """Encode and decode flat `values` into `out` without storing codes; `scales` are what the absmax decode to."""
     whole = values.size // block * block

@@ -126,6 +126,13 @@ def encode(absmax: Float32, offset: np.float32, exact: bool = False) -> tuple[UI
     return codes, nested_absmax
 
 
+def codes_on(absmax: Float32, nested_absmax: Float32, offset: np.float32) -> UInt8:
+    """The nearest codes, searched exactly, on a second level that is given."""
+    codes = np.empty(absmax.size, np.uint8)
+    _encode_on(absmax, np.float32(offset), _midpoints(), nested_absmax, codes)
+    return codes
+
+
 def decode(
     codes: UInt8, nested_absmax: Float32, offset: np.float32, first: int = 0, codebook: Float32 | None = None
 ) -> Float32:
@@ -162,6 +169,13 @@ def _encode(
             else:
                 step = (scaled + np.float32(1)) * np.float32(0.5) * np.float32(TABLE_STEPS - 1) + np.float32(0.5)
                 into[index] = table[np.uint16(np.int32(step))]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _encode_on(absmax: Float32, offset: np.float32, midpoints: Float32, nested_absmax: Float32, codes: UInt8) -> None:
+    for index in range(absmax.size):
+        largest = nested_absmax[index // BLOCK]
+        codes[index] = _below(midpoints, (absmax[index] - offset) / largest) if largest > 0 else np.uint8(0)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -14,12 +14,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.errors import UsageError
 from qlora_export.formats.compressed.stated import INPUT_MAJOR, PER_CHANNEL, PER_TOKEN, arguments, rows_in, table
 from qlora_export.quant import integers, packing
@@ -38,7 +47,7 @@ class Integers:
     """Weights on an integer grid; `packed` into words, or with `activations` of as many bits."""
 
     name: str
-    grid: Grid
+    integers: Grid
     packed: bool = True
     activations: bool = False
     consumes: Consumes = "merged"
@@ -49,12 +58,12 @@ class Integers:
     @property
     def dense_dtype(self) -> str:
         """That of weights before they are coded, and of scales."""
-        return self.grid.dtype
+        return self.integers.dtype
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """Groups are whole, layers are `Linear`, and SigLIP initialises weights that packed layers do not have."""
-        if self.grid.group and spec.columns % self.grid.group:
-            return f"{spec.columns} columns are no multiple of the group of {self.grid.group}"
+        if self.integers.group and spec.columns % self.integers.group:
+            return f"{spec.columns} columns are no multiple of the group of {self.integers.group}"
         if self.packed and VISION.search(spec.name):
             return "transformers does not load packed layers of a vision tower"
         return INPUT_MAJOR if input_major else None
@@ -65,11 +74,11 @@ class Integers:
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, scales, and what unpacking needs."""
-        groups = self.grid.groups(spec.columns)
-        scales = Part(f"{spec.module}.weight_scale", self.grid.dtype, (spec.rows, groups))
+        groups = self.integers.groups(spec.columns)
+        scales = Part(f"{spec.module}.weight_scale", self.integers.dtype, (spec.rows, groups))
         if not self.packed:
             return (Part(spec.name, "I8", spec.shape), scales)
-        packed = Part(f"{spec.module}.weight_packed", "I32", (spec.rows, words(spec.columns, self.grid.bits)))
+        packed = Part(f"{spec.module}.weight_packed", "I32", (spec.rows, words(spec.columns, self.integers.bits)))
         return (packed, scales, Part(f"{spec.module}.weight_shape", "I64", (2,)))
 
     def open(self, spec: TensorSpec) -> IntegerEncoder:
@@ -78,9 +87,9 @@ class Integers:
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
-        groups, item = self.grid.groups(spec.columns), ITEM_BYTES[self.grid.dtype]
+        groups, item = self.integers.groups(spec.columns), ITEM_BYTES[self.integers.dtype]
         raw = _rows_of(parts[f"{spec.module}.weight_scale"], rows, groups * item)
-        scales = widen(raw, self.grid.dtype).reshape(len(rows), groups)
+        scales = widen(raw, self.integers.dtype).reshape(len(rows), groups)
         out = np.empty((len(rows), spec.columns), np.float32)
         integers.decode(self._codes(spec, parts, rows), scales, np.zeros(scales.shape, np.int8), out)
         return out.reshape(-1)
@@ -88,17 +97,32 @@ class Integers:
     def _codes(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Int8:
         if not self.packed:
             return _rows_of(parts[spec.name], rows, spec.columns).view(np.int8).reshape(len(rows), -1)
-        row_words = words(spec.columns, self.grid.bits)
+        row_words = words(spec.columns, self.integers.bits)
         packed = _rows_of(parts[f"{spec.module}.weight_packed"], rows, 4 * row_words).view(np.int32)
         codes = np.empty((len(rows), spec.columns), np.int8)
-        packing.unpack(packed.reshape(len(rows), row_words), self.grid.bits, codes)
+        packing.unpack(packed.reshape(len(rows), row_words), self.integers.bits, codes)
         return codes
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """All integers of so many bits; without groups, a row is one."""
+        half = 1 << (self.integers.bits - 1)
+        group = self.integers.group or spec.columns
+        scales = cast(Literal["F32", "BF16", "F16"], self.integers.dtype)
+        return LevelGrid(tuple(float(level) for level in range(-half, half)), group, scales)
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes, scales and the shape."""
+        half = 1 << (self.integers.bits - 1)
+        codes = (chosen.codes.astype(np.int16) - half).astype(np.int8)
+        encoder = IntegerEncoder(spec, self)
+        yield from encoder.pieces(codes, chosen.scales, 0)
+        yield from encoder.seal()
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
-        bits = self.grid.bits
-        grouped = {"group_size": self.grid.group, "strategy": "group", "dynamic": False}
-        weights = arguments(bits, "int", True, grouped if self.grid.group else PER_CHANNEL)
+        bits = self.integers.bits
+        grouped = {"group_size": self.integers.group, "strategy": "group", "dynamic": False}
+        weights = arguments(bits, "int", True, grouped if self.integers.group else PER_CHANNEL)
         activations = arguments(bits, "int", True, PER_TOKEN) if self.activations else None
         return table("pack-quantized" if self.packed else "int-quantized", weights, activations, kept)
 
@@ -112,17 +136,22 @@ class IntegerEncoder:
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and scales of some rows at their places."""
-        grid, module = self.layout.grid, self.spec.module
+        grid = self.layout.integers
         rows = rows_in(values, self.spec, grid.dtype)
         scales, zeros = integers.fit(rows, grid)
         codes = np.empty(rows.shape, np.int8)
         integers.encode(rows, scales, zeros, grid, codes)
+        yield from self.pieces(codes, scales, first_row)
+
+    def pieces(self, codes: Int8, scales: Float32, first_row: int) -> Iterable[Piece]:
+        """Rows of codes and scales at their places."""
+        grid, module = self.layout.integers, self.spec.module
         raw = narrow(scales.reshape(-1), grid.dtype)
         yield Piece(f"{module}.weight_scale", first_row * scales.shape[1] * ITEM_BYTES[grid.dtype], raw)
         if not self.layout.packed:
             yield Piece(self.spec.name, first_row * self.spec.columns, _bytes_of(codes))
             return
-        packed = np.empty((len(rows), words(self.spec.columns, grid.bits)), np.int32)
+        packed = np.empty((len(codes), words(self.spec.columns, grid.bits)), np.int32)
         packing.pack(codes, grid.bits, packed)
         yield Piece(f"{module}.weight_packed", first_row * packed.shape[1] * 4, _bytes_of(packed))
 
