@@ -23,6 +23,7 @@ FORMATS = {
     "w8a16": "qlora_export.formats.compressed.integers:w8a16",
     "w8a8": "qlora_export.formats.compressed.integers:w8a8",
     "fp8": "qlora_export.formats.compressed.float8:fp8",
+    "fp8-block": "qlora_export.formats.compressed.float8_blocks:fp8_block",
     "gptq": "qlora_export.formats.gptq_awq:gptq",
     "awq": "qlora_export.formats.gptq_awq:awq",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",

@@ -28,7 +28,8 @@ def peak_memory_bytes(plan: Plan, workers: int) -> int:
     """Estimate of the resident memory of a build with so many workers."""
     widest = max((weight.spec.columns for weight in plan.sources), default=0)
     turned = [output.spec.size for output in plan.model.outputs.values() if output.transposed]
-    block = max(BLOCK_WEIGHTS, widest * plan.training.quantization.block_size, *turned, 0)
+    whole = [_whole_rows(route) for artifact in plan.artifacts for route in artifact.routes.values()]
+    block = max(BLOCK_WEIGHTS, widest * plan.training.quantization.block_size, *turned, *whole)
     states = heapq.nlargest(workers + 1, _states(plan))
     threads = workers + spare_threads(workers)
     return plan.library_bytes + threads * block * 4 * (4 + len(plan.artifacts)) + sum(states)
@@ -78,3 +79,8 @@ def _states(plan: Plan) -> Iterator[int]:
 
 def _held_bytes(route: Route) -> int:
     return route.form.held_bytes(route.spec) if isinstance(route.form, HoldingFormat) else 0
+
+
+def _whole_rows(route: Route) -> int:
+    """Weights in the fewest rows that a format can encode."""
+    return route.form.row_multiple(route.spec) * route.spec.columns if route.form else 0

@@ -27,18 +27,31 @@ CASES: list[tuple[str, Options]] = [
     ("w8a16", {}),
     ("w8a8", {}),
     ("fp8", {}),
+    ("fp8-block", {}),
 ]
 SHAPES = [(9, 128), (33, 384), (129, 640), (1, 128), (7, 256)]
+GROUPED = ("w4a16", "fp8-block")
 ODD_SHAPES = [(3, 5), (1, 1), (129, 88), (5, 333)]
-PRESETS = {"w8a8": "INT8", "fp8": "FP8_DYNAMIC", "w4a16": "W4A16"}
+PRESETS = {"w8a8": "INT8", "fp8": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "w4a16": "W4A16"}
+
+
+def extremes(weight: torch.Tensor, arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest of what shares a scale."""
+    if arguments.block_structure:
+        height, width = arguments.block_structure
+        rows = [[block.aminmax() for block in part.split(width, 1)] for part in weight.split(height)]
+        return torch.tensor([[found.min for found in row] for row in rows], dtype=weight.dtype), torch.tensor(
+            [[found.max for found in row] for row in rows], dtype=weight.dtype
+        )
+    groups = weight.unflatten(-1, (-1, arguments.group_size or weight.shape[1]))
+    return groups.amin(-1), groups.amax(-1)
 
 
 def oracle(form: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state of a layer that the library compressed, by the settings that the format states."""
     config = QuantizationConfig.model_validate(form.quantization_config(["lm_head"]))
     scheme = config.config_groups["group_0"]
-    groups = weight.unflatten(-1, (-1, scheme.weights.group_size or weight.shape[1]))
-    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    scale, zero = calculate_qparams(*extremes(weight, scheme.weights), scheme.weights)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
     compressed: dict[str, torch.Tensor] = BaseCompressor.get_value_from_registry(config.format).compress(state, scheme)
     return compressed
@@ -71,7 +84,7 @@ def assert_same(form: Format, values: Any, dtype: str) -> None:
 def test_parts_are_those_of_the_library(name: str, options: Options, dtype: str) -> None:
     """Every byte, dtype and shape, and the values that the library decodes."""
     form = load_format(name, TrainingQuantization(storage_dtype=dtype), options)
-    for seed, shape in enumerate(SHAPES + (ODD_SHAPES if name != "w4a16" else [])):
+    for seed, shape in enumerate(SHAPES + (ODD_SHAPES if name not in GROUPED else [])):
         values = random_values(*shape, seed=seed)
         assert_same(form, values, dtype)
         values[0] = 0

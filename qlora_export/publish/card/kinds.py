@@ -32,6 +32,7 @@ BITSANDBYTES = (*TRANSFORMERS, "bitsandbytes")
 COMPRESSED = (*TRANSFORMERS, "compressed-tensors")
 W8A8_WORDS = "8-bit integers, activations too while it runs"
 FP8_WORDS = "FP8 (e4m3), activations too while it runs"
+FP8_BLOCK_WORDS = "FP8 (e4m3) in blocks of 128 x 128, activations too while it runs"
 INTERLEAVED = (*TRANSFORMERS, "optimum", "gptqmodel")
 ONNX = ("onnxruntime-genai", "huggingface_hub")
 NF4_WORDS = "bitsandbytes NF4 (4 bits)"
@@ -46,6 +47,7 @@ KINDS = {
     "w8a16": Kind("transformers", "quantized", "packed 8-bit integers", COMPRESSED, (COMPRESSED[-1], "8-bit"), True),
     "w8a8": Kind("transformers", "quantized", W8A8_WORDS, COMPRESSED, (COMPRESSED[-1], "8-bit"), True),
     "fp8": Kind("transformers", "quantized", FP8_WORDS, COMPRESSED, (COMPRESSED[-1], "fp8"), True),
+    "fp8-block": Kind("transformers", "quantized", FP8_BLOCK_WORDS, COMPRESSED, (COMPRESSED[-1], "fp8"), True),
     "gptq": Kind("transformers", "quantized", "4-bit integers (GPTQ)", INTERLEAVED, ("gptq", "4-bit"), True),
     "awq": Kind("transformers", "quantized", "4-bit integers (AWQ)", INTERLEAVED, ("awq", "4-bit"), True),
     "nf4-adapter": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
