@@ -60,7 +60,7 @@ def _lines(path: Path) -> tuple[Entry, ...]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix != ".jsonl":
-        return (Entry(raw, "line 1"),)
+        return (Entry(raw, "line 1", is_file=True),)
     return tuple(_entry(path, number, line) for number, line in enumerate(raw.split("\n"), 1) if line.strip())
 
 

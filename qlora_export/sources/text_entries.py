@@ -11,10 +11,14 @@ ROW_HINT = 'give {"messages": [{"role": ..., "content": ...}]}, {"text": ...}, o
 
 @dataclass(frozen=True)
 class Entry:
-    """A conversation or a piece of running text, and where it stands, as in `line 3` or `row 3`."""
+    """A conversation or a piece of running text, and where it stands, as in `line 3` or `row 3`.
+
+    `is_file` is said of running text whose lines are those of its file.
+    """
 
     content: Chat | str
     place: str
+    is_file: bool = False
 
 
 def content_of(row: object) -> Chat | str | None:
