@@ -24,6 +24,8 @@ FORMATS = {
     "w8a8": "qlora_export.formats.compressed.integers:w8a8",
     "fp8": "qlora_export.formats.compressed.float8:fp8",
     "fp8-block": "qlora_export.formats.compressed.float8_blocks:fp8_block",
+    "nvfp4a16": "qlora_export.formats.compressed.float4:nvfp4a16",
+    "mxfp4a16": "qlora_export.formats.compressed.float4:mxfp4a16",
     "gptq": "qlora_export.formats.gptq_awq:gptq",
     "awq": "qlora_export.formats.gptq_awq:awq",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",

@@ -29,6 +29,8 @@ LINES = {
     "w8a8": "merged, 8-bit integers for vLLM, activations in 8 bits too: fast on GPUs without FP8",
     "fp8": "merged, float8_e4m3 for vLLM, activations in FP8 too: fast on GPUs with FP8",
     "fp8-block": "merged, float8_e4m3 for vLLM, one scale for 128 x 128 weights and for 128 activations",
+    "nvfp4a16": "merged, 4-bit floats in groups of 16 (NVFP4) for vLLM, activations in 16 bits; option global_scale",
+    "mxfp4a16": "merged, 4-bit floats in groups of 32 (MXFP4) for vLLM, activations in 16 bits",
     "gptq": "merged, 4-bit integers in GPTQ's layout for vLLM and ONNX Runtime GenAI; option group_size 32, 64 or 128",
     "awq": "merged, 4-bit integers with zero points in AWQ's layout; option group_size 32, 64 or 128",
     "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",

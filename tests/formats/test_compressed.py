@@ -19,7 +19,7 @@ from tests.conftest import random_values
 from tests.formats.test_contract import cuts, encode
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-NAMES = {torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
+NAMES = {torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 NAMES |= {dtype: name for name, dtype in TORCH.items()}
 CASES: list[tuple[str, Options]] = [
     *[("w4a16", {"group_size": size}) for size in (32, 64, 128)],
@@ -28,11 +28,15 @@ CASES: list[tuple[str, Options]] = [
     ("w8a8", {}),
     ("fp8", {}),
     ("fp8-block", {}),
+    ("nvfp4a16", {}),
+    ("nvfp4a16", {"global_scale": 1024}),
+    ("mxfp4a16", {}),
 ]
 SHAPES = [(9, 128), (33, 384), (129, 640), (1, 128), (7, 256)]
-GROUPED = ("w4a16", "fp8-block")
+GROUPED = ("w4a16", "fp8-block", "nvfp4a16", "mxfp4a16")
 ODD_SHAPES = [(3, 5), (1, 1), (129, 88), (5, 333)]
 PRESETS = {"w8a8": "INT8", "fp8": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "w4a16": "W4A16"}
+PRESETS |= {"nvfp4a16": "NVFP4A16", "mxfp4a16": "MXFP4A16"}
 
 
 def extremes(weight: torch.Tensor, arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,8 +55,10 @@ def oracle(form: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state of a layer that the library compressed, by the settings that the format states."""
     config = QuantizationConfig.model_validate(form.quantization_config(["lm_head"]))
     scheme = config.config_groups["group_0"]
-    scale, zero = calculate_qparams(*extremes(weight, scheme.weights), scheme.weights)
-    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    stated = getattr(form, "global_scale", None)
+    shared = {} if stated is None else {"weight_global_scale": torch.tensor([float(stated)])}
+    scale, zero = calculate_qparams(*extremes(weight, scheme.weights), scheme.weights, *shared.values())
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero, **shared}
     compressed: dict[str, torch.Tensor] = BaseCompressor.get_value_from_registry(config.format).compress(state, scheme)
     return compressed
 
@@ -66,7 +72,7 @@ def decompressed(form: Format, state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def assert_same(form: Format, values: Any, dtype: str) -> None:
     spec = TensorSpec("x.weight", "F32", values.shape)
-    weight = torch.from_numpy(values).to(TORCH[dtype])
+    weight = torch.from_numpy(values).to(TORCH[form.dense_dtype])
     found = encode(form, spec, values.reshape(-1), cuts(form, spec, 3))
     expected = {f"x.{name}": tensor for name, tensor in oracle(form, weight).items()}
     parts = {part.name: part for part in form.parts(spec)}
@@ -75,8 +81,8 @@ def assert_same(form: Format, values: Any, dtype: str) -> None:
         assert (NAMES[tensor.dtype], tuple(tensor.shape)) == (parts[name].dtype, parts[name].shape), name
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
         assert found[name].tobytes() == flat.view(torch.uint8).numpy().tobytes(), name
-    decoded = torch.from_numpy(form.decode(spec, found, range(spec.rows)).reshape(values.shape)).to(TORCH[dtype])
-    assert torch.equal(decoded, decompressed(form, oracle(form, weight)))
+    decoded = torch.from_numpy(form.decode(spec, found, range(spec.rows)).reshape(values.shape))
+    assert torch.equal(decoded.to(TORCH[form.dense_dtype]), decompressed(form, oracle(form, weight)))
 
 
 @pytest.mark.parametrize("dtype", TORCH)
@@ -109,7 +115,8 @@ def test_settings_are_those_of_the_preset(name: str) -> None:
     assert stated is not None
     scheme = QuantizationConfig.model_validate(stated).config_groups["group_0"]
     preset = preset_name_to_scheme(PRESETS[name], ["Linear"])
-    assert (scheme.weights, scheme.input_activations) == (preset.weights, preset.input_activations)
+    assert scheme.weights.model_dump() == preset.weights.model_dump()
+    assert scheme.input_activations == preset.input_activations
 
 
 def test_a_short_group_and_a_conv1d_are_obstacles() -> None:
@@ -141,3 +148,21 @@ def test_a_value_beyond_the_dtype_is_refused_by_name(name: str) -> None:
     spec = TensorSpec("x.weight", "F32", (1, 128))
     with pytest.raises(InputError, match="tensor x.weight holds 70000, which the model's dtype F16 cannot"):
         list(form.open(spec).encode(np.full(128, 70000, np.float32), 0))
+
+
+def test_what_a_global_scale_cannot_hold_is_refused_with_one_that_can() -> None:
+    form = load_format("nvfp4a16", TrainingQuantization())
+    spec = TensorSpec("x.weight", "BF16", (1, 16))
+    values = np.full(16, 10.5, np.float32)
+    assert form.decode(spec, encode(form, spec, values, [0, 1]), range(1))[0] == 10.5
+    with pytest.raises(
+        InputError, match="x.weight holds 11, nvfp4a16 with a global scale of 256 ends at 10.5"
+    ) as caught:
+        list(form.open(spec).encode(values + 0.5, 0))
+    assert caught.value.hint == "options: {global_scale: 128} for this artifact"
+    with pytest.raises(InputError, match="holds 1000, ") as caught:
+        list(form.open(spec).encode(values * 0 + 1000, 0))
+    assert caught.value.hint == "`keep` the module dense for this artifact"
+    for wrong in (255, 8, True, "256"):
+        with pytest.raises(UsageError, match="known: 16, 32, 64"):
+            load_format("nvfp4a16", TrainingQuantization(), {"global_scale": wrong})

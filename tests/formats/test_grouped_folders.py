@@ -19,7 +19,7 @@ from qlora_export.runtimes.loading import decompress, load_causal_lm
 from tests.conftest import folder_bytes, save_adapter, save_base
 from tests.formats.test_folders import TOKENS, decoded
 
-FORMATS = ("fp8-block",)
+FORMATS = ("fp8-block", "nvfp4a16", "mxfp4a16")
 # Largest difference of log-probabilities that rounding activations may make.
 ACTIVATIONS = {"fp8-block": 0.6}
 

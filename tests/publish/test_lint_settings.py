@@ -259,6 +259,8 @@ def test_graph_settings_name_what_is_there(stage: Callable[..., Staged]) -> None
             {"ignore": ["model.layers.0.mlp.up_proj"]},
             "ignores model.layers.0.mlp.up_proj in quantisation, and it is stored quantised [config]",
         ),
+        ("mxfp4a16", {"format": "pack-quantized"}, "has no weight_packed of I32 beside it [config]"),
+        ("w4a16", {"format": "nvfp4-pack-quantized"}, "has no weight_packed of U8 beside it [config]"),
         ("gptq", {"group_size": 64}, "says gptq in groups of 64, model.layers.0.mlp.down_proj has qweight ["),
         ("gptq", {"quant_method": "awq"}, "says awq in groups of 128, model.layers.0.mlp.down_proj has qweight ["),
         ("gptq", {"group_size": "all"}, "says group_size 'all', expected a number of columns [config]"),

@@ -48,6 +48,8 @@ KINDS = {
     "w8a8": Kind("transformers", "quantized", W8A8_WORDS, COMPRESSED, (COMPRESSED[-1], "8-bit"), True),
     "fp8": Kind("transformers", "quantized", FP8_WORDS, COMPRESSED, (COMPRESSED[-1], "fp8"), True),
     "fp8-block": Kind("transformers", "quantized", FP8_BLOCK_WORDS, COMPRESSED, (COMPRESSED[-1], "fp8"), True),
+    "nvfp4a16": Kind("transformers", "quantized", "4-bit floats (NVFP4)", COMPRESSED, (COMPRESSED[-1], "nvfp4"), True),
+    "mxfp4a16": Kind("transformers", "quantized", "4-bit floats (MXFP4)", COMPRESSED, (COMPRESSED[-1], "mxfp4"), True),
     "gptq": Kind("transformers", "quantized", "4-bit integers (GPTQ)", INTERLEAVED, ("gptq", "4-bit"), True),
     "awq": Kind("transformers", "quantized", "4-bit integers (AWQ)", INTERLEAVED, ("awq", "4-bit"), True),
     "nf4-adapter": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),

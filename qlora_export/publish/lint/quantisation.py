@@ -29,6 +29,8 @@ COMPRESSED = {
     "pack-quantized": (".weight_packed", "I32"),
     "int-quantized": (".weight", "I8"),
     "float-quantized": (".weight", "F8_E4M3"),
+    "nvfp4-pack-quantized": (".weight_packed", "U8"),
+    "mxfp4-pack-quantized": (".weight_packed", "U8"),
 }
 SCALES = ".weight_scale"
 
