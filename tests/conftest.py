@@ -11,6 +11,8 @@ from typing import Any
 
 # Matrices of pico models take microseconds, and threads that wait for each other take milliseconds on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Commands are started some hundred times: none need compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis
 import numpy as np

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import folder_bytes
+from tests.processes import forked
 
 # Builds, exports and publishes; the process kills itself at the chosen sync, or prints how many there are.
 CHILD = """
@@ -49,8 +49,7 @@ print(syncs)
 
 
 def run(pico: tuple[Path, Path], place: Path, point: int) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", CHILD, *map(str, pico), str(place), str(point)]
-    return subprocess.run(words, check=False, capture_output=True, text=True)
+    return forked("-c", CHILD, *pico, place, point)
 
 
 @pytest.fixture(scope="module")

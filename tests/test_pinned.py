@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import yaml
 
 from qlora_export.errors import ExitCode
 from tests.conftest import edit_tensors
+from tests.processes import forked
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "qlora_export", *map(str, arguments)]
-    return subprocess.run(words, check=False, capture_output=True, text=True)
+    return forked("-m", "qlora_export", *arguments)
 
 
 @pytest.fixture

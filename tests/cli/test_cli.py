@@ -13,11 +13,16 @@ import pytest
 import yaml
 
 from tests.conftest import edit_json, edit_tensors
+from tests.processes import forked, fresh
 
 
 def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "qlora_export", *map(str, arguments)]
-    return subprocess.run(words, check=False, capture_output=True, text=True, **options)
+    return forked("-m", "qlora_export", *arguments, **options)
+
+
+def started(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same in an interpreter that has imported nothing yet; every verb runs in one in some test."""
+    return fresh("-m", "qlora_export", *arguments, **options)
 
 
 @pytest.fixture
@@ -50,11 +55,11 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 def test_the_script_is_the_module() -> None:
     script = Path(sys.executable).parent / "qlora-export"
     found = subprocess.run([script, "--version"], check=True, capture_output=True, text=True)
-    assert found.stdout == command("--version").stdout
+    assert found.stdout == started("--version").stdout
 
 
 def test_plan_in_words_and_as_json(recipe: Path) -> None:
-    found = command("plan", recipe)
+    found = started("plan", recipe)
     assert found.returncode == 0, found.stderr
     assert "nf4-adapter" in found.stdout
     assert found.stderr == ""
@@ -75,7 +80,7 @@ def test_flags_do_what_a_recipe_does(pico_base: Path, pico_adapter: Path, tmp_pa
         "--onto",
         "original",
     ]
-    found = command("build", *flags, "--out", tmp_path / "out", "--json")
+    found = started("build", *flags, "--out", tmp_path / "out", "--json")
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout)
     assert [artifact["verdict"] for artifact in data["artifacts"]] == ["not-measured"] * 2
@@ -84,7 +89,7 @@ def test_flags_do_what_a_recipe_does(pico_base: Path, pico_adapter: Path, tmp_pa
 
 
 def test_check_reports_every_key_of_schema_1(recipe: Path, tmp_path: Path) -> None:
-    found = command("check", recipe, "--out", tmp_path / "out", "--json")
+    found = started("check", recipe, "--out", tmp_path / "out", "--json")
     assert found.returncode == 0, found.stderr
     assert found.stderr == ""
     data = json.loads(found.stdout)
@@ -226,7 +231,7 @@ def test_clean_names_and_removes_what_killed_runs_left(recipe: Path, tmp_path: P
     (out / "bf16.partial/.journal").write_text(json.dumps({"plan": "0" * 64}) + "\n")
     (out / "thesis.partial").mkdir()
     (out / "thesis.partial/.journal").write_text("dear diary")
-    found = command("clean", out)
+    found = started("clean", out)
     assert "left behind: " in found.stdout
     assert (out / "bf16.partial").exists()
     found = command("clean", out, "--yes", "--json")
@@ -237,7 +242,7 @@ def test_clean_names_and_removes_what_killed_runs_left(recipe: Path, tmp_path: P
 
 
 def test_release_publishes_and_says_where(recipe: Path, tmp_path: Path) -> None:
-    found = command("release", recipe, "--out", tmp_path / "out", "--set", "publish.to=folder:registry")
+    found = started("release", recipe, "--out", tmp_path / "out", "--set", "publish.to=folder:registry")
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"published bf16 to {tmp_path / 'registry/bf16'}" in found.stdout
     assert "| `bf16` |" in (tmp_path / "out/report.md").read_text()
@@ -272,7 +277,7 @@ def test_several_adapters_and_a_stated_training(pico_base: Path, adapter_copy: P
 
 
 def test_inspect_in_words_and_as_json(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
-    found = command("inspect", pico_adapter, "--base", pico_base, "--weights")
+    found = started("inspect", pico_adapter, "--base", pico_base, "--weights")
     assert found.returncode == 0, found.stderr
     assert "model.layers.0.mlp.up_proj.weight" in found.stdout
     data = json.loads(command("inspect", pico_adapter, "--json").stdout)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from qlora_export.diagnosis.hub import token_source
 from qlora_export.diagnosis.libraries import library_checks
 from qlora_export.diagnosis.machine import Needs, disk_check, memory_check, threads_check
 from qlora_export.testing import HubServer
-from tests.cli.test_cli import command, recipe
+from tests.cli.test_cli import command, recipe, started
 
 __all__ = ["recipe"]
 
@@ -39,7 +40,10 @@ def environment(hub: HubServer, home: Path, **changes: str) -> dict[str, str]:
 
 
 def diagnosed(*words: Any, env: dict[str, str] | None = None) -> tuple[int, dict[str, dict[str, str]]]:
-    found = command("doctor", *words, "--json", env=env)
+    return checks_of(command("doctor", *words, "--json", env=env))
+
+
+def checks_of(found: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, dict[str, str]]]:
     assert "Traceback" not in found.stderr, found.stderr
     assert TOKEN not in found.stdout + found.stderr
     data = json.loads(found.stdout)
@@ -48,7 +52,7 @@ def diagnosed(*words: Any, env: dict[str, str] | None = None) -> tuple[int, dict
 
 
 def test_a_sound_machine_and_every_failure_has_a_fix(tmp_path: Path) -> None:
-    code, found = diagnosed("--out", tmp_path)
+    code, found = checks_of(started("doctor", "--out", tmp_path, "--json"))
     assert code == 0, found
     assert {"python", "library.torch", "disk", "memory", "threads", "device", "cache"} <= set(found)
     assert "token" not in found, "the Hub is asked where it is needed only"

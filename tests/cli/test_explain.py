@@ -7,7 +7,7 @@ import pytest
 from qlora_export.errors import ExitCode, UsageError
 from qlora_export.explaining import CODES, explanation
 from qlora_export.publish.lint import RULES
-from tests.cli.test_cli import command
+from tests.cli.test_cli import command, started
 
 
 def test_every_exit_code_has_an_explanation_of_its_own() -> None:
@@ -32,7 +32,7 @@ def test_every_rule_of_the_linter_is_explained_by_its_line() -> None:
 
 
 def test_the_command() -> None:
-    found = command("explain", "143")
+    found = started("explain", "143")
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("143 terminated\n")
     assert "Run it again?" in found.stdout

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_export.recipe import load_recipe
 from qlora_export.starting import PLACEHOLDER
-from tests.cli.test_cli import command
+from tests.cli.test_cli import command, started
 from tests.conftest import edit_json
 
 COMMIT = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
@@ -30,7 +30,7 @@ FLAGS = ["--base", "models/base", "--adapter", "runs/7"]
 
 def test_the_recipe_loads_and_plans_from_where_it_lies(workplace: Path) -> None:
     words = [*FLAGS, "--to", "hub:acme/bot-{name}", "--text", "holdout.jsonl", "--out", "release/recipe.yaml"]
-    found = command("init", *words, cwd=workplace)
+    found = started("init", *words, cwd=workplace)
     assert found.returncode == 0, found.stderr
     assert "release/recipe.yaml" in found.stdout
     recipe = load_recipe(workplace / "release/recipe.yaml")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,18 @@ import yaml
 
 from qlora_export.errors import ExitCode
 from qlora_export.testing import HubServer
+from tests.processes import forked, fresh
 
 TOKEN = "hf_" + "a1B2" * 8
 
 
 def command(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "qlora_export", *map(str, arguments)]
-    return subprocess.run(words, check=False, capture_output=True, text=True, env={**os.environ, **variables})
+    return forked("-m", "qlora_export", *arguments, env={**os.environ, **variables})
+
+
+def started(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same in an interpreter that has imported nothing yet, with the variables set when it does."""
+    return fresh("-m", "qlora_export", *arguments, env={**os.environ, **variables})
 
 
 @pytest.fixture
@@ -44,14 +48,14 @@ def test_check_publish_verify(recipe: Path, tmp_path: Path) -> None:
     with HubServer(token=TOKEN, organisations=("acme",)) as hub:
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         assert command("check", recipe, "--out", out).returncode == 0
-        found = command("publish", recipe, "--out", out, "--json", "--junit-xml", tmp_path / "junit.xml", **variables)
+        found = started("publish", recipe, "--out", out, "--json", "--junit-xml", tmp_path / "junit.xml", **variables)
         assert found.returncode == 0, found.stderr
         (receipt,) = json.loads(found.stdout)["published"]
         assert receipt["commit"] == hub.repositories["acme/bot"].tags["v1"]
         assert receipt["proof"]["sample_tokens"] > 0
         again = command("publish", recipe, "--out", out, **variables)
         assert again.stdout.startswith("already published bf16 to "), again.stderr
-        verified = command("verify", "acme/bot@v1", "--no-open", **variables)
+        verified = started("verify", "acme/bot@v1", "--no-open", **variables)
         assert verified.returncode == 0, verified.stderr
         assert receipt["commit"] in verified.stdout
         wrong = command("publish", recipe, "--out", out, **{**variables, "HF_TOKEN": "hf_" + "x" * 30})
@@ -63,7 +67,7 @@ def test_check_publish_verify(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_rehearsal_with_a_fault(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = command("rehearse", recipe, "--out", out, "--fault", "commit-applied-then-closed", HF_TOKEN="")
+    found = started("rehearse", recipe, "--out", out, "--fault", "commit-applied-then-closed", HF_TOKEN="")
     assert found.returncode == 0, found.stderr
     assert "published bf16" in found.stdout
     assert "proven" in found.stdout
@@ -121,6 +125,5 @@ def test_a_folder_is_verified_by_its_manifest(recipe: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_be_verified(arguments: list[str], code: ExitCode, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "qlora_export", "verify", *arguments]
-    found = subprocess.run(words, check=False, capture_output=True, text=True, cwd=tmp_path)
+    found = forked("-m", "qlora_export", "verify", *arguments, cwd=tmp_path)
     assert (found.returncode, found.stderr.startswith("error: ")) == (code, True), found.stderr

@@ -12,7 +12,7 @@ from qlora_export.catalog import EXPORTERS, FORMATS
 from qlora_export.demo import recipe_path
 from qlora_export.report.offers import LINES, offers
 from qlora_export.report.schemas import SCHEMAS, plan_schema, recipe_schema, report_schema
-from tests.cli.test_cli import command, recipe
+from tests.cli.test_cli import command, recipe, started
 
 __all__ = ["recipe"]
 
@@ -25,7 +25,7 @@ def problems(schema: dict[str, Any], data: Any) -> list[str]:
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_the_schemas_are_schemas_and_the_command_prints_them(kind: str) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMAS[kind]())
-    found = command("schema", kind)
+    found = started("schema", kind)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == SCHEMAS[kind]()
 
@@ -88,7 +88,7 @@ def test_every_format_of_the_catalog_is_offered() -> None:
     assert (sizes["bf16"], sizes["fp32"], sizes["adapter"]) == (2, 4, None)
     assert sizes["nf4"] is not None
     assert 0.5 < sizes["nf4"] < 0.57
-    found = command("formats")
+    found = started("formats")
     assert found.returncode == 0, found.stderr
     assert "[onnx]" in found.stdout
     listed = json.loads(command("formats", "--json").stdout)["formats"]

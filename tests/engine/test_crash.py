@@ -18,6 +18,7 @@ from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
 from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+from tests.processes import forked
 
 FORMATS = ("bf16", "nf4", "nf4-adapter")
 
@@ -58,8 +59,8 @@ def test_a_killed_build_resumes_to_the_same_bytes(
     whole, out = tmp_path / "whole", tmp_path / "killed"
     build(make_plan(recipe, whole), whole, BuildOptions())
     arguments = [str(pico_base), str(pico_adapter), str(out), point, "50000"]
-    child = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child = forked("-c", CHILD, *arguments)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     names = {path.name for path in out.iterdir()}
     if point != "journal":
         assert not names & set(FORMATS), "nothing looks finished"
@@ -73,7 +74,7 @@ def test_resuming_does_not_write_again_what_was_finished(
 ) -> None:
     out = tmp_path / "out"
     arguments = [str(pico_base), str(pico_adapter), str(out), "0.9999", "1"]
-    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
+    forked("-c", CHILD, *arguments)
     reports: list[int] = []
     options = BuildOptions(1, progress=lambda done, total: reports.append(100 * done // total))
     build(make_plan(pico_recipe(*FORMATS), out), out, options)
@@ -110,7 +111,7 @@ def stopped(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> Path:
     """A run folder that a killed build left, with most tensors journalled."""
     out = tmp_path / "out"
     arguments = [str(pico_base), str(pico_adapter), str(out), "0.7", "1"]
-    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
+    forked("-c", CHILD, *arguments)
     return out
 
 
@@ -138,7 +139,7 @@ def test_a_base_changed_in_between_is_read_anew(
     (adapter_copy / "qlora_export.json").unlink()
     out, whole = tmp_path / "out", tmp_path / "whole"
     arguments = [str(base_copy), str(adapter_copy), str(out), "0.7", "1"]
-    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False, capture_output=True)
+    forked("-c", CHILD, *arguments)
 
     def double(tensors: dict[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
