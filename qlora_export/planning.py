@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_export import __version__, catalog
 from qlora_export.assumptions import assumptions_of, combination_notes
@@ -47,6 +48,7 @@ from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
+from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
 
 INTERPRETER_BYTES = 220_000_000
@@ -72,6 +74,14 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Made:
+    """Parts whose bytes were decided before the build, by name, and what the manifest tells of how."""
+
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ArtifactPlan:
     """One artifact to the byte."""
 
@@ -82,6 +92,7 @@ class ArtifactPlan:
     layout: Layout
     carried: tuple[CarriedFile, ...]
     digest: str
+    made: Made = field(default_factory=Made)
 
     @property
     def name(self) -> str:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Onto, Piece
+from qlora_export.contracts import Onto, Piece, TensorEncoder
 from qlora_export.device import kernels
 from qlora_export.device.accelerator import Accelerator
 from qlora_export.device.kernels import Values
 from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
 from qlora_export.merge.changes import Changes, LowRank
-from qlora_export.planning import ArtifactPlan, Plan, Route
+from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
 from qlora_export.quant.floats import Float32
 from qlora_export.sources.weights import Weight
 from qlora_export.tensors.header import StoredTensor
@@ -44,6 +44,19 @@ class Destination:
     def merge(self) -> tuple[str, Onto]:
         """Destinations with the same one receive the same values."""
         return (self.route.output.name if self.route.output.changes else "", self.plan.onto)
+
+    @property
+    def copied(self) -> tuple[StoredTensor, ...]:
+        """Where bytes lie that are taken as they are: parts that were made before the build, or the base's own."""
+        made = self.plan.made.parts
+        parts = [part.name for part in route_parts(self.route)] if made else []
+        if parts and all(name in made for name in parts):
+            return tuple(made[name] for name in parts)
+        return self.route.output.source.stored if self.route.form is None else ()
+
+    def open(self) -> TensorEncoder | None:
+        """What encodes the tensor; None when its bytes are copied."""
+        return None if self.copied or self.route.form is None else self.route.form.open(self.route.spec)
 
 
 @dataclass(frozen=True)
@@ -68,10 +81,10 @@ class TensorJob:
         self._source = source
         self._files = files
         self._destinations = destinations
-        self._encoders = [
-            found.route.form.open(found.route.spec) if found.route.form else None for found in destinations
+        self._encoders = [found.open() for found in destinations]
+        self._encoded = [
+            found for found, encoder in zip(destinations, self._encoders, strict=True) if encoder is not None
         ]
-        self._encoded = [found for found in destinations if found.route.form is not None]
         recorded = plan.training.quantization.recorded
         trained = recorded or any(found.plan.needs_trained_base for found in self._encoded)
         own = plan.from_adapter(source)
@@ -173,7 +186,7 @@ class TensorJob:
         return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
 
     def _copy(self, found: Destination) -> None:
-        for tensor in found.route.output.source.stored:
+        for tensor in found.copied:
             _copy_tensor(tensor, self._files, found.writer)
 
     def _blocks(self) -> tuple[RowBlock, ...]:

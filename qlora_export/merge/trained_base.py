@@ -34,6 +34,17 @@ class TrainedBase:
         self._scales = self._absmax
         self._codes_digest = _OrderedDigest()
         self._absmax_sha256 = ""
+        self._second_level: tuple[float, Float32] | None = None
+
+    @property
+    def scales(self) -> Float32:
+        """What the absmax of every block decodes to, once it is settled."""
+        return self._scales
+
+    @property
+    def second_level(self) -> tuple[float, Float32] | None:
+        """Offset and nested absmax of double quantisation, once it is settled."""
+        return self._second_level
 
     def observe(self, values: Values, first_row: int) -> bool:
         """Take note of the absmax of flat rows, which hold whole blocks; whether all of them are finite."""
@@ -50,6 +61,7 @@ class TrainedBase:
         offset = nested_offset(self._absmax, self._recorded)
         codes, nested_absmax = nested.encode(self._absmax, offset, self._training.exact_nested)
         self._scales = nested.decode(codes, nested_absmax, offset)
+        self._second_level = (float(offset), nested_absmax)
         if self._recorded is not None:
             self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
 

@@ -69,7 +69,7 @@ class Architecture:
 def read_architecture(checkpoint: Checkpoint, classifier: bool, modules: Iterable[str] = ()) -> Architecture:
     """The architecture in the class that knows the most of these modules; raises InputError or Refused."""
     wanted = tuple(modules)
-    config = _live_config(checkpoint)
+    config = live_config(checkpoint)
     found = [_read(checkpoint, config, name) for name in _class_names(checkpoint, classifier)]
     return max(found, key=lambda one: sum(one.module(name) in one.modules for name in wanted))
 
@@ -86,7 +86,8 @@ def _class_names(checkpoint: Checkpoint, classifier: bool) -> list[str]:
     return [*stated[:1], "AutoModelForCausalLM"]
 
 
-def _live_config(checkpoint: Checkpoint) -> Any:
+def live_config(checkpoint: Checkpoint) -> Any:
+    """transformers' configuration of a checkpoint, without its quantisation; raises InputError for an unknown model."""
     import transformers
 
     folder = checkpoint.folder

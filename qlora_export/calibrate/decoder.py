@@ -1,0 +1,181 @@
+"""The live model as a row of decoder blocks, without memory for its weights: they come and go block by block.
+
+transformers builds the model from config.json on the meta device; only its buffers (frequencies, scales of embeddings)
+are real, in the dtype that training loaded them in. What the model hands to its blocks besides hidden states (masks,
+positions) is recorded by running it with recorders in place of the blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import initialization
+
+from qlora_export.calibrate.parameters import Parameters
+from qlora_export.errors import ExportError, Refused
+from qlora_export.planning import Plan
+from qlora_export.sources.architecture import live_config
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block gets beside the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model without weights, and where its decoder blocks are."""
+
+    model: Any
+    place: str
+
+    @property
+    def blocks(self) -> Any:
+        """The decoder blocks, a ModuleList."""
+        return self.model.get_submodule(self.place)
+
+    def parameters_of(self, module: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        """Names within a module and in the model, of parameters and of buffers that are stored."""
+        for name in module.state_dict():
+            yield name, f"{prefix}.{name}" if prefix else name
+
+
+def open_decoder(plan: Plan) -> Decoder:
+    """Build the model of a plan; raises Refused for one that is no row of decoder blocks."""
+    config = live_config(plan.checkpoint)
+    rows = plan.model.settings.get("vocab_size")
+    if isinstance(rows, int):
+        config.get_text_config().vocab_size = rows
+    dtype = DTYPES[plan.training.quantization.storage_dtype]
+    transformers.utils.logging.set_verbosity_error()
+    with initialization.no_init_weights(), init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module.register_buffer(name, buffer.float(), name not in module._non_persistent_buffers_set)
+    count = config.get_text_config().num_hidden_layers
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in found if len(model.get_submodule(name)) == count]
+    if not found:
+        raise Refused(
+            f"{plan.checkpoint.folder}: {type(model).__name__} has no row of {count} decoder blocks",
+            "calibrated rounding works block by block; round without calibration",
+        )
+    return Decoder(model, min(found, key=lambda name: name.count(".")))
+
+
+def give(module: Any, prefix: str, decoder: Decoder, parameters: Parameters, device: torch.device) -> None:
+    """Give a module the values of the trained model."""
+    for name, live in decoder.parameters_of(module, prefix):
+        if parameters.has(live):
+            put(module, name, torch.from_numpy(parameters.trained(live)).to(device))
+
+
+def put(module: Any, name: str, values: Tensor) -> None:
+    """Put values in the place of a parameter or buffer."""
+    owner_name, _, last = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if last in owner._parameters:
+        owner._parameters[last] = nn.Parameter(values, requires_grad=False)
+    else:
+        owner._buffers[last] = values
+
+
+def empty(module: Any) -> None:
+    """Take a module's values away."""
+    module.to("meta")
+
+
+class _Stop(Exception):
+    """The last block was reached."""
+
+
+class _Recorder(nn.Module):  # type: ignore[misc]
+    """Stands in a block's place, keeps how it is called, and hands the hidden states on."""
+
+    def __init__(self, block: Any, as_tuple: bool, last: bool) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that the block is no submodule
+        self._as_tuple = as_tuple
+        self._last = last
+        self.hidden: Tensor | None = None
+        self.call = Call((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Any:
+        self.hidden = hidden
+        self.call = Call(positional, named)
+        if self._last:
+            raise _Stop
+        return (hidden,) if self._as_tuple else hidden
+
+
+def record(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    """The hidden states [batch, length, width] that the first block gets for tokens, and how every block is called."""
+    for as_tuple in (False, True):
+        recorders = _run_recorders(decoder, tokens, as_tuple)
+        shapes = {tuple(item.hidden.shape) for item in recorders if item.hidden is not None}
+        if len(shapes) == 1 and all(item.hidden is not None for item in recorders):
+            first = recorders[0].hidden
+            if first is not None:
+                return first, [_without_cache(item.call) for item in recorders]
+    raise Refused(
+        f"{type(decoder.model).__name__}: its decoder blocks do not follow one another",
+        "calibrated rounding does not know this architecture; round without calibration",
+    )
+
+
+def _run_recorders(decoder: Decoder, tokens: Tensor, as_tuple: bool) -> list[_Recorder]:
+    blocks = decoder.blocks
+    recorders = [_Recorder(block, as_tuple, number == len(blocks) - 1) for number, block in enumerate(blocks)]
+    owner_name, _, last = decoder.place.rpartition(".")
+    owner = decoder.model.get_submodule(owner_name)
+    setattr(owner, last, nn.ModuleList(recorders))
+    try:
+        decoder.model(input_ids=tokens, use_cache=False)
+    except _Stop:
+        pass
+    except ExportError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
+        for item in recorders:
+            item.hidden = None
+    finally:
+        setattr(owner, last, blocks)
+    return recorders
+
+
+def _without_cache(call: Call) -> Call:
+    """A call that keeps nothing from one batch to the next."""
+    named = {name: value for name, value in call.named.items() if not name.startswith("past_key_value")}
+    return Call(call.positional, named)
+
+
+def run(block: Any, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states that a block makes."""
+    found = block(hidden, *call.positional, **call.named)
+    result: Tensor = found if isinstance(found, Tensor) else found[0]
+    return result
+
+
+def copy_of(block: Any) -> Any:
+    """A block with values of its own."""
+    return copy.deepcopy(block)

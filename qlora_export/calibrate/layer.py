@@ -1,0 +1,115 @@
+"""One linear layer: from its values, the grid of its format and the statistics of its inputs to the bytes it ships."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_export.calibrate.parameters import LayerValues
+from qlora_export.calibrate.statistics import InputStatistics
+from qlora_export.contracts import Chosen, Float32, GridFormat, LevelGrid
+from qlora_export.quant.four_bit import NF4
+from qlora_export.quant.rounding.coordinate_descent import row_objective
+from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
+from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve
+from qlora_export.quant.rounding.target import retention
+from qlora_export.tensors.dtypes import round_to
+
+SIXTEEN_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
+Parts = dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """The parts of a layer, the weight [out, in] that serving multiplies with, and what is known of its error."""
+
+    parts: Parts
+    values: Float32
+    facts: dict[str, Any]
+
+
+def round_layer(
+    form: GridFormat, found: LayerValues, inputs: InputStatistics, method: Method, compute_dtype: str
+) -> RoundedLayer | str:
+    """Round a layer by its statistics, or say why it cannot be."""
+    level_grid = form.grid(found.spec)
+    if level_grid is None:
+        return f"{found.spec.columns} columns are no multiple of the group"
+    if not inputs.tokens:
+        return "no token reached it"
+    device = inputs.hessian.device
+    base, merged = (torch.from_numpy(values).to(device) for values in (found.base, found.merged))
+    layer = Layer(base, merged - base, inputs.hessian, inputs.crossed)
+    solution = solve(layer, _grid(level_grid, lambda scales: scales), _starts(level_grid, found, device), method)
+    if solution is None:
+        return "the second moments of its inputs are singular"
+    parts = assembled(form, found, solution)
+    values = served(form, found, parts, compute_dtype)
+    facts = _facts(layer, solution, torch.from_numpy(values).to(device))
+    return RoundedLayer(parts, values, facts)
+
+
+def assembled(form: GridFormat, found: LayerValues, solution: Solution) -> Parts:
+    """The bytes of every part."""
+    rule = solution.grid.rule
+    nested = rule if isinstance(rule, NestedScales) else None
+    chosen = Chosen(
+        solution.codes.to(torch.uint8).cpu().numpy(),
+        np.ascontiguousarray(solution.scales.cpu().numpy()),
+        nested.offset if nested else 0.0,
+        nested.nested_absmax.cpu().numpy() if nested else None,
+    )
+    return {
+        piece.part: np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8)
+        for piece in form.assemble(found.spec, chosen)
+    }
+
+
+def served(form: GridFormat, found: LayerValues, parts: Parts, compute_dtype: str) -> Float32:
+    """The weight [out, in] as it is multiplied with."""
+    decoded: Float32 = round_to(form.decode(found.spec, parts, range(found.spec.rows)), compute_dtype)
+    shaped: Float32 = decoded.reshape(found.spec.rows, found.spec.columns)
+    return shaped
+
+
+def _facts(layer: Layer, solution: Solution, values: Tensor) -> dict[str, Any]:
+    energy = row_objective(torch.zeros_like(values), layer.hessian, layer.merged).sum(dtype=torch.float64)
+    error = row_objective(layer.merged, layer.hessian, values).sum(dtype=torch.float64)
+    return {
+        "output_error": float((error / energy).clamp_min(0).sqrt()) if energy > 0 else 0.0,
+        "weighted_survival": retention(values - layer.base, layer.delta, layer.hessian) if layer.delta.any() else None,
+        "gain": solution.gain,
+        "damping": solution.damping,
+    }
+
+
+def _grid(level_grid: LevelGrid, rule: ScaleRule) -> Grid:
+    return Grid(level_grid.levels, level_grid.group, rule)
+
+
+def _starts(level_grid: LevelGrid, found: LayerValues, device: torch.device) -> list[Start]:
+    """The base's own scales where it lies on the same grid, and fresh ones."""
+    if level_grid.scales in SIXTEEN_BIT:
+        return [(_grid(level_grid, sixteen_bit_scales(SIXTEEN_BIT[level_grid.scales])), None)]
+    starts: list[Start] = []
+    if found.trained is not None and _same_grid(level_grid, found):
+        scales = torch.from_numpy(found.trained.scales).to(device).reshape(found.spec.rows, -1)
+        level = found.trained.second_level
+        if level_grid.scales == "nested" and level is not None:
+            rule: ScaleRule = NestedScales(level[0], torch.from_numpy(level[1]))
+            starts.append((_grid(level_grid, rule), scales))
+        elif level_grid.scales == "F32":
+            return [(_grid(level_grid, lambda values: values), scales)]
+    if level_grid.scales == "F32":
+        return [(_grid(level_grid, lambda values: values), None)]
+    return [*starts, lambda scales: _grid(level_grid, fitted_nested_scales(scales))]
+
+
+def _same_grid(level_grid: LevelGrid, found: LayerValues) -> bool:
+    blocks = found.spec.size // level_grid.group
+    levels = tuple(float(level) for level in NF4.levels)
+    return found.trained is not None and found.trained.scales.size == blocks and level_grid.levels == levels

@@ -1,0 +1,88 @@
+"""Parameters of the live model, read one by one from base and adapter: the trained model without holding it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_export.contracts import Onto, TensorSpec
+from qlora_export.errors import Refused
+from qlora_export.merge.merged_rows import MergedRows
+from qlora_export.merge.names import names_of
+from qlora_export.merge.trained_base import TrainedBase
+from qlora_export.planning import Plan
+from qlora_export.quant.floats import Float32
+from qlora_export.sources.architecture import Home
+from qlora_export.tensors.reading import SourceFiles
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """The weight of a linear layer [out, in] before and after the merge, and its 4-bit state in training."""
+
+    spec: TensorSpec
+    base: Float32
+    merged: Float32
+    trained: TrainedBase | None
+
+
+class Parameters:
+    """Reads what the live parameters of these names hold; raises Refused where transformers rearranges one."""
+
+    def __init__(self, plan: Plan, live: Iterable[str], files: SourceFiles) -> None:
+        self._plan = plan
+        self._files = files
+        self._names = names_of(plan.checkpoint, False, live)
+        self._homes = {name: self._names.parameter(name) for name in self._names.parameters}
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter is stored."""
+        return bool(self._homes.get(name))
+
+    def stored(self, name: str) -> str | None:
+        """The stored name of a parameter that is one tensor of its own."""
+        homes = self._homes.get(name, ())
+        return homes[0].tensor if len(homes) == 1 and homes[0].window is None else None
+
+    def trained(self, name: str) -> Float32:
+        """The values that the trained model computes with, in the shape of the live parameter."""
+        homes = self._homes.get(name, ())
+        if not homes:
+            raise Refused(
+                f"{self._plan.checkpoint.folder}: transformers computes {name} from several stored tensors",
+                "calibrated rounding does not know this architecture yet; round without calibration",
+            )
+        if homes[0].window is None:
+            return self._tensor(homes[0].tensor)
+        return self._packed(homes)
+
+    def layer(self, stored: str, onto: Onto) -> LayerValues:
+        """A linear layer by its stored name, merged onto one of the bases."""
+        output = self._plan.model.outputs[stored]
+        own = self._plan.from_adapter(output.source)
+        rows = MergedRows(output, self._plan.training, self._files, own, onto)
+        base, merged = rows.whole()
+        if rows.trained is not None:
+            rows.trained.require_recorded()
+        shape = (rows.spec.rows, rows.spec.columns)
+        return LayerValues(rows.spec, base.reshape(shape), merged.reshape(shape), rows.trained)
+
+    def _tensor(self, stored: str) -> Float32:
+        output = self._plan.model.outputs[stored]
+        values = self.layer(stored, "as-trained").merged
+        if output.transposed:
+            return np.ascontiguousarray(values.T)
+        return values.reshape(output.spec.shape)
+
+    def _packed(self, homes: tuple[Home, ...]) -> Float32:
+        """Experts that are stored one by one, the parts of each below one another."""
+        windows = [home.window for home in homes if home.window is not None]
+        experts = 1 + max(window.expert for window in windows)
+        rows = max(window.first + window.count for window in windows)
+        first = self._tensor(homes[0].tensor)
+        packed = np.empty((experts, rows, first.shape[1]), np.float32)
+        for home, window in zip(homes, windows, strict=True):
+            packed[window.expert, window.first : window.first + window.count] = self._tensor(home.tensor)
+        return packed

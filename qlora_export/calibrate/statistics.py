@@ -1,0 +1,34 @@
+"""What the inputs of a layer look like: second moments, under the rounded prefix and crossed with the trained model.
+
+H = sum x x^T / n,   C = sum x_trained x^T / n   [columns, columns]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputStatistics:
+    """Sums over batches of inputs [tokens, columns]."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._squares = torch.zeros(columns, columns, device=device)
+        self._crossed = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, rounded: Tensor, trained: Tensor) -> None:
+        """Add the inputs of one batch; those of other tokens than the rounded model's tell nothing across."""
+        self._squares.addmm_(rounded.T, rounded)
+        self._crossed.addmm_((trained if trained.shape == rounded.shape else rounded).T, rounded)
+        self.tokens += len(rounded)
+
+    @property
+    def hessian(self) -> Tensor:
+        """H."""
+        return self._squares / max(self.tokens, 1)
+
+    @property
+    def crossed(self) -> Tensor:
+        """C."""
+        return self._crossed / max(self.tokens, 1)

@@ -1,0 +1,82 @@
+"""What is decided for each decoder block, kept until the artifact is built, so that a killed run goes on where it was.
+
+    OUT/NAME.calibrated/block-0007.safetensors   the parts of the block's layers as bytes; in the metadata, which run
+                                                 they belong to and the facts of each layer
+
+A file appears whole or not at all: it is written under another name, brought to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from qlora_export.calibrate.layer import Parts
+from qlora_export.errors import UsageError
+from qlora_export.tensors.header import StoredTensor, read_header
+
+SUFFIX = ".calibrated"
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """A block that was decided: where the bytes of each part are, and the facts of its layers by stored name."""
+
+    parts: dict[str, StoredTensor]
+    facts: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BlockStore:
+    """The blocks of one artifact, all of the run with this digest."""
+
+    folder: Path
+    digest: str
+
+    def prepare(self) -> None:
+        """Make the folder; raises UsageError where something else has its name."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise UsageError(f"{self.folder}: exists and is no folder", "move it away, or choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, number: int) -> KeptBlock | None:
+        """A block of the same run; None when it is not there, or of another run."""
+        path = self._path(number)
+        if path.is_symlink() or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError):
+            return None
+        if metadata.get("digest") != self.digest:
+            return None
+        return KeptBlock(read_header(path), json.loads(metadata["facts"]))
+
+    def save(self, number: int, parts: Parts, facts: dict[str, dict[str, Any]]) -> KeptBlock:
+        """Keep a block."""
+        path = self._path(number)
+        unfinished = path.with_suffix(".unfinished")
+        metadata = {"digest": self.digest, "facts": json.dumps(facts, sort_keys=True)}
+        with unfinished.open("wb") as file:
+            file.write(safetensors.numpy.save(dict(parts), metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+        return KeptBlock(read_header(path), facts)
+
+    def remove(self) -> None:
+        """Remove what this kind of run leaves."""
+        for pattern in ("block-*.safetensors", "block-*.unfinished"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        self.folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"block-{number:04d}.safetensors"
