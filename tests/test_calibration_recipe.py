@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export.calibration_recipe import CalibrationPart, CalibrationRecipe
+from qlora_export.cli.options import recipe_from
 from qlora_export.errors import UsageError
 from qlora_export.publish.public_recipe import public_recipe
 from qlora_export.recipe import Recipe, make_recipe
@@ -87,6 +88,15 @@ def test_no_folder_is_published() -> None:
     texts = public_recipe(recipe(HALVES))["calibration"]["mixture"]
     assert [item["text"] for item in texts] == ["task.jsonl", "general.txt"]
     assert public_recipe(recipe({"text": "~/mine/a.jsonl"}))["calibration"]["text"] == "a.jsonl"
+    hub = f"hub:acme/talks@{'0' * 40}#train"
+    assert public_recipe(recipe({"text": hub}))["calibration"]["text"] == hub
+
+
+def test_the_flag_names_one_text() -> None:
+    flags = dict.fromkeys(["--adapter", "--onto", "--training-quantization", "--text"])
+    flags |= {"--base": "b", "--calibration": "train.jsonl"}
+    found = recipe_from(None, {**flags, "--format": ["bf16"]}, ["calibration.sequences=7"])
+    assert found.calibration == CalibrationRecipe(text="train.jsonl", sequences=7)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora_export.runtimes.loading import decoded_weight
+from qlora_export.calibrate.overlap import require_apart
+from qlora_export.calibrate.text import calibration_tokens, read_calibration
+from qlora_export.calibration_recipe import CalibrationRecipe
+from qlora_export.errors import Refused
+from qlora_export.runtimes.loading import FolderTokenizer, decoded_weight
+from qlora_export.sources.text import read_entries
+from qlora_export.sources.text_entries import Entry
 from tests.conftest import DEMO, folder_bytes, half_step, load_qlora
+from tests.processes import forked, fresh
 
 MEGABYTE = 1_000_000
 
@@ -24,8 +31,7 @@ MEGABYTE = 1_000_000
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished demo run."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    words = [sys.executable, "-m", "qlora_export", "demo", "--out", str(folder)]
-    found = subprocess.run(words, check=False, capture_output=True, text=True)
+    found = fresh("-m", "qlora_export", "demo", "--out", folder)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "fail, as expected" in found.stdout
     return folder
@@ -75,8 +81,7 @@ def test_our_bf16_is_pefts_merge_onto_the_dequantised_base(out: Path) -> None:
 
 def test_its_rehearsal_keeps_what_was_built_and_publishes_it_to_a_hub(out: Path) -> None:
     before = folder_bytes(out)
-    words = [sys.executable, "-m", "qlora_export", "rehearse", "--out", str(out), "--json"]
-    found = subprocess.run(words, check=False, capture_output=True, text=True)
+    found = forked("-m", "qlora_export", "rehearse", "--out", out, "--json")
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout)
     assert all(artifact["reused"] for artifact in data["artifacts"])
@@ -102,7 +107,8 @@ def test_the_registry_is_opened_from_another_process(out: Path) -> None:
         f"import onnxruntime\nonnxruntime.InferenceSession({onnx + '/model.onnx'!r})",
     )
     for script in scripts:
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+        found = forked("-c", script)
+        assert found.returncode == 0, found.stderr
     assert not (registry / "nf4").exists()
 
 
@@ -146,7 +152,10 @@ def test_the_embedded_model_is_small_and_recorded() -> None:
     assert 3e6 < sum(sizes) < 4e6
 
 
-def test_the_held_out_text_comes_from_the_generator() -> None:
+@pytest.mark.parametrize(
+    ("name", "seed"), [("holdout", "held_out_dialogues"), ("calibration", "calibration_dialogues")]
+)
+def test_the_texts_come_from_the_generator(name: str, seed: str) -> None:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("demo_dialogues", Path("tools/demo_dialogues.py"))
@@ -155,9 +164,24 @@ def test_the_held_out_text_comes_from_the_generator() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["demo_dialogues"] = module
     spec.loader.exec_module(module)
-    lines = (DEMO / "holdout.jsonl").read_text().splitlines()
+    lines = (DEMO / f"{name}.jsonl").read_text().splitlines()
     record = json.loads((DEMO / "training_record.json").read_text())
-    expected = module.dialogues(record["seeds"]["held_out_dialogues"], len(lines))
+    expected = module.dialogues(record["seeds"][seed], len(lines))
     assert [json.loads(line)["messages"] for line in lines] == expected
     trained = {json.dumps(talk) for talk in module.dialogues(record["seeds"]["train_dialogues"], 6000)}
     assert not trained & {json.dumps(talk) for talk in expected}
+
+
+def test_the_demo_calibrates_on_other_dialogues_than_it_measures_on() -> None:
+    recipe = CalibrationRecipe(text="calibration.jsonl")
+    texts, holdout = read_calibration(recipe, DEMO), read_entries("holdout.jsonl", DEMO)
+    require_apart(texts, holdout, "holdout.jsonl")
+    found = calibration_tokens(recipe, texts, FolderTokenizer(DEMO / "base"))
+    assert (found.sequences, found.notes) == (128, ())
+    # Two of its chats within, one under another system prompt: the check that passed above can fail.
+    ninth = holdout[9].content
+    assert not isinstance(ninth, str)
+    system = Entry(({"role": "system", "content": "Be brief."}, *ninth), "line 130")
+    mixed = replace(texts[0], entries=(*texts[0].entries, holdout[4], system))
+    with pytest.raises(Refused, match=r"2 of 130 chats of calibration\.jsonl stand in holdout\.jsonl too.*line 5"):
+        require_apart([mixed], holdout, "holdout.jsonl")

@@ -1,10 +1,12 @@
 """Make the embedded demo model: a small Llama, trained for real on a CPU, and a true QLoRA adapter on top of it.
 
-    python tools/make_demo.py --out qlora_export/demo [--stage base|adapter|all]
+    python tools/make_demo.py --out qlora_export/demo [--stage base|adapter|texts|all] [--general general.txt]
 
 Base: byte-level BPE tokenizer and a 3.3 M parameter Llama, trained on the English that every Python carries
 (docstrings of the standard library, `pydoc_data.topics`), saved in bf16. Adapter: the base loaded in NF4 with double
 quantisation and bf16 compute, rank-16 LoRA on all linear layers, trained on the dialogues of `demo_dialogues`.
+Texts: dialogues of two more seeds, to measure on and to calibrate on. Prose for a mixture is written where `--general`
+says and is not part of the demo, since it is Python's documentation and stays under Python's licence.
 `training_record.json` beside them holds seeds, losses, versions and |delta|/|W| of every layer. Less than an hour on
 two cores; the result is committed, so nobody needs to run this but to change the demo.
 """
@@ -42,8 +44,9 @@ VOCABULARY = 2048
 WINDOW = 256
 SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-TRAIN_SEED, HOLDOUT_SEED = 7, 1_000_007
-HOLDOUT_DIALOGUES = 240
+TRAIN_SEED, HOLDOUT_SEED, CALIBRATION_SEED = 7, 1_000_007, 2_000_007
+HOLDOUT_DIALOGUES, CALIBRATION_DIALOGUES = 240, 128
+GENERAL_LETTERS = 60_000
 BASE_ID = "qlora-export/demo"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -321,6 +324,19 @@ def write_text(folder: Path, seed: int, count: int, name: str) -> None:
     (folder / name).write_text("\n".join(lines) + "\n")
 
 
+def write_texts(folder: Path, general: Path | None) -> None:
+    """Write the text to measure on, the text to calibrate on, and some prose of the base's own kind to `general`."""
+    write_text(folder, HOLDOUT_SEED, HOLDOUT_DIALOGUES, "holdout.jsonl")
+    write_text(folder, CALIBRATION_SEED, CALIBRATION_DIALOGUES, "calibration.jsonl")
+    if general is not None:
+        text = ""
+        for document in documents():
+            if len(text) > GENERAL_LETTERS:
+                break
+            text += document + "\n\n"
+        general.write_text(text[: text.rindex("\n\n", 0, GENERAL_LETTERS)] + "\n")
+
+
 def update_record(path: Path, part: str, facts: dict[str, Any], seeds: dict[str, int]) -> None:
     """Add one stage's facts, the seeds and the versions in use to the record."""
     record = json.loads(path.read_text()) if path.exists() else {}
@@ -336,7 +352,8 @@ def update_record(path: Path, part: str, facts: dict[str, Any], seeds: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for base/, adapter/, holdout.jsonl")
-    parser.add_argument("--stage", choices=("base", "adapter", "all"), default="all")
+    parser.add_argument("--stage", choices=("base", "adapter", "texts", "all"), default="all")
+    parser.add_argument("--general", type=Path, help="also write prose of the base's own kind to this file")
     parser.add_argument("--base-steps", type=int, default=1600)
     parser.add_argument("--dialogues", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=2000)
@@ -345,13 +362,19 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "training_record.json"
-    seeds = {"torch": SEED, "train_dialogues": TRAIN_SEED, "held_out_dialogues": HOLDOUT_SEED}
-    if options.stage != "adapter":
+    seeds = {
+        "torch": SEED,
+        "train_dialogues": TRAIN_SEED,
+        "held_out_dialogues": HOLDOUT_SEED,
+        "calibration_dialogues": CALIBRATION_SEED,
+    }
+    if options.stage in ("base", "all"):
         update_record(path, "base", train_base(options.out / "base", options.base_steps), seeds)
-    if options.stage != "base":
+    if options.stage in ("adapter", "all"):
         facts = train_adapter(options.out / "base", options.out / "adapter", options)
         update_record(path, "adapter", facts, seeds)
-        write_text(options.out, HOLDOUT_SEED, HOLDOUT_DIALOGUES, "holdout.jsonl")
+    if options.stage != "base":
+        write_texts(options.out, options.general)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whether the text of calibration and the text of drift have anything in common: a gate on what was fitted is none.
 
 Two chats are the same when a whole conversation is, or a longer exchange of a question and its answer. In every other
-pair of texts, a paragraph or message of the one that stands in the other, or 40 words in a row. Case and white space do
-not count, nor do system messages, nor words that stand in three or more entries of the drift text: those are a form
-that all share. The whole texts are compared, drawn or not, so the answer does not hang on the seed.
+pair of texts it is a paragraph or message of the one that stands in the other, or 40 words in a row, unless they stand
+in three or more entries of the drift text: those are a form that all share. Case and white space do not count, nor do
+system messages. The whole texts are compared, drawn or not, so the answer does not hang on the seed.
 """
 
 from __future__ import annotations

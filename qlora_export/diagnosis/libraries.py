@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from qlora_export.diagnosis.checks import Check
 
 PACKAGE = "qlora-export"
-OPTIONAL_EXTRAS = ("onnx", "sign")
+OPTIONAL_EXTRAS = ("data", "onnx", "sign")
 
 
 def library_checks(needed_extras: Iterable[str], requirements: Iterable[str] | None = None) -> list[Check]:

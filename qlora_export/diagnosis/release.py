@@ -12,12 +12,12 @@ from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.sources.locate import hub_id
-from qlora_export.sources.text_tables import HUB_PREFIX
+from qlora_export.sources.text_tables import HUB_PREFIX, is_table
 
 
 def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check], Needs]:
     """Whether the recipe can be planned and measured, and what it takes; on the Hub's sources nothing is fetched."""
-    found = [_text(recipe)]
+    found = [_drift_text(recipe), *_calibration_texts(recipe)]
     remote = [text for text in recipe.sources if hub_id(text, recipe.folder) is not None]
     if remote:
         found.append(Check("sources", "ok", f"{', '.join(remote)} on the Hub: `qlora-export plan` looks at them"))
@@ -36,6 +36,7 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
 def extras_of(recipe: Recipe) -> set[str]:
     """The extras that the recipe cannot do without."""
     needed = {"onnx"} if any(item.format.startswith("onnx") for item in recipe.artifacts) else set()
+    needed |= {"data"} if any(is_table(text) for text in _texts(recipe)) else set()
     return needed | ({"sign"} if recipe.publish is not None and recipe.publish.sign else set())
 
 
@@ -48,16 +49,30 @@ def repositories_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(name.partition("@")[0] for name in names))
 
 
-def _text(recipe: Recipe) -> Check:
+def _texts(recipe: Recipe) -> list[str]:
+    drift = [recipe.drift.text] if recipe.drift else []
+    return drift + [part.text for part in (recipe.calibration.parts if recipe.calibration else ())]
+
+
+def _drift_text(recipe: Recipe) -> Check:
     if recipe.drift is None:
         fix = "add `drift: {text: FILE}`: release and check need it"
         return Check("drift.text", "warn", "the recipe names no text to measure on", fix)
-    if recipe.drift.text.startswith(HUB_PREFIX):
-        return Check("drift.text", "ok", recipe.drift.text)
-    path = recipe.path(recipe.drift.text)
-    if not path.is_file():
-        return Check("drift.text", "fail", f"{path} is not there", "name a .jsonl or .txt file that training never saw")
-    return Check("drift.text", "ok", str(path))
+    fix = "name a .jsonl, .parquet or .txt file that training never saw"
+    return _text(recipe, "drift.text", recipe.drift.text, fix)
+
+
+def _calibration_texts(recipe: Recipe) -> list[Check]:
+    parts = recipe.calibration.parts if recipe.calibration else ()
+    fix = "name a .jsonl, .parquet or .txt file of the task"
+    return [_text(recipe, "calibration.text", part.text, fix) for part in parts]
+
+
+def _text(recipe: Recipe, check: str, name: str, fix: str) -> Check:
+    if name.startswith(HUB_PREFIX):
+        return Check(check, "ok", name)
+    path = recipe.path(name)
+    return Check(check, "ok", str(path)) if path.is_file() else Check(check, "fail", f"{path} is not there", fix)
 
 
 def _names(plan: Plan) -> Sequence[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_export.errors import InputError
 from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, content_of
-from qlora_export.sources.text_tables import HUB_PREFIX, hub_entries, parquet_entries
+from qlora_export.sources.text_tables import HUB_PREFIX, PARQUET_SUFFIX, hub_entries, parquet_entries
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_entries(name: str, folder: Path) -> tuple[Entry, ...]:
             raise InputError(
                 f"{path}: no such text", "name a .jsonl, .parquet or .txt file, or hub:owner/name@COMMIT#train"
             )
-        entries, origin = parquet_entries(path) if path.suffix == ".parquet" else _lines(path), str(path)
+        entries, origin = parquet_entries(path) if path.suffix == PARQUET_SUFFIX else _lines(path), str(path)
     chats = sum(not isinstance(entry.content, str) for entry in entries)
     if 0 < chats < len(entries):
         raise InputError(f"{origin}: {chats} chats and {len(entries) - chats} plain texts", "use one kind in a file")

@@ -28,12 +28,18 @@ from qlora_export.errors import (
 from qlora_export.sources.text_entries import ROW_HINT, Entry, content_of
 
 HUB_PREFIX = "hub:"
+PARQUET_SUFFIX = ".parquet"
 HUB_TEXT = re.compile(
     r"hub:(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@(?P<commit>[0-9a-f]{40})"
     r"#((?P<configuration>[\w.-]+)/)?(?P<split>[\w.-]+(\[[\d:%-]*\])?)"
 )
 COLUMNS = ("messages", "text", "prompt", "completion")
 EXTRA_HINT = "pip install 'qlora-export[data]'"
+
+
+def is_table(name: str) -> bool:
+    """Whether a text of this name is read as rows of a table, for which the extra is needed."""
+    return name.startswith(HUB_PREFIX) or Path(name).suffix == PARQUET_SUFFIX
 
 
 def parquet_entries(path: Path) -> tuple[Entry, ...]:

@@ -14,6 +14,8 @@ from qlora_export.diagnosis.checks import Check, exit_code
 from qlora_export.diagnosis.hub import token_source
 from qlora_export.diagnosis.libraries import library_checks
 from qlora_export.diagnosis.machine import Needs, disk_check, memory_check, threads_check
+from qlora_export.diagnosis.release import extras_of, recipe_checks
+from qlora_export.recipe import make_recipe
 from qlora_export.testing import HubServer
 from tests.cli.test_cli import command, recipe, started
 
@@ -226,3 +228,23 @@ def test_a_trusted_publisher(recipe: Path, tmp_path: Path) -> None:
 def to_the_hub(path: Path, to: str) -> None:
     data = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**data, "publish": {"to": to}}))
+
+
+def test_what_the_texts_of_a_recipe_need(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").touch()
+    hub = f"hub:acme/talks@{'0' * 40}#train"
+    parts = [{"text": "task.jsonl", "share": 0.5}, {"text": "gone.txt", "share": 0.25}, {"text": hub, "share": 0.25}]
+    facts = {"base": "none", "artifacts": ["bf16"], "drift": {"text": "task.jsonl"}, "calibration": parts}
+    wanted = make_recipe(facts, tmp_path, "test")
+    checks, _ = recipe_checks(wanted, tmp_path, 1)
+    found = [(check.id, check.status, check.value) for check in checks[:4]]
+    assert found == [
+        ("drift.text", "ok", str(tmp_path / "task.jsonl")),
+        ("calibration.text", "ok", str(tmp_path / "task.jsonl")),
+        ("calibration.text", "fail", f"{tmp_path / 'gone.txt'} is not there"),
+        ("calibration.text", "ok", hub),
+    ]
+    assert extras_of(wanted) == {"data"}
+    assert extras_of(make_recipe({**facts, "calibration": {"text": "task.jsonl"}}, tmp_path, "test")) == set()
+    parquet = make_recipe({**facts, "drift": {"text": "a.parquet"}, "calibration": None}, tmp_path, "test")
+    assert extras_of(parquet) == {"data"}

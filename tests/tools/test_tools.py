@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qlora_export.calibrate.overlap import require_apart
+from qlora_export.calibrate.text import read_calibration
+from qlora_export.calibration_recipe import CalibrationRecipe
+from qlora_export.sources.text import read_entries
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,9 +51,13 @@ def test_the_device_benchmark() -> None:
 
 
 def test_the_demo_maker(tmp_path: Path) -> None:
-    """A base and an adapter of a few steps, with record, sidecar and no trace of this machine."""
+    """A base and an adapter of a few steps, texts that have nothing in common, and no trace of this machine."""
     sizes = ["--base-steps", "2", "--steps", "2", "--dialogues", "20"]
-    tool("make_demo.py", "--out", str(tmp_path), *sizes)
+    tool("make_demo.py", "--out", str(tmp_path), *sizes, "--general", str(tmp_path / "general.txt"))
+    halves = [{"text": name, "share": 0.5} for name in ("calibration.jsonl", "general.txt")]
+    parts = read_calibration(CalibrationRecipe.model_validate(halves), tmp_path)
+    assert 50_000 < len(str(parts[1].entries[0].content)) < 60_000
+    require_apart(parts, read_entries("holdout.jsonl", tmp_path), "holdout.jsonl")
     record = json.loads((tmp_path / "training_record.json").read_text())
     assert len(record["adapter"]["relative_delta"]) == 28
     assert len(json.loads((tmp_path / "adapter/qlora_export.json").read_text())["modules"]) == 28
