@@ -102,9 +102,11 @@ def save_adapter(base: Path, folder: Path, seed: int, size: float = 0.05, **chan
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of a CUDA device run where there is one."""
+    """Tests of a CUDA device run where there is one, those of vLLM where its Python is named."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("vllm") and "QLORA_EXPORT_VLLM_PYTHON" not in os.environ:
+        pytest.skip("QLORA_EXPORT_VLLM_PYTHON names no environment of vLLM")
 
 
 @pytest.fixture(scope="session")
