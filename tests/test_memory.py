@@ -17,6 +17,7 @@ from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.tensors.layout import lay_out
 from tests.conftest import RecipeMaker
+from tests.processes import forked
 
 HIDDEN = 8192
 # Builds, and says how much memory the process took at its peak.
@@ -110,9 +111,8 @@ def test_what_is_no_number_of_bytes(text: str) -> None:
 
 def test_the_command_refuses_before_it_writes(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-m", "qlora_export", "build", "--base", pico_base, "--adapter", pico_adapter]
-    words += ["--format", "nf4", "--out", out, "--memory-limit", "100MB"]
-    found = subprocess.run([str(word) for word in words], check=False, capture_output=True, text=True)
+    words = ["build", "--base", pico_base, "--adapter", pico_adapter, "--format", "nf4", "--out", out]
+    found = forked("-m", "qlora_export", *words, "--memory-limit", "100MB")
     assert found.returncode == 6
     assert "--memory-limit is 100 MB" in found.stderr
     assert not out.exists()

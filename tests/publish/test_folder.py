@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from qlora_export.publish.folder import FolderPublisher
 from qlora_export.recipe import make_recipe
 from tests.conftest import folder_bytes
 from tests.drift.test_gate import PERFECT
+from tests.processes import forked
 
 ACCOUNT = Account({})
 
@@ -137,13 +136,12 @@ module.FolderPublisher(place, "v1", Path()).publish([verified], Account({}))
 def test_a_publication_killed_at_any_step_is_finished_by_the_next(
     verified: Verified, tmp_path: Path, point: int
 ) -> None:
-    words = [sys.executable, "-c", CHILD, str(verified.artifact.path), str(tmp_path / "registry"), str(point)]
-    child = subprocess.run(words, check=False, capture_output=True)
+    child = forked("-c", CHILD, verified.artifact.path, tmp_path / "registry", point)
     shelf = tmp_path / "registry/nf4-adapter"
     if os.path.lexists(shelf / "latest"):
         assert folder_bytes(shelf / "latest") == folder_bytes(verified.artifact.path)
     publisher(tmp_path / "registry", "v1").publish([verified], ACCOUNT)
-    assert folder_bytes(shelf / "v1") == folder_bytes(verified.artifact.path), child.stderr.decode()
+    assert folder_bytes(shelf / "v1") == folder_bytes(verified.artifact.path), child.stderr
     assert {path.name for path in shelf.iterdir()} == {"v1", "v1.receipt.json", "latest"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from qlora_export.publish.verifying import Wanted, verify
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.report.data import write_report
 from qlora_export.testing import HubServer
+from tests.processes import forked, fresh
 
 EASY = {"perplexity_ratio": 1.5, "mean_kl": 1.0, "same_top1": 0.1, "gain_kept": None, "survival_min": None}
 
@@ -53,13 +55,15 @@ def measured(pico_base: Path, pico_adapter: Path, pico_text: Path, tmp_path_fact
     return out
 
 
-def the_recipe(base: Path, adapter: Path, text: Path, **publish: Any) -> Recipe:
+def the_recipe(
+    base: Path, adapter: Path, text: Path, artifacts: tuple[str, ...] = ("bf16", "nf4-adapter"), **publish: Any
+) -> Recipe:
     place = {"to": "hub:acme/bot-{name}", "card": {"license": "apache-2.0"}, "timeout_seconds": 20, **publish}
     data = {
         "base": str(base),
         "base_id": "acme/base",
         "adapter": str(adapter),
-        "artifacts": ["bf16", "nf4-adapter"],
+        "artifacts": list(artifacts),
         "drift": {"text": str(text), "limits": EASY},
         "publish": place,
     }
@@ -69,6 +73,12 @@ def the_recipe(base: Path, adapter: Path, text: Path, **publish: Any) -> Recipe:
 @pytest.fixture
 def recipe(pico_base: Path, pico_adapter: Path, pico_text: Path) -> Callable[..., Recipe]:
     return lambda **publish: the_recipe(pico_base, pico_adapter, pico_text, **publish)
+
+
+@pytest.fixture
+def dense(recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """One artifact, where nothing depends on there being two: each is some processes and an opened model more."""
+    return functools.partial(recipe, artifacts=("bf16",))
 
 
 @pytest.fixture
@@ -124,13 +134,13 @@ def test_again_makes_no_commit_even_after_another_measurement(
     assert [receipt.commit for receipt in again.receipts] == [receipt.commit for receipt in first.receipts]
 
 
-def test_again_after_people_edited_the_card(hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions) -> None:
-    run = pipeline.publish(recipe(version="v1"), options)
+def test_again_after_people_edited_the_card(hub: HubServer, dense: Callable[..., Recipe], options: RunOptions) -> None:
+    run = pipeline.publish(dense(version="v1"), options)
     card = hub.repositories["acme/bot-bf16"].read("main", "README.md").decode()
     edit(hub, "acme/bot-bf16", "README.md", card + "\nWritten by people.  \n")
-    again = pipeline.publish(recipe(version="v1"), options)
+    again = pipeline.publish(dense(version="v1"), options)
     assert again.receipts[0].commit == run.receipts[0].commit, "the version is still the tagged commit"
-    newer = pipeline.publish(recipe(version="v2"), options)
+    newer = pipeline.publish(dense(version="v2"), options)
     assert not newer.receipts[0].changed
     assert hub.repositories["acme/bot-bf16"].read("main", "README.md").decode().endswith("Written by people.  \n")
     assert hub.repositories["acme/bot-bf16"].tags["v2"] == oids(hub)[0]
@@ -153,11 +163,11 @@ def edit(hub: HubServer, repository: str, path: str, content: str) -> None:
 
 
 def test_another_release_under_the_same_version(
-    hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions
+    hub: HubServer, dense: Callable[..., Recipe], options: RunOptions
 ) -> None:
-    pipeline.publish(recipe(version="v1"), options)
+    pipeline.publish(dense(version="v1"), options)
     before = oids(hub)
-    changed = recipe(version="v1", card={"license": "apache-2.0", "tags": ["other"]})
+    changed = dense(version="v1", card={"license": "apache-2.0", "tags": ["other"]})
     with pytest.raises(RemoteConflict, match="the tag v1 names another release"):
         pipeline.publish(changed, options)
     assert oids(hub) == before
@@ -242,14 +252,14 @@ def test_a_public_repository_is_no_place_for_a_private_release(
 
 
 def test_prose_of_people_survives(
-    hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions, tmp_path: Path
+    hub: HubServer, dense: Callable[..., Recipe], options: RunOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "there").mkdir()
     prose = "# Our bot\n\nPlease be kind to it.\t\n"
     (tmp_path / "there" / "README.md").write_text(prose)
     (tmp_path / "there" / "picture.png").write_bytes(b"picture")
     hub.add_repository("acme/bot-bf16", tmp_path / "there", private=True)
-    pipeline.publish(recipe(), options)
+    pipeline.publish(dense(), options)
     repository = hub.repositories["acme/bot-bf16"]
     assert prose.strip("\n") in repository.read("main", "README.md").decode()
     assert repository.read("main", "picture.png") == b"picture"
@@ -263,30 +273,32 @@ def test_a_whole_release_through_faults(recipe: Callable[..., Recipe], measured:
         assert all(receipt.proof for receipt in run.receipts)
 
 
-def test_a_killed_release_goes_on(recipe: Callable[..., Recipe], measured: Path, tmp_path: Path) -> None:
+def test_a_killed_release_goes_on(dense: Callable[..., Recipe], measured: Path, tmp_path: Path) -> None:
     """SIGTERM while a shard is on its way: exit 143, nothing on the branch; the next run publishes once.
 
     Until then, a second run in the same folder is told so.
     """
     out = Path(shutil.copytree(measured, tmp_path / "out"))
-    facts = recipe(version="v1").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    facts = dense(version="v1").model_dump(mode="json", by_alias=True, exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(json.dumps(facts))
-    words = [sys.executable, "-m", "qlora_export", "publish", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    words = ["-m", "qlora_export", "publish", str(tmp_path / "recipe.yaml"), "--out", str(out)]
     with HubServer(faults=["put-slow:60"]) as hub:
         variables = {**os.environ, **environment(hub)}
-        process = subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         deadline = time.monotonic() + 60
         while not [record for record in hub.requests if "lfs/objects/batch" in record.path]:
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        rival = subprocess.run(words, env=variables, check=False, capture_output=True, text=True)
+        rival = forked(*words, env=variables)
         assert (rival.returncode, "another run is" in rival.stderr) == (ExitCode.USAGE, True), rival.stderr
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == ExitCode.TERMINATED, told
         assert len(oids(hub)) == 1
-        result = subprocess.run(words, env=variables, check=False, capture_output=True, text=True)
+        result = forked(*words, env=variables)
         assert result.returncode == 0, result.stderr
         assert len(oids(hub)) == 2
 
@@ -296,34 +308,32 @@ import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(name)
-if name.endswith("adapter"):
-    model = PeftModel.from_pretrained(model, name, subfolder="adapter")
-    assert any("lora_A" in key for key in model.state_dict())
-    assert model.base_model.model.config.quantization_config is not None
-print(len(AutoTokenizer.from_pretrained(name)), sum(parameter.numel() for parameter in model.parameters()))
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name)
+    if name.endswith("adapter"):
+        model = PeftModel.from_pretrained(model, name, subfolder="adapter")
+        assert any("lora_A" in key for key in model.state_dict())
+        assert model.base_model.model.config.quantization_config is not None
+    print(len(AutoTokenizer.from_pretrained(name)), sum(parameter.numel() for parameter in model.parameters()))
 """
 
 
 def test_users_load_it_by_its_hub_id(hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions) -> None:
     run = pipeline.publish(recipe(), options)
-    for receipt in run.receipts:
-        result = subprocess.run(
-            [sys.executable, "-c", LOADING, receipt.destination],
-            env={**os.environ, **environment(hub), "HF_HOME": str(options.out / "home"), "HF_HUB_DISABLE_XET": "1"},
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert result.stdout.startswith("2048 ")
+    result = fresh(
+        "-c",
+        LOADING,
+        *(receipt.destination for receipt in run.receipts),
+        env={**os.environ, **environment(hub), "HF_HOME": str(options.out / "home"), "HF_HUB_DISABLE_XET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["2048", "2048"]
 
 
 def test_anybody_verifies_it(
-    hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions, pico_text: Path, tmp_path: Path
+    hub: HubServer, dense: Callable[..., Recipe], options: RunOptions, pico_text: Path, tmp_path: Path
 ) -> None:
-    (receipt, _) = pipeline.publish(recipe(), options).receipts
+    (receipt,) = pipeline.publish(dense(), options).receipts
     client = Client(environment(hub))
     found = verify(f"acme/bot-bf16@{receipt.commit}", Wanted(text=pico_text), client)
     assert (found.commit, found.files) == (receipt.commit, found.listed)
@@ -342,11 +352,11 @@ def test_anybody_verifies_it(
         verify("acme/bot-bf16", Wanted(), client)
 
 
-def test_a_signed_release(hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions, tmp_path: Path) -> None:
+def test_a_signed_release(hub: HubServer, dense: Callable[..., Recipe], options: RunOptions, tmp_path: Path) -> None:
     private, public = key_pair(tmp_path)
-    asked = recipe(sign=f"key:{private}")
+    asked = dense(sign=f"key:{private}")
     first = pipeline.publish(asked, options)
-    assert [receipt.changed for receipt in pipeline.publish(asked, options).receipts] == [False, False]
+    assert [receipt.changed for receipt in pipeline.publish(asked, options).receipts] == [False]
     client = Client(environment(hub))
     found = verify(f"acme/bot-bf16@{first.receipts[0].commit}", Wanted(signer=f"key:{public}"), client)
     assert found.signature.startswith("good")
@@ -371,13 +381,13 @@ def key_pair(folder: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def test_a_proof_that_fails_gets_no_version(hub: HubServer, recipe: Callable[..., Recipe], options: RunOptions) -> None:
+def test_a_proof_that_fails_gets_no_version(hub: HubServer, dense: Callable[..., Recipe], options: RunOptions) -> None:
     path = options.out / "report.json"
     report = json.loads(path.read_text())
     report["artifacts"][0]["sample"]["nll"] += 0.1
     path.write_text(json.dumps(report))
     with pytest.raises(VerifyMismatch, match="the release measured"):
-        pipeline.publish(recipe(version="v1"), options)
+        pipeline.publish(dense(version="v1"), options)
     assert not hub.repositories["acme/bot-bf16"].tags
 
 
