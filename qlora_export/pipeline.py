@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import catalog, engine
+from qlora_export.calibrating import calibrated, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import DEFAULT_LIMITS, recall
 from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
@@ -30,7 +31,7 @@ from qlora_export.engine import Engine
 from qlora_export.engine.building import locked
 from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
 from qlora_export.pinned import require_pinned, require_pinned_bytes
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning import ArtifactPlan, Plan, make_plan
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove
 from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Recipe
@@ -91,6 +92,9 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     if options.pinned is not None:
         require_pinned(plan, options.pinned)
     require(plan)
+    waiting = to_calibrate(plan, options.out)
+    if waiting:
+        plan = _calibrated(plan, waiting, options)
     with options.track("build") as progress:
         limits = engine.BuildOptions(
             options.workers,
@@ -100,6 +104,7 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
             accelerator=options.accelerator,
         )
         built = engine.build(plan, options.out, limits)
+    forget(waiting, options.out)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):
@@ -107,6 +112,19 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     if options.pinned is not None:
         require_pinned_bytes(built, options.pinned)
     return Run(plan, tuple(made[item.name] for item in recipe.artifacts))
+
+
+def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) -> Plan:
+    """Decide what is rounded by calibration, alone in the run folder."""
+    from qlora_export.calibrate.running import CalibrationOptions
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    tokens = tokens_of(plan.recipe, FolderTokenizer(tokenizer_folder(plan)))
+    _require_in_vocabulary([max(window) for window in tokens.windows], plan)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        chosen = CalibrationOptions(options.out, options.accelerator or "cpu")
+        return calibrated(plan, items, tokens, chosen, options.track)
 
 
 def check(recipe: Recipe, options: RunOptions) -> Run:
@@ -222,7 +240,7 @@ def _tokens(run: Run, text: DriftText) -> TokenSet:
 
     drift = run.plan.recipe.drift or DriftRecipe(text="")
     tokens = token_set(text, FolderTokenizer(_tokenizer_folder(run)), drift.window_tokens, drift.tokens)
-    _require_in_vocabulary(tokens, run.plan)
+    _require_in_vocabulary([max(window.tokens) for window in tokens.windows], run.plan)
     return tokens
 
 
@@ -232,10 +250,10 @@ def _tokenizer_folder(run: Run) -> Path:
     return next(shipped, run.plan.checkpoint.folder)
 
 
-def _require_in_vocabulary(tokens: TokenSet, plan: Plan) -> None:
+def _require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None:
     """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
     rows = plan.model.settings.get("vocab_size", plan.checkpoint.text_config.get("vocab_size"))
-    highest = max(max(window.tokens) for window in tokens.windows)
+    highest = max(highest_of_windows)
     if isinstance(rows, int) and highest >= rows:
         raise InputError(
             f"{plan.checkpoint.folder}: token {highest} of the text has no row in an embedding of {rows}",

@@ -310,5 +310,15 @@ def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:
         "onto": plan.onto,
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.layout.shards],
         "carried": {file.name: file.sha256() for file in plan.carried},
+        "calibration": _calibration(inputs.recipe) if plan.recipe.rounding in ("calibrated", "tuned") else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _calibration(recipe: Recipe) -> dict[str, Any] | None:
+    """The recipe's section on calibration, and the digests of texts that are files."""
+    if recipe.calibration is None:
+        return None
+    paths = {part.text: recipe.path(part.text) for part in recipe.calibration.parts}
+    digests = {text: CarriedFile(text, source=path).sha256() for text, path in paths.items() if path.is_file()}
+    return {**recipe.calibration.model_dump(), "sha256": digests}

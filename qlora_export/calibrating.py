@@ -1,0 +1,71 @@
+"""Rounding by calibration, before the build: which artifacts ask for it, on which tokens, and what becomes of the plan.
+
+A finished artifact is not calibrated again. What was decided lies in `OUT/NAME.calibrated` until the artifact is built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_export.calibrate.overlap import require_apart
+from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration
+from qlora_export.contracts import Tokenizer, Track
+from qlora_export.errors import UsageError
+from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.recipe import Recipe
+from qlora_export.sources.text import read_entries
+
+if TYPE_CHECKING:
+    from qlora_export.calibrate.running import CalibrationOptions
+
+CALIBRATED = ("calibrated", "tuned")
+
+
+def to_calibrate(plan: Plan, out: Path) -> list[ArtifactPlan]:
+    """The artifacts that are rounded by calibration and are not there yet."""
+    asked = [item for item in plan.artifacts if item.recipe.rounding in CALIBRATED]
+    return [item for item in asked if not os.path.lexists(out / item.name)]
+
+
+def tokens_of(recipe: Recipe, tokenizer: Tokenizer) -> CalibrationTokens:
+    """The tokens of the recipe's calibration; raises Refused where the text of drift stands in it."""
+    if recipe.calibration is None:
+        raise UsageError("the recipe has no calibration text", "add `calibration: {text: FILE}` or give --calibration")
+    texts = read_calibration(recipe.calibration, recipe.folder)
+    if recipe.drift is not None:
+        require_apart(texts, read_entries(recipe.drift.text, recipe.folder), recipe.drift.text)
+    return calibration_tokens(recipe.calibration, texts, tokenizer)
+
+
+def tokenizer_folder(plan: Plan) -> Path:
+    """Whose tokenizer the artifacts will have: the adapter's, where it came with one."""
+    adapter = plan.adapter
+    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
+        return adapter.folder
+    return plan.checkpoint.folder
+
+
+def calibrated(
+    plan: Plan, items: Sequence[ArtifactPlan], tokens: CalibrationTokens, options: CalibrationOptions, track: Track
+) -> Plan:
+    """The plan with the layers of these artifacts decided."""
+    from qlora_export.calibrate.running import calibrate
+
+    made = {}
+    for item in items:
+        with track(f"calibrate {item.name}") as progress:
+            made[item.name] = calibrate(plan, item, tokens, replace(options, progress=progress))
+    changed = (replace(item, made=made[item.name]) if item.name in made else item for item in plan.artifacts)
+    return replace(plan, artifacts=tuple(changed), assumptions=(*plan.assumptions, *tokens.notes))
+
+
+def forget(items: Sequence[ArtifactPlan], out: Path) -> None:
+    """Remove what was kept for artifacts that are built now."""
+    from qlora_export.calibrate.store import SUFFIX, BlockStore
+
+    for item in items:
+        BlockStore(out / f"{item.name}{SUFFIX}", "").remove()
