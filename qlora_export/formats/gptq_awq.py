@@ -10,7 +10,7 @@ w' = (nibble - zero) * scale, zero 8 for gptq. A scale is a value of the model's
 that a loader that casts it to the one it computes in changes nothing. For 16-bit models `gptq` has the integers of
 `w4a16`.
 Words of a tensor are interleaved over its rows, so an encoder holds half a byte a weight until the seal.
-Sources: AutoGPTQ `checkpoint_format: gptq`, AutoAWQ `version: gemm`. Cost: 4.25 bits a weight in groups of 128.
+Sources: AutoGPTQ `checkpoint_format: gptq`, AutoAWQ `version: gemm`. Cost: 4.16 bits a weight in groups of 128.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.errors import InputError, UsageError
 from qlora_export.quant import integers
@@ -39,6 +39,7 @@ from qlora_export.quant.column_packing import (
 )
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.integers import Grid
+from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 
 GROUP_SIZES = (32, 64, 128)
@@ -56,6 +57,16 @@ class Interleaved:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = False
+    searches: bool = False
+
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        """Scales are searched on symmetric grids alone."""
+        return ("search",) if self.grid.symmetric else ()
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Interleaved:
+        """With scales that a search finds."""
+        return replace(self, searches=rounding == "search")
 
     @property
     def dense_dtype(self) -> str:
@@ -142,6 +153,8 @@ class InterleavedEncoder:
         grid = self._layout.grid
         rows = self._rounded(values)
         scales, zeros = integers.fit(rows, grid)
+        if self._layout.searches:
+            scales = search_groups(rows, scales, grid)
         scales = self._in_half(scales)
         codes = np.empty(rows.shape, np.int8)
         held, last_row = self._held, first_row + len(rows)
