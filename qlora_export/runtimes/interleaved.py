@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.errors import InputError
+from qlora_export.runtimes.loading import quietly_loading
 
 METHODS = ("gptq", "awq")
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -41,22 +42,28 @@ def stated_method(folder: Path) -> str | None:
 
 def load_interleaved(folder: Path) -> Any:
     """The model with dense weights; raises InputError for a folder that is not as it states."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    stated = dict(config.quantization_config)
+    with quietly_loading(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        stated = dict(config.quantization_config)
+        _require_known(folder, stated)
+        del config.quantization_config
+        tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
+        dense = decoded(tensors, stated["quant_method"], config.dtype or torch.float32)
+        with torch.device("meta"):
+            kind = type(transformers.AutoModelForCausalLM.from_config(config))
+        model = kind.from_pretrained(None, config=config, state_dict=dense, dtype="auto", device_map={"": "cpu"})
+    return model.eval()
+
+
+def _require_known(folder: Path, stated: Mapping[str, Any]) -> None:
     for key, value in EXPECTED[stated["quant_method"]].items():
         if stated.get(key) != value:
             raise InputError(
                 f"{folder}: quantization_config has {key} {stated.get(key)!r}, expected {value!r}",
                 "build the artifact again; config.json and weights do not belong together",
             )
-    del config.quantization_config
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    dense = decoded(tensors, stated["quant_method"], config.dtype or torch.float32)
-    with torch.device("meta"):
-        kind = type(transformers.AutoModelForCausalLM.from_config(config))
-    return kind.from_pretrained(None, config=config, state_dict=dense, dtype="auto", device_map={"": "cpu"}).eval()
 
 
 def decoded(tensors: dict[str, torch.Tensor], method: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

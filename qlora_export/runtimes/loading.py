@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,25 @@ TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 def load_causal_lm(folder: Path, **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` on the CPU, without output; raises InputError when it does not load."""
+    # What is turned aside are bars of compressed-tensors, which nothing else turns off.
+    with quietly_loading(folder), redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
+        )
+    return model.eval()
+
+
+@contextmanager
+def quietly_loading(folder: Path) -> Iterator[None]:
+    """Without bars and warnings of transformers; whatever it says of the folder becomes an InputError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # bars of compressed-tensors, which nothing else turns off
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
-            )
+        yield
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise InputError(
             f"{folder}: transformers cannot load it: {_first_line(error)}", "is the folder complete?"
         ) from error
-    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

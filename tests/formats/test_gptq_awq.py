@@ -146,9 +146,13 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_runtime_computes_with_the_bytes_of_the_folder(released: Any, name: str) -> None:
+def test_the_runtime_computes_with_the_bytes_of_the_folder(
+    released: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, item, artifact = released(f"{name}-kept")
+    capsys.readouterr()
     shipped = load_interleaved(artifact.path)
+    assert capsys.readouterr() == ("", "")
     assert shipped.dtype == torch.bfloat16
     tensors = load_file(artifact.path / "model.safetensors")
     for module, route in ((key.removesuffix(".weight"), item.routes[key]) for key in item.routes):
@@ -226,7 +230,10 @@ def test_a_folder_that_is_not_as_it_states_does_not_open(released: Any, tmp_path
     edit_json(folder / "config.json", quantization_config={**stated, "checkpoint_format": "gptq_v2"})
     with pytest.raises(InputError, match="has checkpoint_format 'gptq_v2', expected 'gptq'"):
         load_interleaved(folder)
-    edit_json(folder / "config.json", quantization_config=stated)
+    edit_json(folder / "config.json", quantization_config=stated, hidden_size=32)
+    with pytest.raises(InputError, match="transformers cannot load it"):
+        load_interleaved(folder)
+    edit_json(folder / "config.json", quantization_config=stated, hidden_size=64)
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.scales"))
     with pytest.raises(InputError, match="up_proj.qweight: there is no model.layers.0.mlp.up_proj.scales"):
         load_interleaved(folder)
