@@ -1,6 +1,7 @@
 """Rounding by calibration, before the build: which artifacts ask for it, on which tokens, and what becomes of the plan.
 
-A finished artifact is not calibrated again. What was decided lies in `OUT/NAME.calibrated` until the artifact is built.
+A finished artifact is not calibrated again. What was decided lies in `OUT/DIGEST.calibrated` until
+the artifact is built.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qlora_export.recipe import Recipe
 from qlora_export.sources.text import read_entries
 
 if TYPE_CHECKING:
-    from qlora_export.calibrate.running import CalibrationOptions
+    from qlora_export.calibrate.passing import CalibrationOptions
 
 CALIBRATED = ("calibrated", "tuned")
 
@@ -63,9 +64,9 @@ def calibrated(
     return replace(plan, artifacts=tuple(changed), assumptions=(*plan.assumptions, *tokens.notes))
 
 
-def forget(items: Sequence[ArtifactPlan], out: Path) -> None:
+def forget(out: Path) -> None:
     """Remove what was kept for artifacts that are built now."""
-    from qlora_export.calibrate.store import SUFFIX, BlockStore
+    from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
 
-    for item in items:
-        BlockStore(out / f"{item.name}{SUFFIX}", "").remove()
+    for folder in folders_of_blocks(out):
+        remove_blocks(folder)

@@ -15,33 +15,31 @@ from typing import Any
 from qlora_export import catalog, engine
 from qlora_export.calibrating import calibrated, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
-from qlora_export.drift.gate import DEFAULT_LIMITS, recall
-from qlora_export.drift.ledger import Ledger, References, enter, make_ledger
-from qlora_export.drift.measure import (
-    ReferenceProbabilities,
-    keep_reference,
-    measure,
-    measure_reference,
-    reference_probabilities,
-)
+from qlora_export.drift.gate import recall
+from qlora_export.drift.ledger import Ledger, References, make_ledger
+from qlora_export.drift.measure import ReferenceProbabilities, reference_probabilities
 from qlora_export.drift.reference import require_reference
-from qlora_export.drift.survival import survival
-from qlora_export.drift.tokens import TokenSet, token_set
 from qlora_export.engine import Engine
 from qlora_export.engine.building import locked
-from qlora_export.errors import ExportError, GateFailed, InputError, UsageError
+from qlora_export.errors import ExportError, GateFailed, UsageError
+from qlora_export.measuring import (
+    drift_text,
+    drift_tokens,
+    measure_artifact,
+    measure_references,
+    require_in_vocabulary,
+)
 from qlora_export.pinned import require_pinned, require_pinned_bytes
 from qlora_export.planning import ArtifactPlan, Plan, make_plan
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove
-from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Recipe
+from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Run
 from qlora_export.runtimes.opening import open_artifact
 from qlora_export.settling import require_evidence, settle
 from qlora_export.sources.locate import hub_id_of_base
-from qlora_export.sources.text import DriftText, read_text
 
 
 @contextmanager
@@ -104,7 +102,8 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
             accelerator=options.accelerator,
         )
         built = engine.build(plan, options.out, limits)
-    forget(waiting, options.out)
+    if waiting:
+        forget(options.out)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):
@@ -116,11 +115,11 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) -> Plan:
     """Decide what is rounded by calibration, alone in the run folder."""
-    from qlora_export.calibrate.running import CalibrationOptions
+    from qlora_export.calibrate.passing import CalibrationOptions
     from qlora_export.runtimes.loading import FolderTokenizer
 
     tokens = tokens_of(plan.recipe, FolderTokenizer(tokenizer_folder(plan)))
-    _require_in_vocabulary([max(window) for window in tokens.windows], plan)
+    require_in_vocabulary([max(window) for window in tokens.windows], plan)
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         chosen = CalibrationOptions(options.out, options.accelerator or "cpu")
@@ -133,12 +132,12 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
-    text = _drift_text(recipe)
+    text = drift_text(recipe)
     run = _build(recipe, options, require)
-    tokens = _tokens(run, text)
+    tokens = drift_tokens(run.plan, run.artifacts, text)
     with reference_probabilities(options.out, tokens) as store:
-        references = _measure_references(run.plan, store, options)
-        ledger = _measure_artifacts(run, references, tokens, store, options)
+        references = measure_references(run.plan, store, options.track)
+        ledger = _measure_artifacts(run, references, store, options)
     return Run(run.plan, run.artifacts, ledger)
 
 
@@ -219,7 +218,8 @@ def _proven(
     run: Run, receipts: Sequence[Receipt], recorded: Mapping[str, Any], publisher: Publisher, options: RunOptions
 ) -> list[Receipt]:
     """The receipts with the proof of each: fetched, compared, opened, and its sample repeated."""
-    tokens = _tokens(run, _drift_text(run.plan.recipe)) if run.plan.recipe.drift else None
+    recipe = run.plan.recipe
+    tokens = drift_tokens(run.plan, run.artifacts, drift_text(recipe)) if recipe.drift else None
     proven = []
     for receipt in receipts:
         sample = recorded_sample(recorded, receipt.artifact)
@@ -228,70 +228,9 @@ def _proven(
     return proven
 
 
-def _drift_text(recipe: Recipe) -> DriftText:
-    if recipe.drift is None:
-        raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
-    return read_text(recipe.drift.text, recipe.folder)
-
-
-def _tokens(run: Run, text: DriftText) -> TokenSet:
-    """The tokens that every model of the run is measured on."""
-    from qlora_export.runtimes.loading import FolderTokenizer
-
-    drift = run.plan.recipe.drift or DriftRecipe(text="")
-    tokens = token_set(text, FolderTokenizer(_tokenizer_folder(run)), drift.window_tokens, drift.tokens)
-    _require_in_vocabulary([max(window.tokens) for window in tokens.windows], run.plan)
-    return tokens
-
-
-def _tokenizer_folder(run: Run) -> Path:
-    """The first artifact that ships a tokenizer, else the base."""
-    shipped = (artifact.path for artifact in run.artifacts if (artifact.path / "tokenizer_config.json").is_file())
-    return next(shipped, run.plan.checkpoint.folder)
-
-
-def _require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None:
-    """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
-    rows = plan.model.settings.get("vocab_size", plan.checkpoint.text_config.get("vocab_size"))
-    highest = max(highest_of_windows)
-    if isinstance(rows, int) and highest >= rows:
-        raise InputError(
-            f"{plan.checkpoint.folder}: token {highest} of the text has no row in an embedding of {rows}",
-            "the adapter's tokenizer has more tokens than the base: was the vocabulary resized in training?",
-        )
-
-
-def _measure_references(plan: Plan, store: ReferenceProbabilities, options: RunOptions) -> References:
-    """Measure the live model of training with the adapter, without it, and merged."""
-    if plan.adapter is None:
-        opening = catalog.load_runtime("transformers").open(plan.checkpoint.folder)
-        with opening as session, options.track("measure the model") as progress:
-            keep_reference(session, store, progress)
-        return References(measure_reference("the model", store))
-
-    from qlora_export.runtimes.as_trained import open_as_trained
-
-    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
-    with options.track("measure as trained") as progress:
-        keep_reference(live.tuned(), store, progress)
-    with live.base() as session, options.track("measure the base") as progress:
-        base = measure("base", "transformers", session, store, progress)
-    with live.merged() as session, options.track("measure merged") as progress:
-        merged = measure("merged", "transformers", session, store, progress)
-    return References(measure_reference("as trained", store), base, merged)
-
-
-def _measure_artifacts(
-    run: Run, references: References, tokens: TokenSet, store: ReferenceProbabilities, options: RunOptions
-) -> Ledger:
+def _measure_artifacts(run: Run, references: References, store: ReferenceProbabilities, options: RunOptions) -> Ledger:
     entries = []
-    defaults = run.plan.recipe.drift.limits.over(DEFAULT_LIMITS) if run.plan.recipe.drift else DEFAULT_LIMITS
-    planned = {item.name: item for item in run.plan.artifacts}
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
-        runtime = str(artifact.manifest["runtime"])
-        with open_artifact(artifact, run.plan) as session, options.track(f"measure {artifact.name}") as progress:
-            measured = measure(artifact.name, runtime, session, store, progress)
-        kept = survival(run.plan, planned[artifact.name], artifact) if artifact.name in planned else {}
-        limits = recipe.limits.over(defaults)
-        entries.append(enter(artifact, recipe, measured, kept, references, limits, tokens))
-    return make_ledger(tokens, references, tuple(entries))
+        with open_artifact(artifact, run.plan) as session:
+            entries.append(measure_artifact(run.plan, artifact, recipe, session, references, store, options.track))
+    return make_ledger(store.tokens, references, tuple(entries))

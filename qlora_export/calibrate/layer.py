@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_export.calibrate.parameters import LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
-from qlora_export.contracts import Chosen, Float32, GridFormat, LevelGrid
+from qlora_export.contracts import Chosen, Float32, GridFormat, LevelGrid, TensorSpec
 from qlora_export.quant.four_bit import NF4
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
@@ -47,33 +47,40 @@ def round_layer(
     solution = solve(layer, _grid(level_grid, lambda scales: scales), _starts(level_grid, found, device), method)
     if solution is None:
         return "the second moments of its inputs are singular"
-    parts = assembled(form, found, solution)
-    values = served(form, found, parts, compute_dtype)
+    parts = assembled(form, found.spec, solution.grid, solution.codes, solution.scales)
+    values = served(form, found.spec, parts, compute_dtype)
     facts = _facts(layer, solution, torch.from_numpy(values).to(device))
     return RoundedLayer(parts, values, facts)
 
 
-def assembled(form: GridFormat, found: LayerValues, solution: Solution) -> Parts:
-    """The bytes of every part."""
-    rule = solution.grid.rule
-    nested = rule if isinstance(rule, NestedScales) else None
+def assembled(form: GridFormat, spec: TensorSpec, grid: Grid, codes: Tensor, scales: Tensor) -> Parts:
+    """The bytes of every part, from codes [rows, columns] and scales [rows, groups] on a grid."""
+    nested = grid.rule if isinstance(grid.rule, NestedScales) else None
     chosen = Chosen(
-        solution.codes.to(torch.uint8).cpu().numpy(),
-        np.ascontiguousarray(solution.scales.cpu().numpy()),
+        codes.to(torch.uint8).cpu().numpy(),
+        np.ascontiguousarray(scales.cpu().numpy()),
         nested.offset if nested else 0.0,
         nested.nested_absmax.cpu().numpy() if nested else None,
     )
     return {
-        piece.part: np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8)
-        for piece in form.assemble(found.spec, chosen)
+        piece.part: np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8) for piece in form.assemble(spec, chosen)
     }
 
 
-def served(form: GridFormat, found: LayerValues, parts: Parts, compute_dtype: str) -> Float32:
+def served(form: GridFormat, spec: TensorSpec, parts: Parts, compute_dtype: str) -> Float32:
     """The weight [out, in] as it is multiplied with."""
-    decoded: Float32 = round_to(form.decode(found.spec, parts, range(found.spec.rows)), compute_dtype)
-    shaped: Float32 = decoded.reshape(found.spec.rows, found.spec.columns)
+    decoded: Float32 = round_to(form.decode(spec, parts, range(spec.rows)), compute_dtype)
+    shaped: Float32 = decoded.reshape(spec.rows, spec.columns)
     return shaped
+
+
+def stored_grid(level_grid: LevelGrid, chosen: Chosen) -> Grid:
+    """The grid that stored parts lie on, with the second level they have."""
+    if chosen.nested_absmax is not None:
+        return _grid(level_grid, NestedScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
+    if level_grid.scales in SIXTEEN_BIT:
+        return _grid(level_grid, sixteen_bit_scales(SIXTEEN_BIT[level_grid.scales]))
+    return _grid(level_grid, lambda scales: scales)
 
 
 def _facts(layer: Layer, solution: Solution, values: Tensor) -> dict[str, Any]:

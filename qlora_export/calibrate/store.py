@@ -1,6 +1,6 @@
 """What is decided for each decoder block, kept until the artifact is built, so that a killed run goes on where it was.
 
-    OUT/NAME.calibrated/block-0007.safetensors   the parts of the block's layers as bytes; in the metadata, which run
+    OUT/DIGEST.calibrated/block-0007.safetensors  the parts of the block's layers as bytes; in the metadata, which run
                                                  they belong to and the facts of each layer
 
 A file appears whole or not at all: it is written under another name, brought to the disk, and renamed.
@@ -34,10 +34,15 @@ class KeptBlock:
 
 @dataclass(frozen=True)
 class BlockStore:
-    """The blocks of one artifact, all of the run with this digest."""
+    """The blocks of one way to round a model, known by its digest; artifacts that differ beyond it share them."""
 
-    folder: Path
+    out: Path
     digest: str
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self.out / f"{self.digest[:16]}{SUFFIX}"
 
     def prepare(self) -> None:
         """Make the folder; raises UsageError where something else has its name."""
@@ -71,12 +76,18 @@ class BlockStore:
         unfinished.rename(path)
         return KeptBlock(read_header(path), facts)
 
-    def remove(self) -> None:
-        """Remove what this kind of run leaves."""
-        for pattern in ("block-*.safetensors", "block-*.unfinished"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-        self.folder.rmdir()
-
     def _path(self, number: int) -> Path:
         return self.folder / f"block-{number:04d}.safetensors"
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove what this kind of run leaves in a folder, and the folder."""
+    for pattern in ("block-*.safetensors", "block-*.unfinished"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    folder.rmdir()
+
+
+def folders_of_blocks(out: Path) -> list[Path]:
+    """The folders of blocks in a run folder."""
+    return sorted(path for path in out.glob(f"*{SUFFIX}") if path.is_dir() and not path.is_symlink())

@@ -1,0 +1,55 @@
+"""The linear layers of a decoder block that an artifact's format has a grid for, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_export.calibrate.layer import Parts
+from qlora_export.calibrate.parameters import Parameters
+from qlora_export.calibrate.store import KeptBlock
+from qlora_export.contracts import Float32, GridFormat, TensorSpec
+from qlora_export.planning import ArtifactPlan
+from qlora_export.tensors.reading import SourceFiles
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A linear layer to round: its name within the block, its stored name, its format, and the layer [out, in].
+
+    A `turned` layer is stored [in, out], and so is its live parameter.
+    """
+
+    name: str
+    stored: str
+    form: GridFormat
+    spec: TensorSpec
+    turned: bool
+
+    def as_live(self, values: Float32, device: torch.device) -> Tensor:
+        """The weight [out, in] as the live parameter holds it."""
+        return torch.from_numpy(np.ascontiguousarray(values.T if self.turned else values)).to(device)
+
+
+def subjects_of(block: Any, prefix: str, item: ArtifactPlan, parameters: Parameters) -> dict[str, Subject]:
+    """The layers of a block, whose name in the model is `prefix`, by their names within it."""
+    found = {}
+    for name, _ in block.named_modules():
+        stored = parameters.stored(f"{prefix}.{name}.weight")
+        route = item.routes.get(stored) if stored is not None else None
+        if stored is not None and route is not None and isinstance(route.form, GridFormat) and route.form.quantises:
+            found[name] = Subject(name, stored, route.form, route.spec, route.output.transposed)
+    return found
+
+
+def raw_parts(kept: KeptBlock, subject: Subject) -> Parts | None:
+    """The bytes that were decided for a layer; None when it was left to its format."""
+    names = [part.name for part in subject.form.parts(subject.spec)]
+    if not all(name in kept.parts for name in names):
+        return None
+    with SourceFiles() as files:
+        return {name: files.read_bytes(kept.parts[name], 0, kept.parts[name].bytes) for name in names}

@@ -1,0 +1,73 @@
+"""The whole model in memory, trained and rounded, to tune the scales of what was decided block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_export.calibrate.activations import Batch, batches_of
+from qlora_export.calibrate.decoder import DTYPES, Decoder, give
+from qlora_export.calibrate.layer import Parts, assembled, stored_grid
+from qlora_export.calibrate.parameters import Parameters
+from qlora_export.calibrate.passing import CalibrationOptions
+from qlora_export.calibrate.store import KeptBlock
+from qlora_export.calibrate.subjects import Subject, raw_parts
+from qlora_export.calibrate.text import CalibrationTokens
+from qlora_export.calibrate.tuning import TunedLayer, tune
+
+Facts = dict[str, dict[str, Any]]
+
+
+def tuned(
+    decoder: Decoder,
+    parameters: Parameters,
+    subjects: Mapping[str, Subject],
+    kept: KeptBlock,
+    tokens: CalibrationTokens,
+    options: CalibrationOptions,
+    compute_dtype: str,
+) -> tuple[Parts, Facts]:
+    """The parts of these layers, by their names in the model, with scales tuned on it, and what tuning brought."""
+    device = torch.device(options.device)
+    model = _trained_model(decoder, parameters, device)
+    layers = {
+        name: _tuned_layer(subject, raw, compute_dtype, device)
+        for name, subject in subjects.items()
+        if (raw := raw_parts(kept, subject)) is not None
+    }
+    batches = [
+        Batch(batch.tokens.to(device), batch.valid.to(device))
+        for batch in batches_of(tokens.windows, options.tuning.batch_tokens)
+    ]
+    result = tune(model, layers, batches, options.tuning, options.progress)
+    parts: Parts = {}
+    for name, layer in layers.items():
+        subject = subjects[name]
+        parts |= assembled(subject.form, subject.spec, layer.grid, layer.codes, result.scales[name])
+    facts = {"mean_kl_before_nats": result.before, "mean_kl_after_nats": result.after, "step": result.step}
+    return parts, {"tuning": facts}
+
+
+def _trained_model(decoder: Decoder, parameters: Parameters, device: torch.device) -> Any:
+    model = decoder.model
+    give(model, "", decoder, parameters, device)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight.is_meta:
+        head.weight = embedding.weight
+    return model.to(device)
+
+
+def _tuned_layer(subject: Subject, raw: Parts, compute_dtype: str, device: torch.device) -> TunedLayer:
+    chosen, level_grid = subject.form.chosen(subject.spec, raw), subject.form.grid(subject.spec)
+    if level_grid is None:
+        raise ValueError(f"{subject.stored}: decided without a grid")
+    return TunedLayer(
+        stored_grid(level_grid, chosen),
+        torch.from_numpy(chosen.codes.astype(np.int64)).to(device),
+        torch.from_numpy(np.array(chosen.scales)).to(device),
+        DTYPES[compute_dtype],
+        subject.turned,
+    )
