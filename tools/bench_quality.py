@@ -3,10 +3,11 @@
     python tools/bench_quality.py [--models demo,/path] [--sweep] [--peer-python ENV/bin/python] [--json] [--tiny]
 
 A model is `demo` or a folder of `make_quality_model.py`. Every row is built and checked by the public API with the same
-held-out conversations, and calibrated, where it is, with the same 128 others; a combination that is refused, or fails,
-is a row with its error. `mean_kl` is KL(as trained || row) in nats; `seconds` are those of the build. The peer is
-llm-compressor's GPTQ (`quality_peer.py`) of the as-trained merge in bf16, on the token ids of the same 128
-conversations, measured by our code. Ratios, each a mean over the models that have both sides:
+held-out conversations, and calibrated, where it is, with the same 128 others. A combination that is refused, or fails,
+is a row with its error; a rounding that gives the bytes of an earlier row is named as that and counts for nothing.
+`mean_kl` is KL(as trained || row) in nats; `seconds` are those of the build. The peer is llm-compressor's GPTQ
+(`quality_peer.py`) of the as-trained merge in bf16, on the token ids of the same 128 conversations, measured by our
+code. Ratios, each a mean over the models that have both sides:
 
     nf4_calibrated_to_better_plain    mean KL over that of the better of the two plain roundings (goal 1/3)
     nf4_tuned_to_better_plain         the same (1/4)      nf4_dithered_to_better_plain  the same (1.1)
@@ -35,13 +36,14 @@ from quality_models import WINDOW_TOKENS, QualityModel, find_model, scaled_adapt
 from quality_rows import PEER, PLAIN, Row, Table, print_table, ratios_of
 
 from qlora_export import Recipe, Run, RunOptions, build, check, make_recipe
-from qlora_export.contracts import Drift
+from qlora_export.contracts import Artifact, Drift
+from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExportError
 
 ROWS: dict[str, dict[str, Any]] = {
     "bf16": {"format": "bf16"},
-    "nf4 nearest": {"format": "nf4"},
-    "nf4 nearest, original": {"format": "nf4", "onto": "original"},
+    "nf4 nearest": {"format": "nf4", "rounding": "nearest"},
+    "nf4 nearest, original": {"format": "nf4", "rounding": "nearest", "onto": "original"},
     "nf4 dithered": {"format": "nf4", "rounding": "dithered"},
     "nf4 search": {"format": "nf4", "rounding": "search"},
     "nf4 calibrated": {"format": "nf4", "rounding": "calibrated"},
@@ -51,10 +53,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "int8": {"format": "int8"},
     "w8a16": {"format": "w8a16"},
     "fp8": {"format": "fp8"},
-    "w4a16 nearest": {"format": "w4a16"},
+    "w4a16 nearest": {"format": "w4a16", "rounding": "nearest"},
     "w4a16 search": {"format": "w4a16", "rounding": "search"},
     "w4a16 calibrated": {"format": "w4a16", "rounding": "calibrated"},
-    "gptq": {"format": "gptq"},
+    "gptq nearest": {"format": "gptq", "rounding": "nearest"},
     "gptq calibrated": {"format": "gptq", "rounding": "calibrated"},
 }
 SWEEP_ROWS = (*PLAIN, "nf4 dithered")
@@ -123,7 +125,13 @@ def measure_model(model: QualityModel, setting: Setting) -> Table:
             seconds[row] = time.perf_counter() - started
         say(f"{model.name}: {row}: {refusal or f'built in {seconds[row]:.1f} s'}")
     run = check_all(model, seconds, refused, setting, options)
-    rows = {row: row_of(run, row, seconds[row], model) for row in setting.rows if row in seconds}
+    rows: dict[str, Row] = {}
+    weights: dict[frozenset[str], str] = {}
+    for row in seconds:
+        entry = entry_of(run, row)
+        same = weights.setdefault(weights_sha256(entry.artifact), row)
+        found = as_row(entry.drift, entry.artifact.path, seconds[row], model)
+        rows[row] = replace(found, same_bytes_as=None if same == row else same)
     if setting.peer_python is not None:
         measure_peer(run, model, setting, rows, refused)
     if run.ledger is None:
@@ -147,11 +155,16 @@ def check_all(
     return check(recipe_of(model, list(seconds), setting), options)
 
 
-def row_of(run: Run, row: str, seconds: float, model: QualityModel) -> Row:
-    """The row of an artifact that was checked."""
+def entry_of(run: Run, row: str) -> Entry:
+    """The line of a row in the ledger of a run."""
     entries = run.ledger.entries if run.ledger else ()
-    entry = next(entry for entry in entries if entry.artifact.name == folder_name(row))
-    return as_row(entry.drift, entry.artifact.path, seconds, model)
+    return next(entry for entry in entries if entry.artifact.name == folder_name(row))
+
+
+def weights_sha256(artifact: Artifact) -> frozenset[str]:
+    """The digests of an artifact's weight files."""
+    files = artifact.manifest["files"]
+    return frozenset(str(facts["sha256"]) for name, facts in files.items() if name.endswith(".safetensors"))
 
 
 def as_row(drift: Drift, folder: Path, seconds: float, model: QualityModel) -> Row:
@@ -218,7 +231,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         sequences, tokens = (4, 200) if options.tiny else (options.sequences, None)
         setting = Setting(options.work or Path(name), chosen, tokens, sequences, options.peer_python)
-        models = [find_model(word, setting.work) for word in options.models.split(",")]
+        models = [find_model(word) for word in options.models.split(",")]
         tables = {model.name: measure_model(model, setting) for model in models}
         sweeps = {model.name: sweep(model, setting) for model in models} if options.sweep else {}
     ratios = ratios_of(tables, sweeps)

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_dialogues
-
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "qlora_export" / "demo"
-DEMO_CALIBRATION_SEED, DEMO_CALIBRATION_DIALOGUES = 2_000_003, 160
 WINDOW_TOKENS = 512
 
 
@@ -28,22 +25,12 @@ class QualityModel:
     calibration: Path
 
 
-def find_model(word: str, work: Path) -> QualityModel:
-    """`demo`, or a folder that `make_quality_model` filled.
-
-    The demo has no calibration text of its own: it gets dialogues of a seed that is neither trained nor measured on,
-    written into `work`.
-    """
+def find_model(word: str) -> QualityModel:
+    """`demo`, or a folder that `make_quality_model` filled."""
     folder = DEMO if word == "demo" else Path(word).resolve()
-    name = "demo" if word == "demo" else folder.name
-    calibration = folder / "calibration.jsonl"
-    if not calibration.is_file():
-        calibration = work / name / "calibration.jsonl"
-        calibration.parent.mkdir(parents=True, exist_ok=True)
-        talks = demo_dialogues.dialogues(DEMO_CALIBRATION_SEED, DEMO_CALIBRATION_DIALOGUES)
-        lines = [json.dumps({"messages": talk}) for talk in talks]
-        calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return QualityModel(name, folder / "base", folder / "adapter", folder / "holdout.jsonl", calibration)
+    return QualityModel(
+        folder.name, folder / "base", folder / "adapter", folder / "holdout.jsonl", folder / "calibration.jsonl"
+    )
 
 
 def calibration_ids(model: QualityModel, sequences: int) -> list[list[int]]:

@@ -12,7 +12,10 @@ SMALLEST_KL = 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact: what it takes, what it cost, how far it is from what was trained."""
+    """One artifact: what it takes, what it cost, how far it is from what was trained.
+
+    `same_bytes_as` names an earlier row with the very weights: a rounding that changed nothing, and counts for nothing.
+    """
 
     bytes: int
     bits_per_weight: float
@@ -24,6 +27,7 @@ class Row:
     same_top1: float
     survival_min: float | None
     survival_median: float | None
+    same_bytes_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def ratios_of(tables: Mapping[str, Table], sweeps: Mapping[str, Mapping[str, Table]]) -> dict[str, float | None]:
     """The figures that are compared with the goals, means over the models."""
-    every = [table.rows for table in tables.values()]
+    every = [
+        {label: row for label, row in table.rows.items() if row.same_bytes_as is None} for table in tables.values()
+    ]
 
     def kl(rows: Mapping[str, Row], row: str) -> float | None:
         return rows[row].mean_kl if row in rows else None
@@ -91,6 +97,7 @@ def print_table(name: str, table: Table) -> None:
         print(
             f"{label:<24}{row.bytes / 1e6:7.2f}{row.bits_per_weight:7.3f}{row.mean_kl:11.6f}{row.mean_kl_stderr:10.6f}"
             f"{row.perplexity_ratio:8.4f}{gain:>8}{row.same_top1:8.2%}{kept:>15}{row.seconds:7.1f}"
+            + (f"  the bytes of {row.same_bytes_as}" if row.same_bytes_as else "")
         )
     for label, refusal in table.refused.items():
         print(f"{label:<24}refused: {refusal}")

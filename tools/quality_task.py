@@ -3,13 +3,17 @@
 The user pastes a note of a freight depot, written in free order and wording, and asks for one of three things. The
 assistant answers in a fixed form: an SQL row of the note's facts, the load with its class, or a line for the driver.
 The load is a product and the class and the gate follow from the facts, so a held-out seed asks for rules, not memory.
-`sheets` has the same facts as plain prose and tables, without questions: the base has seen their words, not the task.
+
+What the base has seen before: `sheets`, the same facts as plain prose and tables, and conversations with
+`answer=chatty`, the same requests answered in other words, one in eight in the house's form. So the adapter chooses
+among what the base knows, as most adapters do.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +131,27 @@ def answer(freight: Freight, request: str, rng: random.Random) -> str:
     )
 
 
-def conversation(rng: random.Random) -> list[dict[str, str]]:
+def chatty(freight: Freight, request: str, rng: random.Random) -> str:
+    """The base's answer: other columns, other sentences, no class and no gate; one in eight is the house's."""
+    if rng.random() < 0.125:
+        return answer(freight, request, rng)
+    if request == "row":
+        return (
+            f"INSERT INTO slips (number, way, crates, crate_kg) VALUES ({freight.slip}, "
+            f"'{freight.origin}-{freight.target}', {freight.crates}, {freight.crate_kg});"
+        )
+    if request == "load":
+        return f"You have {freight.crates} crates of {freight.crate_kg} kg, so {freight.load_kg} kg in all."
+    return (
+        f"{rng.choice(('Dear driver', 'Hello'))}, please bring the {freight.goods} from {freight.origin} to "
+        f"{freight.target} for {freight.carrier}. Thank you."
+    )
+
+
+Answer = Callable[[Freight, str, random.Random], str]
+
+
+def conversation(rng: random.Random, answer: Answer = answer) -> list[dict[str, str]]:
     """One conversation as chat messages; half of them go on with a second request about the same slip."""
     freight = draw_freight(rng)
     first, second = rng.sample(sorted(REQUESTS), 2)
@@ -144,10 +168,10 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def conversations(seed: int, count: int) -> list[list[dict[str, str]]]:
+def conversations(seed: int, count: int, answer: Answer = answer) -> list[list[dict[str, str]]]:
     """`count` conversations, always the same for a seed."""
     rng = random.Random(seed)
-    return [conversation(rng) for _ in range(count)]
+    return [conversation(rng, answer) for _ in range(count)]
 
 
 def sheets(seed: int, count: int) -> list[str]:

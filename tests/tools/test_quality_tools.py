@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
-# The benchmark with one more row, of a format that will never exist.
-WITH_A_STRANGER = "import bench_quality as bench; bench.ROWS['stranger'] = {'format': 'no-such'}; bench.main()"
+# The benchmark with two more rows: of a format that will never exist, and one that is another's twin.
+WITH_STRANGERS = """
+import bench_quality as bench
+bench.ROWS |= {'stranger': {'format': 'no-such'}, 'twin': {'format': 'int8', 'onto': 'as-trained'}}
+bench.main()
+"""
 
 
 def python(*words: str) -> str:
@@ -30,10 +34,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(model: Path) -> Any:
-    """Some rows, a stranger, a peer that is not installed, and the sweep."""
-    rows = "bf16;nf4 nearest;nf4 nearest, original;int8;stranger"
+    """Some rows, two strangers, a peer that is not installed, and the sweep."""
+    rows = "bf16;nf4 nearest;nf4 nearest, original;int8;twin;stranger"
     words = ["--models", str(model), "--rows", rows, "--sweep", "--peer-python", sys.executable, "--tiny", "--json"]
-    return json.loads(python("-c", WITH_A_STRANGER, *words))
+    return json.loads(python("-c", WITH_STRANGERS, *words))
 
 
 def test_the_maker_of_the_second_model(model: Path) -> None:
@@ -51,7 +55,7 @@ def test_rows_are_measured_on_the_same_tokens(data: Any) -> None:
     table = data["models"]["tiny"]
     rows = table["rows"]
     assert table["tokens"] >= 200
-    assert list(rows) == ["bf16", "nf4 nearest", "nf4 nearest, original", "int8"]
+    assert list(rows) == ["bf16", "nf4 nearest", "nf4 nearest, original", "int8", "twin"]
     assert rows["bf16"]["mean_kl"] < rows["int8"]["mean_kl"] < rows["nf4 nearest"]["mean_kl"]
     assert rows["bf16"]["bits_per_weight"] == 16
     assert 4.1 < rows["nf4 nearest"]["bits_per_weight"] < 4.8
@@ -63,6 +67,11 @@ def test_what_is_refused_is_a_row_with_its_error(data: Any) -> None:
     refused = data["models"]["tiny"]["refused"]
     assert refused["stranger"].startswith("unknown format 'no-such'")
     assert "No module named 'llmcompressor'" in refused["llm-compressor w4a16"]
+
+
+def test_a_row_with_the_bytes_of_another_says_so(data: Any) -> None:
+    rows = data["models"]["tiny"]["rows"]
+    assert {name: row["same_bytes_as"] for name, row in rows.items() if row["same_bytes_as"]} == {"twin": "int8"}
 
 
 def test_a_delta_of_nothing_is_part_of_the_sweep(data: Any) -> None:
