@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qlora_export.calibrate.overlap import require_apart
 from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration
+from qlora_export.calibration_recipe import CalibrationMethod
 from qlora_export.contracts import Tokenizer, Track
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
@@ -48,6 +49,17 @@ def tokenizer_folder(plan: Plan) -> Path:
     if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
         return adapter.folder
     return plan.checkpoint.folder
+
+
+def calibration_options(recipe: Recipe, out: Path, device: str) -> CalibrationOptions:
+    """The recipe's method, on a device."""
+    from qlora_export.calibrate.passing import CalibrationOptions
+    from qlora_export.calibrate.tuning import Tuning
+    from qlora_export.quant.rounding.solving import Method
+
+    chosen = recipe.calibration.method if recipe.calibration is not None else CalibrationMethod()
+    method = Method(chosen.correction, chosen.sweeps, chosen.fit_scales, chosen.delta_rounds)
+    return CalibrationOptions(out, device, method=method, tuning=Tuning(steps=chosen.tuning_steps))
 
 
 def calibrated(

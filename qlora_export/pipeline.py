@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import catalog, engine
-from qlora_export.calibrating import calibrated, forget, to_calibrate, tokenizer_folder, tokens_of
+from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import recall
 from qlora_export.drift.ledger import Ledger, References, make_ledger
@@ -115,14 +115,13 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) -> Plan:
     """Decide what is rounded by calibration, alone in the run folder."""
-    from qlora_export.calibrate.passing import CalibrationOptions
     from qlora_export.runtimes.loading import FolderTokenizer
 
     tokens = tokens_of(plan.recipe, FolderTokenizer(tokenizer_folder(plan)))
     require_in_vocabulary([max(window) for window in tokens.windows], plan)
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
-        chosen = CalibrationOptions(options.out, options.accelerator or "cpu")
+        chosen = calibration_options(plan.recipe, options.out, options.accelerator or "cpu")
         return calibrated(plan, items, tokens, chosen, options.track)
 
 

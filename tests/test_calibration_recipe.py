@@ -55,6 +55,8 @@ def test_a_list_is_a_mixture_of_the_usual_size() -> None:
         ([{"text": "a", "share": 0.5}, {"text": "a", "share": 0.5}], "a is twice in the mixture", ""),
         ([{"text": "a", "share": 0}], "calibration.mixture.0.share", ""),
         ({"text": "a", "sequences": 0}, "calibration.sequences", ""),
+        ({"text": "a", "method": {"sweep": 0}}, "unknown key calibration.method.sweep", "did you mean sweeps?"),
+        ({"text": "a", "method": {"correction": 1.5}}, "calibration.method.correction", ""),
         ({"text": "a", "window_tokens": 4}, "calibration.window_tokens", ""),
         ("train.jsonl", "calibration", ""),
     ],

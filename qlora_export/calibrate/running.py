@@ -77,7 +77,7 @@ def _summary(tokens: CalibrationTokens, options: CalibrationOptions) -> dict[str
         "sequences": tokens.sequences,
         "tokens": tokens.tokens,
         "tokens_sha256": tokens.sha256,
-        "method": asdict(options.method),
+        "method": {**asdict(options.method), "tuning_steps": options.tuning.steps},
         "device": options.device,
         "torch": torch.__version__,
     }
