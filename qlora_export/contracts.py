@@ -22,6 +22,10 @@ Consumes = Literal["merged", "base"]
 Takes = Literal["dense", "adapter"]
 Onto = Literal["as-trained", "original"]
 OntoChoice = Literal["as-trained", "original", "auto"]
+# Which values of the base a delta is added to: two that an artifact can be merged onto, and two for dithering: rows as
+# training loaded them, and the 4-bit codes of a base that is stored as such.
+MergeBase = Literal["as-trained", "original", "stored", "codes"]
+Rounding = Literal["nearest", "dithered", "search", "calibrated", "tuned"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FROM_TORCH_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
@@ -165,6 +169,51 @@ class Format(Protocol):
 
 
 @dataclass(frozen=True)
+@runtime_checkable
+class RoundingFormat(Format, Protocol):
+    """A format that knows more than rounding to the nearest level of an absmax, without data."""
+
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        """What it knows beside nearest."""
+        ...
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Format:
+        """The format with one of them; `seed` is that of random numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredScales:
+    """The scales of a weight stored in 4 bits, float32 a block; of nested ones also codes, second level and offset."""
+
+    scales: Float32
+    codes: NDArray[np.uint8] | None = None
+    nested_absmax: Float32 | None = None
+    offset: float = 0.0
+
+
+class DitheringEncoder(Protocol):
+    """Adds deltas to a weight that is stored in 4 bits, row block by row block in any order."""
+
+    def dither(self, codes: NDArray[np.uint8], delta: Float32, first_row: int) -> Iterable[Piece]:
+        """Whole rows: their packed codes, and the flat delta in the weight's own units."""
+        ...
+
+    def seal(self) -> Iterable[Piece]:
+        """What can only be written when every row has been seen."""
+        ...
+
+
+@runtime_checkable
+class DitheringFormat(Format, Protocol):
+    """A format that can add a delta to the codes of a stored weight."""
+
+    def open_on(self, spec: TensorSpec, stored: StoredScales) -> DitheringEncoder:
+        """Start on a weight with these scales."""
+        ...
+
+
 class LevelGrid:
     """What a format can hold of a weight: ascending `levels` times a scale for each `group` of consecutive columns.
 

@@ -1,6 +1,7 @@
 """The plan: every tensor's way from source to artifact, every output byte's place, and all problems at once.
 
-Made from headers alone; no weight is read (the adapter's file is hashed). A plan with problems cannot be built.
+Made from headers, the adapter, and a sample of the base's rows, which tells what of a delta survives a rounding. A plan
+with problems cannot be built.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from qlora_export import __version__, catalog
 from qlora_export.assumptions import assumptions_of, combination_notes
-from qlora_export.contracts import Exporter, Format, Onto, Part, TensorSpec, TrainingQuantization
+from qlora_export.contracts import Exporter, Format, MergeBase, Onto, Part, TensorSpec, TrainingQuantization
 from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
@@ -44,6 +45,8 @@ from qlora_export.preflight import (
     training_problems,
 )
 from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.rounding_choice import RoundingChoice, choose_roundings
+from qlora_export.rounding_rules import CALIBRATED, rounding_problems
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import Weight
@@ -57,10 +60,14 @@ TRANSFORMERS_BYTES = 300_000_000
 
 @dataclass(frozen=True)
 class Route:
-    """The way of one tensor into one artifact: the format that encodes it, or None when its bytes are copied."""
+    """The way of one tensor into one artifact: the format that encodes it, or None when its bytes are copied.
+
+    `base` is what changes are made to; a layer that is dithered has another than its artifact is merged onto.
+    """
 
     output: Output
     form: Format | None
+    base: MergeBase = "as-trained"
 
     @property
     def turned(self) -> bool:
@@ -86,7 +93,7 @@ class ArtifactPlan:
     """One artifact to the byte."""
 
     recipe: ArtifactRecipe
-    form: Format
+    rounding: RoundingChoice
     onto: Onto
     routes: Mapping[str, Route]
     layout: Layout
@@ -100,9 +107,9 @@ class ArtifactPlan:
         return self.recipe.name
 
     @property
-    def needs_trained_base(self) -> bool:
-        """Whether the weights of training are merged into."""
-        return self.onto == "as-trained" and self.form.consumes == "merged"
+    def form(self) -> Format:
+        """The format that encodes its layers."""
+        return self.rounding.form
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -171,6 +178,12 @@ class Plan:
         return sum(self.sizes.values())
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is predicted to go wrong, and what would do better."""
+        found = (item.rounding.warning(item.name) for item in self.artifacts)
+        return tuple(text for text in found if text is not None)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every artifact by name, those of exports estimated."""
         return {item.name: item.bytes for item in self.artifacts} | {item.name: item.bytes for item in self.exports}
@@ -212,25 +225,28 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     if adapter is not None:
         problems += training_problems(adapter, checkpoint, facts)
     problems += [*artifact_problems(recipe, facts), *kept_adapter_problems(recipe, facts, model)]
-    problems += layer_problems(recipe, facts, model)
+    problems += [*layer_problems(recipe, facts, model), *rounding_problems(recipe, facts, model)]
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
-    artifacts = tuple(_plan_artifact(inputs, item) for item in recipe.artifacts if item.format in catalog.FORMATS)
+    roundings = choose_roundings(inputs)
+    artifacts = tuple(
+        _plan_artifact(inputs, item, roundings[item.name]) for item in recipe.artifacts if item.name in roundings
+    )
     exports = tuple(
         _plan_export(inputs, item, artifacts) for item in recipe.artifacts if item.format in catalog.EXPORTERS
     )
     libraries = INTERPRETER_BYTES + (TRANSFORMERS_BYTES if names.asked_transformers else 0)
     assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs))
+    assumptions += tuple(note for name, choice in roundings.items() if (note := choice.note(name)) is not None)
     plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions, libraries)
     if problems := disk_problems(out, plan.sizes):
         raise PlanRefused(problems)
     return plan
 
 
-def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
-    checkpoint = inputs.checkpoint
-    form = catalog.load_format(item.format, inputs.training, item.options)
+def _plan_artifact(inputs: Inputs, item: ArtifactRecipe, rounding: RoundingChoice) -> ArtifactPlan:
+    checkpoint, form = inputs.checkpoint, rounding.form
     dense = form
     if form.quantises:
         dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
@@ -238,11 +254,11 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
     encoded = encoded_modules(item, inputs.facts) if form.quantises else frozenset()
     routes = {}
     for name, output in model.outputs.items():
-        as_stored = form.consumes == "base" and output.source.storage in ("nf4", "fp4")
-        chosen = form if output.spec.module in encoded and name.endswith(".weight") else dense
-        routes[name] = Route(
-            output, chosen if output.spec.dtype in FLOATS and not (as_stored or output.carried) else None
-        )
+        encodes = output.spec.module in encoded and name.endswith(".weight")
+        as_stored = rounding.keeps(output, encodes) or output.carried or output.spec.dtype not in FLOATS
+        chosen = form if encodes else dense
+        base = rounding.base_of(output, encodes, inputs.onto(item))
+        routes[name] = Route(output, None if as_stored else chosen, base)
     layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
     matrices = {spec.module for spec in (output.spec for output in model.outputs.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | inputs.names.both_names(matrices - encoded))) if form.quantises else ()
@@ -251,7 +267,7 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe) -> ArtifactPlan:
     if (index := layout.index()) is not None:
         carried += (CarriedFile(INDEX_NAME, content=index),)
     onto: Onto = "as-trained" if form.keeps_adapter else inputs.onto(item)
-    plan = ArtifactPlan(item, form, onto, routes, layout, carried, "")
+    plan = ArtifactPlan(item, rounding, onto, routes, layout, carried, "")
     return replace(plan, digest=_digest(plan, inputs))
 
 
@@ -308,9 +324,10 @@ def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:
         "training": repr(inputs.training),
         "format": plan.form.name,
         "onto": plan.onto,
+        "rounding": [plan.rounding.chosen, plan.rounding.seed],
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.layout.shards],
         "carried": {file.name: file.sha256() for file in plan.carried},
-        "calibration": _calibration(inputs.recipe) if plan.recipe.rounding in ("calibrated", "tuned") else None,
+        "calibration": _calibration(inputs.recipe) if plan.rounding.chosen in CALIBRATED else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qlora_export.calibration_recipe import CalibrationPart, CalibrationRecipe
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
-from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, TrainingQuantization
+from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, Rounding, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -26,7 +26,6 @@ Combination = Literal[
     "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
-Rounding = Literal["nearest", "dithered", "search", "calibrated", "tuned"]
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -90,6 +89,7 @@ class ArtifactRecipe(_Facts):
     format: str
     name: str = ""
     rounding: Rounding | None = None
+    seed: int = Field(0, ge=0, lt=1 << 63)
     onto: Onto | None = None
     keep: tuple[str, ...] = ()
     options: dict[str, str | int | bool] = {}

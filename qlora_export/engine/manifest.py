@@ -50,6 +50,7 @@ def make_manifest(plan: Plan, artifact: ArtifactPlan, sources: FileFacts, files:
         "recipe_digest": plan.recipe.digest,
         "versions": versions(),
         "onto": artifact.onto,
+        "rounding": artifact.rounding.facts,
         **({"calibration": artifact.made.facts} if artifact.made.facts else {}),
         **origin(plan, sources),
         "files": files,

@@ -2,6 +2,8 @@
 
     raw rows -> float32 -> [round to the training's storage dtype -> NF4 and back] -> changes -> encode -> write
 
+What dithers takes the rows before NF4, or the codes of a base that is stored as such and what the changes add.
+
 Blocks are independent, so any thread may take any of them in any order: the bytes come out the same. What needs the
 whole tensor first (the mean of the absmax, the column norms of DoRA) is observed in a pass of its own; what needs it
 last is written by the seal. A weight that is stored [in, out] moves as a whole, transposed.
@@ -12,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
-from qlora_export.contracts import Onto, Piece, TensorEncoder
+from qlora_export.contracts import DitheringEncoder, DitheringFormat, MergeBase, Piece, TensorEncoder
 from qlora_export.device import kernels
 from qlora_export.device.accelerator import Accelerator
 from qlora_export.device.kernels import Values
@@ -23,8 +26,7 @@ from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
 from qlora_export.merge.changes import Changes, LowRank
 from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
-from qlora_export.quant.floats import Float32
-from qlora_export.sources.weights import Weight
+from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter
@@ -41,9 +43,9 @@ class Destination:
     route: Route
 
     @property
-    def merge(self) -> tuple[str, Onto]:
+    def merge(self) -> tuple[str, MergeBase]:
         """Destinations with the same one receive the same values."""
-        return (self.route.output.name if self.route.output.changes else "", self.plan.onto)
+        return (self.route.output.name if self.route.output.changes else "", self.route.base)
 
     @property
     def copied(self) -> tuple[StoredTensor, ...]:
@@ -54,9 +56,14 @@ class Destination:
             return tuple(made[name] for name in parts)
         return self.route.output.source.stored if self.route.form is None else ()
 
-    def open(self) -> TensorEncoder | None:
+    def open(self, files: SourceFiles) -> TensorEncoder | DitheringEncoder | None:
         """What encodes the tensor; None when its bytes are copied."""
-        return None if self.copied or self.route.form is None else self.route.form.open(self.route.spec)
+        form, source = self.route.form, self.route.output.source
+        if self.copied or form is None:
+            return None
+        if self.route.base == "codes" and isinstance(form, DitheringFormat) and isinstance(source, FourBitWeight):
+            return form.open_on(self.route.spec, source.scales(files))
+        return form.open(self.route.spec)
 
 
 @dataclass(frozen=True)
@@ -81,23 +88,22 @@ class TensorJob:
         self._source = source
         self._files = files
         self._destinations = destinations
-        self._encoders = [found.open() for found in destinations]
+        self._encoders = [found.open(files) for found in destinations]
         self._encoded = [
             found for found, encoder in zip(destinations, self._encoders, strict=True) if encoder is not None
         ]
-        recorded = plan.training.quantization.recorded
-        trained = recorded or any(found.plan.needs_trained_base for found in self._encoded)
-        own = plan.from_adapter(source)
         self._rows = None
-        self._changes: dict[tuple[str, Onto], Changes] = {}
-        merges = {found.merge for found in self._encoded if found.plan.form.consumes == "merged"}
-        self._merges_in_place = len(merges) == 1
+        self._changes: dict[tuple[str, MergeBase], Changes] = {}
+        for found in self._encoded:
+            output = found.route.output
+            if output.changes and found.merge not in self._changes:
+                self._changes[found.merge] = Changes(output.changes, files, output.layer_spec.columns)
+        onto_trained = {found.merge for found in self._encoded if self._needs_trained(found)}
+        self._merges_in_place = len(onto_trained) == 1
         if self._encoded:
+            trained = plan.training.quantization.recorded or bool(onto_trained)
+            own = plan.from_adapter(source)
             self._rows = BaseRows(self._encoded[0].route.output, plan.training, files, own, trained)
-            spec = self._rows.spec
-            for found in self._encoded:
-                if found.route.output.changes and found.merge not in self._changes:
-                    self._changes[found.merge] = Changes(found.route.output.changes, files, spec.columns)
         self._observing = [(merge, changes) for merge, changes in self._changes.items() if changes.observes]
         if self._observing and self._rows is not None and self._rows.observes:
             raise Refused(
@@ -121,8 +127,8 @@ class TensorJob:
             self._rows.observe(block.first, block.count)
         if self._observing:
             rows = self._rows.take(block.first, block.count)
-            for (_, onto), changes in self._observing:
-                changes.observe(_base(rows, onto), block.first)
+            for (_, base), changes in self._observing:
+                changes.observe(rows.of(base), block.first)
 
     def settle(self) -> None:
         """End of the first pass."""
@@ -141,20 +147,20 @@ class TensorJob:
 
     def _pieces(self, rows: Rows, block: RowBlock) -> Iterator[tuple[Destination, Piece]]:
         """What becomes of a block in every artifact."""
-        in_place = self._merges_in_place and rows.owned
-        merged: dict[tuple[str, Onto], Float32] = {}
+        merged: dict[tuple[str, MergeBase], Values] = {}
         for found, encoder in zip(self._destinations, self._encoders, strict=True):
             if encoder is None:
                 continue
-            if found.plan.form.consumes == "base":
-                values = rows.stored
-            else:
-                if found.merge not in merged:
-                    merged[found.merge] = self._merge(_base(rows, found.plan.onto), found, block, in_place)
-                values = merged[found.merge]
+            if found.merge not in merged:
+                merged[found.merge] = self._merge(rows, found, block)
+            values = merged[found.merge]
             if found.route.turned:
                 values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
-            for piece in encoder.encode(values, block.first):
+            if found.route.base == "codes":
+                pieces = cast(DitheringEncoder, encoder).dither(rows.codes, values, block.first)
+            else:
+                pieces = cast(TensorEncoder, encoder).encode(values, block.first)
+            for piece in pieces:
                 yield found, piece
 
     def seal(self) -> None:
@@ -177,12 +183,28 @@ class TensorJob:
         accelerator = self._rows.accelerator if self._rows is not None else None
         return accelerator.working() if accelerator is not None else nullcontext()
 
-    def _merge(self, values: Values, found: Destination, block: RowBlock, in_place: bool) -> Values:
+    def _needs_trained(self, found: Destination) -> bool:
+        """Whether the values of training are merged into, or decide what is added to others."""
         changes = self._changes.get(found.merge)
+        looks = found.route.base == "stored" and changes is not None and not changes.adds
+        return looks or found.route.base in ("as-trained", "codes")
+
+    def _merge(self, rows: Rows, found: Destination, block: RowBlock) -> Values:
+        """The rows with every change made; for codes, what the changes add."""
+        changes, base = self._changes.get(found.merge), found.route.base
+        values = rows.of(base)
         if changes is None:
             return values
-        merged = values if in_place and found.plan.onto == "as-trained" else kernels.copy(values)
-        changes.apply(merged, block.first)
+        if base == "codes" or (base == "stored" and not changes.adds):
+            merged = kernels.copy(rows.trained)
+            changes.apply(merged, block.first)
+            merged -= rows.trained
+            if base == "stored":
+                merged += values
+        else:
+            in_place = self._merges_in_place and rows.owned and base == "as-trained"
+            merged = values if in_place else kernels.copy(values)
+            changes.apply(merged, block.first)
         return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
 
     def _copy(self, found: Destination) -> None:
@@ -196,10 +218,6 @@ class TensorJob:
         spec = self._rows.spec
         multiples = [found.route.form.row_multiple(spec) for found in self._encoded if found.route.form]
         return tuple(RowBlock(rows.start, len(rows)) for rows in self._rows.blocks(*multiples))
-
-
-def _base(rows: Rows, onto: Onto) -> Values:
-    return rows.original if onto == "original" else rows.trained
 
 
 def _copy_tensor(tensor: StoredTensor, files: SourceFiles, writer: ShardWriter) -> None:

@@ -7,8 +7,11 @@ high nibble; `x.weight.absmax` uint8 [blocks] (float32 without double quantisati
 the weights. Everything else stays dense in the dtype the base was loaded in. Source: bitsandbytes `QuantState.as_dict`.
 Cost: 4.127 bits a weight.
 
-`nf4` rounds to nearest, and so falls back onto the grid that the base already sits on: a delta smaller than half a
-step changes no code. `fp4` has the levels of a 4-bit float, which are further apart where most weights are.
+Rounded to nearest, `nf4` falls back onto the grid that the base already sits on: a delta smaller than half a step
+changes no code. Dithered, it is the nearest code of the base as it was loaded with the delta added, in the blocks and
+by the rules of training, so that without a delta the bytes are those of training; where the base itself is stored in 4
+bits, the delta goes onto its codes by chance (`quant/dithering.py`). `search` fits the scales
+(`quant/searched_scales.py`). `fp4` has the levels of a 4-bit float, which are further apart where most weights are.
 `nf4-adapter` keeps the codes that training saw and ships the adapter untouched, without drift.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +33,12 @@ from qlora_export.contracts import (
     LevelGrid,
     Part,
     Piece,
+    Rounding,
+    StoredScales,
     TensorSpec,
     TrainingQuantization,
 )
-from qlora_export.device import kernels
+from qlora_export.formats.four_bit_encoders import FourBitDitherer, FourBitEncoder
 from qlora_export.quant import four_bit, nested
 from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
 
@@ -51,6 +56,26 @@ class FourBit:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = True
+    rounding: Rounding = "nearest"
+    seed: int = 0
+
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        """Only NF4 is what bases are trained in; the base of training is not rounded anew."""
+        if self.consumes == "base":
+            return ()
+        return ("dithered", "search") if self.levels is NF4 else ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> FourBit:
+        """Dithered, in the blocks and by the rules of training; searched, in its own."""
+        if rounding == "dithered":
+            return replace(self, rounding=rounding, training=training, seed=seed)
+        return replace(self, rounding=rounding)
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether absmax are sealed by the rules and recorded means of training."""
+        return self.consumes == "base" or self.rounding == "dithered"
 
     @property
     def dense_dtype(self) -> str:
@@ -90,6 +115,10 @@ class FourBit:
         """Start encoding a tensor."""
         return FourBitEncoder(spec, self)
 
+    def open_on(self, spec: TensorSpec, stored: StoredScales) -> FourBitDitherer:
+        """Start adding a delta to stored codes."""
+        return FourBitDitherer(spec, self, stored)
+
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of whole blocks of rows, before any rounding to the model's dtype."""
         block = self.training.block_size
@@ -117,17 +146,35 @@ class FourBit:
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Codes, absmax state and the JSON state."""
         yield Piece(spec.name, 0, four_bit.pack(chosen.codes.reshape(-1), self.levels))
-        yield Piece(f"{spec.name}.quant_map", 0, self.levels.codebook.view(np.uint8))
-        scales = chosen.scales.reshape(-1)
+        scales, offset = chosen.scales.reshape(-1), np.float32(chosen.offset)
         if chosen.nested_absmax is None:
-            yield Piece(f"{spec.name}.absmax", 0, scales.view(np.uint8))
+            yield from self.sealed(spec, StoredScales(scales))
         else:
-            codes = nested.codes_on(scales, chosen.nested_absmax, np.float32(chosen.offset))
-            yield Piece(f"{spec.name}.absmax", 0, codes)
-            yield Piece(f"{spec.name}.nested_absmax", 0, chosen.nested_absmax.view(np.uint8))
+            codes = nested.codes_on(scales, chosen.nested_absmax, offset)
+            yield from self.sealed(spec, StoredScales(scales, codes, chosen.nested_absmax, float(offset)))
+
+    def sealed(self, spec: TensorSpec, scales: StoredScales) -> Iterable[Piece]:
+        """Everything but the codes of the weights."""
+        yield Piece(f"{spec.name}.quant_map", 0, self.levels.codebook.view(np.uint8))
+        if scales.codes is None or scales.nested_absmax is None:
+            yield Piece(f"{spec.name}.absmax", 0, scales.scales.view(np.uint8))
+        else:
+            yield Piece(f"{spec.name}.absmax", 0, scales.codes)
+            yield Piece(f"{spec.name}.nested_absmax", 0, scales.nested_absmax.view(np.uint8))
             yield Piece(f"{spec.name}.nested_quant_map", 0, nested.dynamic_map().view(np.uint8))
-        state = self.state(spec, np.float32(chosen.offset))
+        state = self.state(spec, np.float32(scales.offset))
         yield Piece(f"{spec.name}.{self.state_suffix}", 0, np.frombuffer(state, np.uint8))
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+        """Numbers of ascending levels, the scales, and their second level as the JSON state has it."""
+        numbers = four_bit.unpack(parts[spec.name], spec.size, self.levels).reshape(spec.rows, spec.columns)
+        raw = parts[f"{spec.name}.absmax"]
+        if not self.training.double_quant:
+            return Chosen(numbers, raw.view(np.float32).reshape(spec.rows, -1))
+        offset = float(json.loads(bytes(parts[f"{spec.name}.{self.state_suffix}"]))["nested_offset"])
+        nested_absmax = parts[f"{spec.name}.nested_absmax"].view(np.float32)
+        scales = nested.decode(raw, nested_absmax, np.float32(offset))
+        return Chosen(numbers, scales.reshape(spec.rows, -1), offset, nested_absmax)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What transformers' bitsandbytes loader reads; `kept` lists every linear module that stays dense."""
@@ -161,61 +208,18 @@ class FourBit:
         return json.dumps(facts).encode().ljust(length + -length % 8)
 
 
-class FourBitEncoder:
-    """Writes codes as rows come; the absmax of the whole tensor waits for the seal."""
-
-    def __init__(self, spec: TensorSpec, layout: FourBit) -> None:
-        self._spec = spec
-        self._layout = layout
-        self._block = layout.training.block_size
-        self._absmax = np.zeros(-(-spec.size // self._block), np.float32)
-
-    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
-        """The rows' codes at their place."""
-        first = first_row * self._spec.columns
-        first_block = first // self._block
-        absmax = self._absmax[first_block : first_block - (-len(values) // self._block)]
-        kernels.block_absmax(values, self._block, absmax)
-        codes = kernels.encode_four_bit(values, absmax, self._block, self._layout.levels)
-        yield Piece(self._spec.name, first // 2, codes)
-
-    def seal(self) -> Iterable[Piece]:
-        """The absmax state of the whole tensor."""
-        name, training = self._spec.name, self._layout.training
-        yield Piece(f"{name}.quant_map", 0, self._layout.levels.codebook.view(np.uint8))
-        offset = np.float32(0)
-        if training.double_quant:
-            offset = self._offset()
-            exact = training.exact_nested and self._layout.consumes == "base"
-            codes, nested_absmax = nested.encode(self._absmax, offset, exact)
-            yield Piece(f"{name}.absmax", 0, codes)
-            yield Piece(f"{name}.nested_absmax", 0, nested_absmax.view(np.uint8))
-            yield Piece(f"{name}.nested_quant_map", 0, nested.dynamic_map().view(np.uint8))
-        else:
-            yield Piece(f"{name}.absmax", 0, self._absmax.view(np.uint8))
-        state = self._layout.state(self._spec, offset)
-        yield Piece(f"{name}.{self._layout.state_suffix}", 0, np.frombuffer(state, np.uint8))
-
-    def _offset(self) -> np.float32:
-        """The mean of training when it is the training's base that is encoded, else that of these weights."""
-        recorded = self._layout.training.modules.get(self._spec.module)
-        if self._layout.consumes == "base" and recorded is not None and recorded.nested_offset is not None:
-            return np.float32(recorded.nested_offset)
-        return nested.mean(self._absmax)
-
-
 def _fresh(training: TrainingQuantization) -> TrainingQuantization:
     """Blocks of 64 and double quantisation, in the dtypes of training."""
     return TrainingQuantization(storage_dtype=training.storage_dtype, compute_dtype=training.compute_dtype)
 
 
 def nf4(training: TrainingQuantization) -> FourBit:
-    """Merged weights in NF4, rounded to nearest."""
+    """Merged weights in NF4."""
     return FourBit("nf4", NF4, _fresh(training))
 
 
 def fp4(training: TrainingQuantization) -> FourBit:
-    """Merged weights in FP4, rounded to nearest."""
+    """Merged weights in FP4."""
     return FourBit("fp4", FP4, _fresh(training))
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qlora_export.contracts import TensorSpec, TrainingQuantization
+from qlora_export.contracts import MergeBase, TensorSpec, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.device.accelerator import BLOCK_WEIGHTS as ACCELERATED_WEIGHTS
 from qlora_export.device.accelerator import Accelerator
@@ -17,8 +17,9 @@ from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.quant.floats import Float32
+from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.quant.four_bit import rows_of_whole_blocks
+from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
 
@@ -72,6 +73,17 @@ class Rows:
         return self._base.base.rows(self.stored if self.bits is None else self.bits, self._first)
 
     @property
+    def codes(self) -> UInt8:
+        """The packed codes, where they are stored in 4 bits."""
+        return self._base.codes(self._first, self._count)
+
+    def of(self, base: MergeBase) -> Values:
+        """The values that a delta is added to; a delta that goes onto codes is that of the trained ones."""
+        if base == "original":
+            return self.original
+        return self.stored if base == "stored" else self.trained
+
+    @property
     def owned(self) -> bool:
         """Whether `trained` is an array of its own."""
         return self._base.base is not None
@@ -102,12 +114,16 @@ class BaseRows:
         spec = self.spec
         if self._output.transposed or not spec.size:
             return [range(spec.rows)] if spec.size else []
-        whole = rows_of_whole_blocks(spec.columns, self._training.block_size)
-        multiple = math.lcm(self._output.source.row_multiple, whole, *multiples)
+        multiple = self.whole_rows(*multiples)
         weights = BLOCK_WEIGHTS if self.accelerator is None else ACCELERATED_WEIGHTS
         fitting = weights // max(spec.columns, 1) // multiple
         height = max(1, fitting - fitting % PAIR) * multiple
         return [range(first, min(first + height, spec.rows)) for first in range(0, spec.rows, height)]
+
+    def whole_rows(self, *multiples: int) -> int:
+        """Fewest rows that hold whole blocks of training, of the source, and of whatever else has such multiples."""
+        whole = rows_of_whole_blocks(self.spec.columns, self._training.block_size)
+        return math.lcm(self._output.source.row_multiple, whole, *multiples)
 
     @property
     def observes(self) -> bool:
@@ -147,6 +163,13 @@ class BaseRows:
             return None
         bits = self._files.read(self._output.source.stored[0], first, count).view(np.uint16)
         return bits if self.accelerator is None else self.accelerator.send(bits)
+
+    def codes(self, first: int, count: int) -> UInt8:
+        """The packed codes of some rows."""
+        source = self._output.source
+        if not isinstance(source, FourBitWeight):
+            raise ValueError(f"{self.spec.name} has no 4-bit codes")
+        return source.packed(self._files, first, count)
 
     def original(self, first: int, count: int) -> Values:
         """The stored values."""

@@ -147,6 +147,11 @@ class Changes:
         self._norms = [change for change in self._loaded if isinstance(change, ColumnMagnitude)]
 
     @property
+    def adds(self) -> bool:
+        """Whether the same is added to any rows."""
+        return all(change.adds for change in self._loaded)
+
+    @property
     def observes(self) -> bool:
         """Whether all rows must be observed first."""
         return bool(self._norms)

@@ -22,7 +22,12 @@ Float64 = NDArray[np.float64]
 
 
 class LoadedChange(Protocol):
-    """A change that can be made to rows of a tensor of `columns` columns."""
+    """A change that can be made to rows of a tensor of `columns` columns; `adds` says that it does not look at them."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether it adds the same to any rows."""
+        ...
 
     def apply(self, values: Float32, first_row: int) -> None:
         """Change rows [rows, columns] from `first_row` on, in place."""
@@ -44,6 +49,7 @@ class LoadedProduct:
 
     pieces: tuple[RowFactors, ...]
     scale: np.float32
+    adds: bool = True
 
     def apply(self, values: Values, first_row: int) -> None:
         """Add the products, wherever the values are."""
@@ -63,6 +69,7 @@ class RowMagnitude:
     """Rows of the given lengths, in the direction they have."""
 
     magnitude: Float32
+    adds: bool = False
 
     def apply(self, values: Float32, first_row: int) -> None:
         """Scale every row to its magnitude."""
@@ -71,6 +78,8 @@ class RowMagnitude:
 
 class ColumnMagnitude:
     """Columns of the given lengths; every row must be observed, in any order, before the first is changed."""
+
+    adds = False
 
     def __init__(self, magnitude: Float32) -> None:
         self._magnitude = magnitude
@@ -102,6 +111,7 @@ class LoadedRows:
     """Rows by their index."""
 
     rows: dict[int, Float32]
+    adds: bool = False
 
     def apply(self, values: Float32, first_row: int) -> None:
         """Put the rows in their place."""
@@ -115,6 +125,7 @@ class LoadedVector:
     """A scaled vector."""
 
     vector: Float32
+    adds: bool = True
 
     def apply(self, values: Float32, first_row: int) -> None:
         """Add it."""

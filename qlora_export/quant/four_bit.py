@@ -102,6 +102,12 @@ def pack(numbers: UInt8, grid: FourBitGrid) -> UInt8:
     return packed
 
 
+def unpack(packed: UInt8, size: int, grid: FourBitGrid) -> UInt8:
+    """The numbers of ascending levels that packed codes stand for, flat."""
+    codes = np.stack([packed >> np.uint8(4), packed & np.uint8(15)], axis=1).reshape(-1)[:size]
+    return np.searchsorted(grid.levels, grid.codebook[codes]).astype(np.uint8)
+
+
 def round_trip(values: Values, absmax: Float32, scales: Float32, block: int, grid: FourBitGrid, out: Float32) -> None:
     """Encode and decode flat `values` into `out` without storing codes; `scales` are what the absmax decode to."""
     whole = values.size // block * block
@@ -165,7 +171,7 @@ def _search(scaled: np.float32, m: Any) -> tuple[bool, bool, bool, bool]:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _number(scaled: np.float32, m: Any) -> np.uint8:
+def nearest_number(scaled: np.float32, m: Any) -> np.uint8:
     eight, four, two, one = _search(scaled, m)
     number = np.uint8(8) if eight else np.uint8(0)
     number += np.uint8(4) if four else np.uint8(0)
@@ -195,14 +201,14 @@ def _level(scaled: np.float32, m: Any, v: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _fifteen(m: Float32) -> Any:
+def fifteen(m: Float32) -> Any:
     """As a tuple, which stays in registers."""
     return m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11], m[12], m[13], m[14]
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _encode(values: Values, absmax: Float32, block: int, midpoints: Float32, out: UInt8) -> None:
-    m = _fifteen(midpoints)
+    m = fifteen(midpoints)
     scratch = np.empty(GROUP_BLOCKS * block, np.uint8)
     for group in range(0, values.size // block, GROUP_BLOCKS):
         source = values[group * block : (group + GROUP_BLOCKS) * block]
@@ -212,7 +218,7 @@ def _encode(values: Values, absmax: Float32, block: int, midpoints: Float32, out
             for first in range(index * block, (index + 1) * block, PIECE):
                 part, into = source[first : first + PIECE], numbers[first : first + PIECE]
                 for position in range(PIECE):
-                    into[position] = _number(float32_of(part[position]) * reciprocal, m)
+                    into[position] = nearest_number(float32_of(part[position]) * reciprocal, m)
         packed = out[group * block // 2 : (group * block + source.size) // 2]
         for pair in range(packed.size):
             packed[pair] = np.uint8((numbers[2 * pair] << np.uint8(4)) | numbers[2 * pair + 1])
@@ -226,12 +232,12 @@ def _renumber(table: UInt8, out: UInt8) -> None:
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _encode_short(values: Values, largest: np.float32, midpoints: Float32, out: UInt8) -> None:
-    m = _fifteen(midpoints)
+    m = fifteen(midpoints)
     for pair in range(out.size):
-        high = _number(float32_of(values[2 * pair]) / largest, m)
-        low = _number(np.float32(0), m)
+        high = nearest_number(float32_of(values[2 * pair]) / largest, m)
+        low = nearest_number(np.float32(0), m)
         if 2 * pair + 1 < values.size:
-            low = _number(float32_of(values[2 * pair + 1]) / largest, m)
+            low = nearest_number(float32_of(values[2 * pair + 1]) / largest, m)
         out[pair] = np.uint8((high << np.uint8(4)) | low)
 
 
@@ -239,7 +245,7 @@ def _encode_short(values: Values, largest: np.float32, midpoints: Float32, out: 
 def _round_trip(
     values: Values, absmax: Float32, scales: Float32, block: int, midpoints: Float32, levels: Float32, out: Float32
 ) -> None:
-    m, v = _fifteen(midpoints), (*_fifteen(levels), levels[15])
+    m, v = fifteen(midpoints), (*fifteen(levels), levels[15])
     for index in range(values.size // block):
         reciprocal, scale = np.float32(1) / max(absmax[index], SMALLEST), scales[index]
         for first in range(index * block, (index + 1) * block, PIECE):

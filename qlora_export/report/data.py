@@ -13,6 +13,7 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan
+from qlora_export.predicting import Predicted
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
 
@@ -64,6 +65,7 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
         "adapted_tensors": len(plan.model.changed),
         "quantised_in_training": len(plan.training.quantised),
         "assumptions": list(plan.assumptions),
+        "warnings": list(plan.warnings),
         "bytes": plan.bytes,
         "peak_memory_bytes": peak_memory_bytes(plan, workers),
         "artifacts": [
@@ -71,6 +73,8 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
                 "name": artifact.name,
                 "format": artifact.form.name,
                 "onto": artifact.onto,
+                "rounding": artifact.rounding.facts,
+                "predicted_survival": _predicted(artifact.rounding.predicted),
                 "digest": artifact.digest,
                 "bytes": artifact.bytes,
                 "tensors": len(artifact.routes),
@@ -92,6 +96,14 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
             for export in plan.exports
         ],
     }
+
+
+def _predicted(found: Predicted | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    name = found.lowest
+    lowest = {"lowest": found.survival[name], "lowest_stderr": found.stderr[name], "lowest_tensor": name}
+    return {"median": found.median, **lowest}
 
 
 def write_report(run: Run, folder: Path) -> Path:

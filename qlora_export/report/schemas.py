@@ -8,10 +8,11 @@ these schemas list everything that this version writes.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
-from qlora_export.contracts import Drift, Proof, Sample
+from qlora_export.contracts import Drift, Proof, Rounding, Sample
+from qlora_export.drift.layers import WeightedOf
 from qlora_export.recipe import Limits, Recipe
 
 Schema = dict[str, Any]
@@ -76,6 +77,7 @@ def plan_schema() -> Schema:
         "adapted_tensors": COUNT,
         "quantised_in_training": COUNT,
         "assumptions": TEXTS,
+        "warnings": TEXTS,
         "bytes": COUNT,
         "peak_memory_bytes": COUNT,
         "artifacts": {"type": "array", "items": _planned_artifact()},
@@ -170,6 +172,12 @@ def _artifact() -> Schema:
 
 
 def _receipt() -> Schema:
+def _layer() -> Schema:
+    """One adapted matrix of an artifact whose weights could be read back."""
+    numbers = dict.fromkeys(("survival", "codes_changed", "weighted_survival", "output_error"), MAYBE_NUMBER)
+    return _object({"tensor": TEXT, **numbers, "weighted_of": {"enum": [*get_args(WeightedOf), None]}})
+
+
     return _object(
         {"artifact": TEXT, "destination": TEXT, "commit": TEXT, "files": _map(TEXT)},
         {
@@ -204,6 +212,8 @@ def _planned_artifact() -> Schema:
             "format": {"enum": sorted(FORMATS)},
             "onto": ONTO,
             "digest": DIGEST,
+            "rounding": _or_null(_rounding()),
+            "predicted_survival": _or_null(_predicted()),
             "bytes": COUNT,
             "tensors": COUNT,
             "files": _map(COUNT),
@@ -212,6 +222,16 @@ def _planned_artifact() -> Schema:
 
 
 def _planned_export() -> Schema:
+def _rounding() -> Schema:
+    names = list(get_args(Rounding))
+    stated = {"enum": [*names, None]}
+    return _object({"stated": stated, "chosen": {"enum": names}, "seed": {"type": ["integer", "null"]}})
+
+
+def _predicted() -> Schema:
+    return _object({"median": NUMBER, "lowest": NUMBER, "lowest_stderr": NUMBER, "lowest_tensor": TEXT})
+
+
     return _object(
         {
             "name": TEXT,

@@ -43,18 +43,23 @@ def print_plan(run: Run, workers: int) -> None:
     console = console_for_result()
     plan = run.plan
     table = new_table(f"{len(plan.model.outputs)} tensors, {len(plan.model.changed)} adapted")
-    for name, justify in (("artifact", "left"), ("format", "left"), ("merged onto", "left"), ("size", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("artifact", "format", "merged onto", "rounding"):
+        table.add_column(name)
+    for name in ("predicted survival", "size"):
+        table.add_column(name, justify="right")
     for export in plan.exports:
         table.add_row(export.name, export.exporter.name, f"from {export.source_name}", f"~{size(export.bytes)}")
     for item in plan.artifacts:
         onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
-        table.add_row(item.name, item.form.name, onto, size(item.bytes))
+        rounding, predicted = item.rounding.chosen or "", item.rounding.predicted
+        survival = f"{predicted.median:.0%}" if predicted else ""
+        table.add_row(item.name, item.form.name, onto, rounding, survival, size(item.bytes))
     console.print(table)
     console.print(f"disk {size(plan.bytes)}, memory about {size(peak_memory_bytes(plan, workers))}", highlight=False)
     _print_assumptions(console, run)
 
 
+    _print_warnings(console, run)
 def print_artifacts(run: Run) -> None:
     """The folders that were built."""
     console = console_for_result()
@@ -68,6 +73,7 @@ def print_artifacts(run: Run) -> None:
     _print_assumptions(console, run)
 
 
+    _print_warnings(console, run)
 def print_release(run: Run) -> None:
     """The ledger, and where the artifacts went."""
     print_ledger(run)
@@ -188,3 +194,8 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
 def _print_assumptions(console: Console, run: Run) -> None:
     for assumption in run.plan.assumptions:
         console.print(f"note: {assumption}", highlight=False, soft_wrap=True)
+def _print_warnings(console: Console, run: Run) -> None:
+    for warning in run.plan.warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+
+

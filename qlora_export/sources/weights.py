@@ -18,9 +18,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from qlora_export.contracts import TensorSpec
+from qlora_export.contracts import StoredScales, TensorSpec
+from qlora_export.errors import InputError
 from qlora_export.quant import float8, four_bit, nested
-from qlora_export.quant.floats import Float32
+from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
@@ -114,6 +115,29 @@ class FourBitWeight:
         codebook = files.read_bytes(self.parts["quant_map"], 0, 64).view(np.float32)
         four_bit.decode(codes, self._scales(files, blocks), self.block, codebook, out)
         return out
+
+    def packed(self, files: SourceFiles, first: int, count: int) -> UInt8:
+        """The packed codes of some rows."""
+        start, size = first * self.spec.columns, count * self.spec.columns
+        return files.read_bytes(self.codes, start // 2, (size + 1) // 2)
+
+    def scales(self, files: SourceFiles) -> StoredScales:
+        """The whole absmax state; raises InputError where its maps are not those that this version writes."""
+        maps = {"quant_map": four_bit.GRIDS[self.storage].codebook}
+        maps |= {} if self.offset is None else {"nested_quant_map": nested.dynamic_map()}
+        for name, expected in maps.items():
+            if files.read_bytes(self.parts[name], 0, 4 * expected.size).tobytes() != expected.tobytes():
+                raise InputError(
+                    f"{self.codes.path}: tensor {self.spec.name}.{name} is not bitsandbytes' own map",
+                    "round to nearest instead: `rounding: nearest`",
+                )
+        blocks = range(-(-self.spec.size // self.block))
+        scales = self._scales(files, blocks)
+        if self.offset is None:
+            return StoredScales(scales)
+        codes = files.read_bytes(self.parts["absmax"], 0, len(blocks))
+        nested_absmax = files.read_bytes(self.parts["nested_absmax"], 0, self.parts["nested_absmax"].bytes)
+        return StoredScales(scales, codes, nested_absmax.view(np.float32), self.offset)
 
     def _scales(self, files: SourceFiles, blocks: range) -> Float32:
         if self.offset is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from qlora_export.contracts import (
     LevelGrid,
     Part,
     Piece,
+    Rounding,
     TensorSpec,
     TrainingQuantization,
 )
@@ -35,6 +36,7 @@ from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
 from qlora_export.quant.packing import words
 from qlora_export.quant.scales import Int8
+from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 
 GROUP_SIZES = (32, 64, 128)
@@ -54,6 +56,12 @@ class Integers:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = False
+    searches: bool = False
+    roundings: tuple[Rounding, ...] = ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Integers:
+        """With scales that a search finds."""
+        return replace(self, searches=rounding == "search")
 
     @property
     def dense_dtype(self) -> str:
@@ -118,6 +126,13 @@ class Integers:
         yield from encoder.pieces(codes, chosen.scales, 0)
         yield from encoder.seal()
 
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
+        """Numbers of levels and the scales."""
+        half = 1 << (self.integers.bits - 1)
+        codes = (self._codes(spec, parts, range(spec.rows)).astype(np.int16) + half).astype(np.uint8)
+        scales = widen(np.array(parts[f"{spec.module}.weight_scale"]), self.integers.dtype)
+        return Chosen(codes, scales.reshape(spec.rows, -1))
+
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
         bits = self.integers.bits
@@ -139,6 +154,8 @@ class IntegerEncoder:
         grid = self.layout.integers
         rows = rows_in(values, self.spec, grid.dtype)
         scales, zeros = integers.fit(rows, grid)
+        if self.layout.searches:
+            scales = search_groups(rows, scales, grid)
         codes = np.empty(rows.shape, np.int8)
         integers.encode(rows, scales, zeros, grid, codes)
         yield from self.pieces(codes, scales, first_row)
