@@ -21,7 +21,7 @@ def sweep(target: Tensor, hessian: Tensor, grid: Grid, scales: Tensor, codes: Te
     levels, midpoints = grid.level_tensor(target), grid.midpoints(target)
     spread = grid.spread(scales).T.contiguous()
     divisors = nonzero(spread)
-    codes = codes.T.contiguous()
+    codes = codes.T.clone(memory_format=torch.contiguous_format)
     values = levels[codes] * spread
     gradient = hessian @ (values - target.T)
     for first in range(0, len(codes), PIECE_COLUMNS):

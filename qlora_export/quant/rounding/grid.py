@@ -3,13 +3,14 @@
     Q[r, c] = levels[codes[r, c]] * scales[r, c // group]
 
 What a layout can store of a scale is its scale rule: float32 as it is, a 16-bit float, or a code of double
-quantisation. A rule is applied to each scale by itself, so that scales can be refined one by one.
+quantisation. A rule is applied to each scale by itself, so that scales can be refined one by one; what it gives may
+depend on the scale's place in the weight, so some rows of a weight have a grid of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class Grid:
     group: int
     rule: ScaleRule
     signed: bool = False
+
+    def rows_from(self, first_scale: int) -> Grid:
+        """The grid of the rows that begin with this scale of the weight."""
+        if not isinstance(self.rule, NestedScales):
+            return self
+        return replace(self, rule=replace(self.rule, first=self.rule.first + first_scale))
 
     @property
     def reach(self) -> float:
@@ -62,19 +69,16 @@ class NestedScales:
     """The scales of double quantisation with its second level fixed: `offset + MAP[code] * nested_absmax`.
 
     `nested_absmax` has one value for each 256 scales in row-major order. Calling it rounds scales to the nearest that
-    there is; `codes` gives the bytes.
+    there is; they begin with scale number `first` of the weight.
     """
 
     offset: float
     nested_absmax: Tensor
+    first: int = 0
 
     def __call__(self, scales: Tensor) -> Tensor:
         """Scales [rows, groups] that can be stored."""
         return _map(scales)[self._numbers(scales)].mul(self._spread(scales)).add(self.offset)
-
-    def codes(self, scales: Tensor) -> Tensor:
-        """uint8 [rows * groups] for scales that can be stored."""
-        return self._numbers(scales).reshape(-1).to(torch.uint8)
 
     def _numbers(self, scales: Tensor) -> Tensor:
         spread = self._spread(scales)
@@ -83,8 +87,8 @@ class NestedScales:
         return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2)
 
     def _spread(self, scales: Tensor) -> Tensor:
-        blocks = self.nested_absmax.to(scales.device).repeat_interleave(nested.BLOCK)
-        return blocks[: scales.numel()].reshape(scales.shape)
+        places = torch.arange(self.first, self.first + scales.numel(), device=scales.device) // nested.BLOCK
+        return self.nested_absmax.to(scales.device)[places].reshape(scales.shape)
 
 
 def fitted_nested_scales(scales: Tensor) -> NestedScales:

@@ -3,7 +3,7 @@
     minimise over s   |sum_g s_g c_g - T|_H^2:   M s = b,   M_gh = c_g H c_h^T,   b_g = c_g H T^T
 
 `c_g` are the levels of group g, zero elsewhere. A row takes its new scales, as they can be stored, where the objective
-falls. Cost: rows * columns^2 operations and a system of [groups, groups] for each row.
+falls. Cost: rows * columns^2 operations and a system of [groups, groups] for each row, some rows at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import Grid
 
 RIDGE = 1e-4
+# The systems of so many rows are solved at once that their matrices have about so many values together.
+PIECE_VALUES = 1 << 26
 
 
 def fit_scales(target: Tensor, hessian: Tensor, grid: Grid, scales: Tensor, codes: Tensor) -> Tensor:
     """Scales [rows, groups] that can be stored, for codes [rows, columns]."""
-    fitted = grid.rule(_solve(target, hessian, grid, scales, codes))
+    height = max(1, PIECE_VALUES // scales.shape[1] ** 2)
+    pieces = [slice(first, first + height) for first in range(0, len(scales), height)]
+    solved = [_solve(target[piece], hessian, grid, scales[piece], codes[piece]) for piece in pieces]
+    fitted = grid.rule(torch.cat(solved))
     before = row_objective(target, hessian, grid.decode(codes, scales))
     after = row_objective(target, hessian, grid.decode(codes, fitted))
     return torch.where((after < before)[:, None], fitted, scales)

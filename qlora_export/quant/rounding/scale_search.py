@@ -26,11 +26,13 @@ def search_scales(target: Tensor, weights: Tensor, grid: Grid, known: Tensor | N
 
     `known` scales [rows, groups] are candidates, too, and win ties.
     """
-    height = max(1, PIECE_WEIGHTS // target.shape[1])
-    found = [
-        _search(target[first : first + height], weights, grid, None if known is None else known[first : first + height])
-        for first in range(0, target.shape[0], height)
-    ]
+    height, groups = max(1, PIECE_WEIGHTS // target.shape[1]), target.shape[1] // grid.group
+    found = []
+    for first in range(0, target.shape[0], height):
+        rows = slice(first, first + height)
+        found.append(
+            _search(target[rows], weights, grid.rows_from(first * groups), None if known is None else known[rows])
+        )
     return torch.cat(found)
 
 
