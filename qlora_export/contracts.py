@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -329,7 +329,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far one artifact is from the model that was trained; errors are standard errors, logarithms natural."""
+    """How far one artifact is from the model that was trained; errors are standard errors, logarithms natural.
+
+    Survival is that of the adapted matrices, median and lowest with its tensor, and so is what calibration measured of
+    it in the layers' outputs. `codes_changed_median` is of the shares of 4-bit codes that training did not have.
+    """
 
     perplexity: float
     perplexity_stderr: float
@@ -347,6 +351,15 @@ class Drift:
     gain_kept_stderr: float | None
     survival_median: float | None = None
     survival_min: float | None = None
+    survival_min_tensor: str | None = None
+    codes_changed_median: float | None = None
+    weighted_survival_median: float | None = None
+    weighted_survival_min: float | None = None
+    weighted_survival_min_tensor: str | None = None
+
+
+# What a drift may lack for reasons of its own; any other number is missing only where it was not finite.
+MAY_LACK = frozenset(item.name for item in fields(Drift) if str(item.type).endswith("| None"))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qlora_export.contracts import Artifact, Session, Track
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.ledger import Entry, References, enter
 from qlora_export.drift.measure import ReferenceProbabilities, keep_reference, measure, measure_reference
-from qlora_export.drift.survival import survival
+from qlora_export.drift.survival import kept_layers
 from qlora_export.drift.tokens import TokenSet, token_set
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
@@ -89,7 +89,7 @@ def measure_artifact(
     planned = {item.name: item for item in plan.artifacts}
     with track(f"measure {artifact.name}") as progress:
         measured = measure(artifact.name, str(artifact.manifest["runtime"]), session, store, progress)
-    kept = survival(plan, planned[artifact.name], artifact) if artifact.name in planned else {}
+    kept = kept_layers(plan, planned[artifact.name], artifact) if artifact.name in planned else ()
     limits = recipe.limits.over(limits_of(plan.recipe))
     return enter(artifact, recipe, measured, kept, references, limits, store.tokens)
 

@@ -31,6 +31,7 @@ class Check:
     stderr: float
     limit: float
     above: bool
+    place: str | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -45,7 +46,8 @@ class Check:
         """The check in words."""
         sign = "at least" if self.above else "at most"
         error = f" ± {self.stderr:.2g}" if self.stderr else ""
-        text = f"{self.name} is {self.value:.4g}{error}, the limit is {sign} {self.limit:g}"
+        place = f" in {self.place}" if self.place else ""
+        text = f"{self.name} is {self.value:.4g}{error}{place}, the limit is {sign} {self.limit:g}"
         if self.outcome != "inconclusive":
             return text
         distance = abs(self.value - self.limit)
@@ -58,16 +60,17 @@ class Check:
 def checks(drift: Drift, limits: Limits) -> list[Check]:
     """Every number that has a limit."""
     ratio = math.exp(drift.ln_ppl_ratio)
+    lowest = drift.survival_min_tensor
     found = [
-        ("perplexity ratio", ratio, ratio * drift.ln_ppl_ratio_stderr, limits.perplexity_ratio, False),
-        ("mean KL", drift.mean_kl, drift.mean_kl_stderr, limits.mean_kl, False),
-        ("same top-1", drift.same_top1, drift.same_top1_stderr, limits.same_top1, True),
-        ("gain kept", drift.gain_kept, drift.gain_kept_stderr or 0.0, limits.gain_kept, True),
-        ("lowest survival", drift.survival_min, 0.0, limits.survival_min, True),
+        ("perplexity ratio", ratio, ratio * drift.ln_ppl_ratio_stderr, limits.perplexity_ratio, False, None),
+        ("mean KL", drift.mean_kl, drift.mean_kl_stderr, limits.mean_kl, False, None),
+        ("same top-1", drift.same_top1, drift.same_top1_stderr, limits.same_top1, True, None),
+        ("gain kept", drift.gain_kept, drift.gain_kept_stderr or 0.0, limits.gain_kept, True, None),
+        ("lowest survival", drift.survival_min, 0.0, limits.survival_min, True, lowest),
     ]
     return [
-        Check(name, value, stderr, limit, above)
-        for name, value, stderr, limit, above in found
+        Check(name, value, stderr, limit, above, place)
+        for name, value, stderr, limit, above, place in found
         if value is not None and limit is not None
     ]
 

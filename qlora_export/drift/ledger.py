@@ -5,12 +5,12 @@ Rows: the model without the adapter, the merged model in 16 bits, and each artif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
 from qlora_export.drift.gate import judge, verify
+from qlora_export.drift.layers import KeptLayer, summarised
 from qlora_export.drift.statistics import compare, sample_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.recipe import ArtifactRecipe, Limits
@@ -24,11 +24,16 @@ class Entry:
     recipe: ArtifactRecipe
     runtime: str
     drift: Drift
-    survival: Mapping[str, float]
+    layers: tuple[KeptLayer, ...]
     limits: Limits
     verdict: Verdict
     verified: Verified | None
     sample: Sample
+
+    @property
+    def survival(self) -> Mapping[str, float]:
+        """Of the delta, by adapted matrix."""
+        return {layer.tensor: layer.survival for layer in self.layers}
 
     @property
     def as_expected(self) -> bool:
@@ -65,23 +70,22 @@ def enter(
     artifact: Artifact,
     recipe: ArtifactRecipe,
     measured: Measurement,
-    survival: Mapping[str, float],
+    layers: Sequence[KeptLayer],
     references: References,
     limits: Limits,
     tokens: TokenSet,
 ) -> Entry:
-    """Judge one measured artifact; `survival` is empty when its weights cannot be read back."""
+    """Judge one measured artifact; `layers` is empty when its weights cannot be read back."""
     drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
-    if survival:
-        drift = replace(drift, survival_median=median(survival.values()), survival_min=min(survival.values()))
-    elif recipe.limits.survival_min is None:
+    drift = summarised(drift, layers)
+    if not layers and recipe.limits.survival_min is None:
         limits = limits.model_copy(update={"survival_min": None})
     if references.base is None:
         limits = limits.model_copy(update={"gain_kept": None})
     verdict = judge(drift, limits, tokens.count, measured.nonfinite)
     verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
     sample = sample_of(measured, references.tuned, tokens)
-    return Entry(artifact, recipe, measured.runtime, drift, survival, limits, verdict, verified, sample)
+    return Entry(artifact, recipe, measured.runtime, drift, tuple(layers), limits, verdict, verified, sample)
 
 
 def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:

@@ -4,8 +4,9 @@
 
 1 when the whole delta is there, 0 when rounding has erased it; weight error alone prefers the erased one. The shipped
 bytes are read from the finished folder, rounded as serving rounds them, row block by row block. For an artifact that
-ships the adapter beside its base, the adapter's own product is added. Memory: the blocks and 4 bytes for each block of
-64 weights.
+ships the adapter beside its base, the adapter's own product is added. What else is known of a layer comes with it: its
+changed codes (`codes.py`), and what calibration wrote down (`layers.py`). Memory: the blocks and 4 bytes for each block
+of 64 weights.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Artifact, Float32
-from qlora_export.merge.base_rows import BaseRows
+from qlora_export.contracts import Artifact, Float32, Format
+from qlora_export.drift.codes import TrainedCodes, different_codes, shipped_block, shipped_codes
+from qlora_export.drift.layers import KeptLayer, with_calibration
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.homes import match_adapter
 from qlora_export.merge.merged_model import Output
+from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.dtypes import round_to
@@ -32,16 +35,22 @@ Shipped = Mapping[str, NDArray[np.uint8]]
 
 def survival(plan: Plan, item: ArtifactPlan, artifact: Artifact) -> dict[str, float]:
     """Survival of the delta by adapted matrix that the format encodes."""
+    return {layer.tensor: layer.survival for layer in kept_layers(plan, item, artifact)}
+
+
+def kept_layers(plan: Plan, item: ArtifactPlan, artifact: Artifact) -> tuple[KeptLayer, ...]:
+    """Every adapted matrix that the format encodes, in the order of the model."""
     shipped = _shipped(item, artifact)
-    beside = _beside(plan, artifact) if item.form.keeps_adapter else plan.model.changed
-    found = {}
+    beside = _beside(plan, artifact) if item.form.keeps_adapter else {}
+    found = []
     with SourceFiles() as files:
         for name, output in plan.model.changed.items():
             route = item.routes.get(name)
             matrix = len(output.spec.shape) > 1 and not plan.from_adapter(output.source)
             if route is not None and route.form is not None and matrix:
-                found[name] = _Survival(plan, item, route, output, beside[name], files).of(shipped)
-    return found
+                layer = _Layer(plan, item, route, route.form, output, beside.get(name), shipped, files)
+                found.append(layer.kept())
+    return with_calibration(found, artifact.manifest)
 
 
 def _shipped(item: ArtifactPlan, artifact: Artifact) -> Shipped:
@@ -62,65 +71,67 @@ def _beside(plan: Plan, artifact: Artifact) -> dict[str, Output]:
     return match_adapter(open_adapter(artifact.path / ADAPTER_FOLDER), plan.checkpoint).model.changed
 
 
-class _Survival:
+class _Layer:
     """One tensor: the change that was trained, and the change that is found in the shipped bytes."""
 
     def __init__(
-        self, plan: Plan, item: ArtifactPlan, route: Route, output: Output, beside: Output, files: SourceFiles
+        self,
+        plan: Plan,
+        item: ArtifactPlan,
+        route: Route,
+        form: Format,
+        output: Output,
+        beside: Output | None,
+        shipped: Shipped,
+        files: SourceFiles,
     ) -> None:
-        self._item, self._route = item, route
+        self._route, self._form, self._shipped = route, form, shipped
         self._compute = plan.training.quantization.compute_dtype
-        original = item.onto == "original" and item.form.consumes == "merged"
-        self._base = BaseRows(output, plan.training, files, own=False, trained=not original)
-        self._original = original
-        self._changes = Changes(output.changes, files, self._base.spec.columns)
-        self._beside = Changes(beside.changes, files, self._base.spec.columns) if item.form.keeps_adapter else None
-        self._blocks = self._base.blocks(route.form.row_multiple(self._base.spec) if route.form else 1)
+        onto = item.onto if item.form.consumes == "merged" else "as-trained"
+        multiple = form.row_multiple(output.layer_spec)
+        self._rows = MergedRows(output, plan.training, files, own=False, onto=onto, multiple=multiple)
+        self._beside = None if beside is None else self._loaded(beside, files)
+        block = shipped_block(shipped, route.spec.name)
+        trained = None if block is None else TrainedCodes(output, plan.training, files)
+        self._trained_codes = trained if trained is not None and trained.block == block else None
 
-    def of(self, shipped: Shipped) -> float:
-        """<found, trained> / |trained|^2."""
-        self._observe()
-        kept, whole = 0.0, 0.0
-        for rows in self._blocks:
-            base = self._rows(rows)
-            trained = _changed(self._changes, base, rows) - base
-            difference = (self._found(shipped, rows) - base).astype(np.float64)
+    def kept(self) -> KeptLayer:
+        """<found, trained> / |trained|^2, and the share of codes that are others."""
+        kept, whole, different = 0.0, 0.0, 0
+        for rows in self._rows.blocks:
+            base = self._rows.base(rows)
+            trained = self._rows.merged(base, rows) - base
+            difference = (self._found(rows) - base).astype(np.float64)
             kept += float(difference @ trained)
             whole += float(trained.astype(np.float64) @ trained)
-        return kept / whole if whole else 1.0
+            different += self._different(rows)
+        changed = None if self._trained_codes is None else different / max(self._rows.spec.size, 1)
+        return KeptLayer(self._rows.spec.name, kept / whole if whole else 1.0, changed)
 
-    def _observe(self) -> None:
-        if self._base.observes:
-            for rows in self._blocks:
-                self._base.observe(rows.start, len(rows))
-            self._base.settle()
-        for changes in (self._changes, self._beside):
-            if changes is not None and changes.observes:
-                for rows in self._blocks:
-                    changes.observe(self._rows(rows), rows.start)
-                changes.settle()
+    def _loaded(self, beside: Output, files: SourceFiles) -> Changes:
+        changes = Changes(beside.changes, files, self._rows.spec.columns)
+        if changes.observes:
+            for rows in self._rows.blocks:
+                changes.observe(self._rows.base(rows), rows.start)
+            changes.settle()
+        return changes
 
-    def _rows(self, rows: range) -> Float32:
-        taken = self._base.take(rows.start, len(rows))
-        values: Float32 = taken.original if self._original else taken.trained
-        return values
-
-    def _found(self, shipped: Shipped, rows: range) -> Float32:
-        form = self._route.form
-        if form is None:
-            raise ValueError(f"{self._route.spec.name}: nothing encodes it")
+    def _found(self, rows: range) -> Float32:
         if self._route.turned:
-            stored = form.decode(self._route.spec, shipped, range(self._route.spec.rows))
+            stored = self._form.decode(self._route.spec, self._shipped, range(self._route.spec.rows))
             turned = stored.reshape(self._route.spec.shape).T[rows.start : rows.stop]
             found = np.ascontiguousarray(turned).reshape(-1)
         else:
-            found = form.decode(self._route.spec, shipped, rows)
-        if form.quantises:
+            found = self._form.decode(self._route.spec, self._shipped, rows)
+        if self._form.quantises:
             found = round_to(found, self._compute)
-        return found if self._beside is None else _changed(self._beside, found, rows)
+        if self._beside is not None:
+            self._beside.apply(found, rows.start)
+        return found
 
-
-def _changed(changes: Changes, values: Float32, rows: range) -> Float32:
-    changed = values.copy()
-    changes.apply(changed, rows.start)
-    return changed
+    def _different(self, rows: range) -> int:
+        if self._trained_codes is None:
+            return 0
+        spec = self._rows.spec
+        codes = shipped_codes(self._shipped, spec.name, spec.columns, rows)
+        return different_codes(codes, self._trained_codes.of(rows), len(rows) * spec.columns)

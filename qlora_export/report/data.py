@@ -166,6 +166,7 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
         "limits": entry.limits.model_dump(),
         "drift": asdict(entry.drift),
         "survival": dict(entry.survival),
+        "layers": [asdict(layer) for layer in entry.layers],
         "sample": asdict(entry.sample),
     }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from qlora_export.contracts import Drift
+from qlora_export.contracts import MAY_LACK, Drift
 from qlora_export.drift.gate import Check, checks
 from qlora_export.errors import ExitCode
 from qlora_export.recipe import Limits
@@ -102,8 +102,7 @@ def _of_artifact(artifact: Mapping[str, Any], tokens: int, withheld: bool) -> It
 def _checks(artifact: Mapping[str, Any]) -> list[Check]:
     """Every number of the artifact that has a limit; none when one was not finite."""
     drift = {key: artifact["drift"].get(key) for key in DRIFT_NUMBERS}
-    optional = {"gain_kept", "gain_kept_stderr", "survival_median", "survival_min"}
-    if any(value is None for key, value in drift.items() if key not in optional):
+    if any(value is None for key, value in drift.items() if key not in MAY_LACK):
         return []
     return checks(Drift(**drift), Limits(**artifact["limits"]))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_export.contracts import Drift
 from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.report.layers import layer_table
 from qlora_export.report.run import Run
 
 MARKDOWN_NAME = "report.md"
@@ -34,7 +35,7 @@ def markdown(run: Run) -> str:
     if run.ledger is None:
         lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
     else:
-        lines += _ledger(run.ledger)
+        lines += [*_ledger(run.ledger), *layer_table(run.ledger, run.plan)]
     if run.receipts:
         lines += ["", "## Published", ""]
         lines += [f"- `{r.artifact}` to `{r.destination}`, {len(r.files)} files read back" for r in run.receipts]

@@ -122,8 +122,8 @@ def _map(values: Schema) -> Schema:
 
 
 def _numbers_of(facts: type) -> Schema:
-    """An object of the dataclass's numbers; any may be null, where it was not finite or does not apply."""
-    return _object({field.name: MAYBE_NUMBER for field in fields(facts)})
+    """An object of the dataclass's numbers and names; any may be null, where it was not finite or does not apply."""
+    return _object({field.name: MAYBE_TEXT if "str" in str(field.type) else MAYBE_NUMBER for field in fields(facts)})
 
 
 def _tokens() -> Schema:
@@ -166,18 +166,19 @@ def _artifact() -> Schema:
             "expected": {"enum": ["pass", "fail"]},
             "limits": limits,
             "survival": _map(NUMBER),
+            "layers": {"type": "array", "items": _layer()},
             "sample": _or_null(_numbers_of(Sample)),
         },
     )
 
 
-def _receipt() -> Schema:
 def _layer() -> Schema:
     """One adapted matrix of an artifact whose weights could be read back."""
     numbers = dict.fromkeys(("survival", "codes_changed", "weighted_survival", "output_error"), MAYBE_NUMBER)
     return _object({"tensor": TEXT, **numbers, "weighted_of": {"enum": [*get_args(WeightedOf), None]}})
 
 
+def _receipt() -> Schema:
     return _object(
         {"artifact": TEXT, "destination": TEXT, "commit": TEXT, "files": _map(TEXT)},
         {
@@ -211,9 +212,9 @@ def _planned_artifact() -> Schema:
             "name": TEXT,
             "format": {"enum": sorted(FORMATS)},
             "onto": ONTO,
-            "digest": DIGEST,
             "rounding": _or_null(_rounding()),
             "predicted_survival": _or_null(_predicted()),
+            "digest": DIGEST,
             "bytes": COUNT,
             "tensors": COUNT,
             "files": _map(COUNT),
@@ -221,7 +222,6 @@ def _planned_artifact() -> Schema:
     )
 
 
-def _planned_export() -> Schema:
 def _rounding() -> Schema:
     names = list(get_args(Rounding))
     stated = {"enum": [*names, None]}
@@ -232,6 +232,7 @@ def _predicted() -> Schema:
     return _object({"median": NUMBER, "lowest": NUMBER, "lowest_stderr": NUMBER, "lowest_tensor": TEXT})
 
 
+def _planned_export() -> Schema:
     return _object(
         {
             "name": TEXT,

@@ -15,6 +15,7 @@ from qlora_export import contracts
 from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
 from qlora_export.memory import peak_memory_bytes
+from qlora_export.report.layers import lowest_line
 from qlora_export.report.run import Run
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -48,7 +49,8 @@ def print_plan(run: Run, workers: int) -> None:
     for name in ("predicted survival", "size"):
         table.add_column(name, justify="right")
     for export in plan.exports:
-        table.add_row(export.name, export.exporter.name, f"from {export.source_name}", f"~{size(export.bytes)}")
+        made = f"from {export.source_name}"
+        table.add_row(export.name, export.exporter.name, made, "", "", f"~{size(export.bytes)}")
     for item in plan.artifacts:
         onto = "its base, adapter beside" if item.form.keeps_adapter else item.onto
         rounding, predicted = item.rounding.chosen or "", item.rounding.predicted
@@ -57,9 +59,9 @@ def print_plan(run: Run, workers: int) -> None:
     console.print(table)
     console.print(f"disk {size(plan.bytes)}, memory about {size(peak_memory_bytes(plan, workers))}", highlight=False)
     _print_assumptions(console, run)
-
-
     _print_warnings(console, run)
+
+
 def print_artifacts(run: Run) -> None:
     """The folders that were built."""
     console = console_for_result()
@@ -71,9 +73,9 @@ def print_artifacts(run: Run) -> None:
             soft_wrap=True,
         )
     _print_assumptions(console, run)
-
-
     _print_warnings(console, run)
+
+
 def print_release(run: Run) -> None:
     """The ledger, and where the artifacts went."""
     print_ledger(run)
@@ -105,8 +107,9 @@ def print_ledger(run: Run) -> None:
     console.print(f"{ledger.tokens.protocol}; float32 activations", highlight=False, soft_wrap=True)
     console.print(LEGEND, highlight=False, soft_wrap=True)
     for entry in ledger.entries:
-        for reason in entry.verdict.reasons:
-            console.print(f"{entry.artifact.name}: {reason}", highlight=False, soft_wrap=True)
+        for said in (*entry.verdict.reasons, lowest_line(entry)):
+            if said is not None:
+                console.print(f"{entry.artifact.name}: {said}", highlight=False, soft_wrap=True)
     _print_assumptions(console, run)
 
 
@@ -191,11 +194,11 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
     )
 
 
-def _print_assumptions(console: Console, run: Run) -> None:
-    for assumption in run.plan.assumptions:
-        console.print(f"note: {assumption}", highlight=False, soft_wrap=True)
 def _print_warnings(console: Console, run: Run) -> None:
     for warning in run.plan.warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
+def _print_assumptions(console: Console, run: Run) -> None:
+    for assumption in run.plan.assumptions:
+        console.print(f"note: {assumption}", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Artifact, Drift
+from qlora_export.contracts import MAY_LACK, Artifact, Drift
 from qlora_export.publish.card.kinds import Kind, kind_of
 from qlora_export.recipe import CardRecipe
 
@@ -117,8 +117,7 @@ class CardFacts:
 
 def drift_from(recorded: Mapping[str, Any]) -> Drift:
     """A drift read back from the report, where a number that was not finite is null."""
-    optional = {"gain_kept", "gain_kept_stderr", "survival_median", "survival_min"}
-    numbers = {
-        name: float("nan") if value is None and name not in optional else value for name, value in recorded.items()
+    numbers: dict[str, Any] = {
+        name: float("nan") if value is None and name not in MAY_LACK else value for name, value in recorded.items()
     }
     return Drift(**numbers)

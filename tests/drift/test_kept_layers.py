@@ -1,0 +1,196 @@
+"""What is said of single layers, against a naive computation from the files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qlora_export.contracts import Artifact, Drift
+from qlora_export.drift.codes import different_codes
+from qlora_export.drift.gate import DEFAULT_LIMITS, judge
+from qlora_export.drift.layers import KeptLayer, lowest, summarised, with_calibration
+from qlora_export.drift.survival import kept_layers
+from qlora_export.engine import BuildOptions, build
+from qlora_export.planning import Plan, make_plan
+from qlora_export.recipe import make_recipe
+from tests.conftest import edit_tensors, load_qlora, save_adapter, save_base
+from tests.drift.test_gate import PERFECT
+
+ARTIFACTS: list[Any] = [
+    "fp32",
+    "bf16",
+    {"format": "nf4", "rounding": "nearest", "name": "nearest"},
+    {"format": "nf4", "rounding": "dithered", "name": "dithered"},
+    {"format": "nf4", "rounding": "nearest", "onto": "original", "name": "original"},
+    "fp4",
+    "int8",
+    "fp8",
+    "nf4-adapter",
+]
+NF4 = ("nearest", "dithered", "original", "nf4-adapter")
+
+
+class Released(NamedTuple):
+    """A plan and its artifacts, and what bitsandbytes and the adapter's file say of every layer."""
+
+    plan: Plan
+    artifacts: dict[str, Artifact]
+    codes: dict[str, torch.Tensor]
+    trained: dict[str, torch.Tensor]
+    original: dict[str, torch.Tensor]
+    delta: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
+    """A base whose blocks run over row ends, the last of them short."""
+    folder = tmp_path_factory.mktemp("kept")
+    base = save_base(folder / "base", seed=1, hidden_size=40, intermediate_size=50, num_hidden_layers=1)
+    adapter = save_adapter(base, folder / "adapter", seed=2, size=0.02)
+    recipe = make_recipe({"base": str(base), "adapter": str(adapter), "artifacts": ARTIFACTS}, Path(), "test")
+    plan = make_plan(recipe, folder / "out")
+    artifacts = {artifact.name: artifact for artifact in build(plan, folder / "out", BuildOptions())}
+    live, factors = load_qlora(base), load_file(adapter / "adapter_model.safetensors")
+    codes, trained, delta = {}, {}, {}
+    for name, module in live.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = module.weight.quant_state
+            absmax = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            key, stem = f"{name}.weight", f"base_model.model.{name}"
+            codes[key] = nibbles(module.weight.data, state.shape.numel())
+            trained[key] = scaled(state.code[codes[key].long()], absmax, 64).bfloat16().double().reshape(state.shape)
+            left, right = factors[f"{stem}.lora_B.weight"].double(), factors[f"{stem}.lora_A.weight"].double()
+            delta[key] = 2 * left @ right
+    original = {key: tensor.double() for key, tensor in load_file(base / "model.safetensors").items() if key in codes}
+    return Released(plan, artifacts, codes, trained, original, delta)
+
+
+def nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Codes one by one, the high nibble of a byte first."""
+    return torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1)[:count]
+
+
+def scaled(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """Flat values times the scale of their block."""
+    return values.float() * scales.float().repeat_interleave(block)[: values.numel()]
+
+
+def shipped(tensors: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch.Tensor:
+    """The values of a shipped weight, by its format's own definition."""
+    weight = tensors[name]
+    if (absmax := tensors.get(f"{name}.absmax")) is not None:
+        (state,) = [tensors[key] for key in tensors if key.startswith(f"{name}.quant_state")]
+        nested = scaled(tensors[f"{name}.nested_quant_map"][absmax.long()], tensors[f"{name}.nested_absmax"], 256)
+        nested = nested + np.float32(json.loads(bytes(state.tolist()))["nested_offset"])
+        codes = nibbles(weight, shape.numel()).long()
+        return scaled(tensors[f"{name}.quant_map"][codes], nested, 64).bfloat16().double().reshape(shape)
+    if (rows := tensors.get(name.replace(".weight", ".SCB"))) is not None:
+        return (weight.float() * rows[:, None] / 127).bfloat16().double()
+    if (rows := tensors.get(f"{name}_scale")) is not None:
+        return (weight.float() * rows.float()).bfloat16().double()
+    return weight.double()
+
+
+@pytest.mark.parametrize("name", [item if isinstance(item, str) else item["name"] for item in ARTIFACTS])
+def test_the_numbers_of_every_layer(released: Released, name: str) -> None:
+    (item,) = [item for item in released.plan.artifacts if item.name == name]
+    layers = kept_layers(released.plan, item, released.artifacts[name])
+    tensors = load_file(released.artifacts[name].path / "model.safetensors")
+    assert {layer.tensor for layer in layers} == set(released.delta)
+    for layer in layers:
+        base = (released.original if name == "original" else released.trained)[layer.tensor]
+        delta = released.delta[layer.tensor]
+        found = shipped(tensors, layer.tensor, base.shape) + (delta if name == "nf4-adapter" else 0)
+        expected = ((found - base) * delta).sum() / (delta * delta).sum()
+        assert layer.survival == pytest.approx(expected.item(), abs=1e-4), layer.tensor
+        changed = None
+        if name in NF4:
+            codes = nibbles(tensors[layer.tensor], base.numel())
+            changed = (codes != released.codes[layer.tensor]).double().mean().item()
+        assert layer.codes_changed == changed, layer.tensor
+    if name in ("dithered", "original"):
+        assert all(layer.codes_changed for layer in layers)
+
+
+def test_an_erased_layer_is_named(released: Released) -> None:
+    """The codes of the base, put where merged ones belong, are found and named by the gate."""
+    name, erased = "dithered", "model.layers.0.mlp.up_proj.weight"
+    (item,) = [item for item in released.plan.artifacts if item.name == name]
+    base = load_file(released.artifacts["nf4-adapter"].path / "model.safetensors")
+    path = released.artifacts[name].path / "model.safetensors"
+    before = path.read_bytes()
+
+    def erase(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor for key, tensor in base.items() if key.startswith(erased)})
+
+    try:
+        edit_tensors(path, erase)
+        layers = kept_layers(released.plan, item, released.artifacts[name])
+    finally:
+        path.write_bytes(before)
+    assert lowest(layers, 2)[0] == KeptLayer(erased, 0.0, 0.0)
+    drift = summarised(Drift(**PERFECT), layers)
+    assert (drift.survival_min, drift.survival_min_tensor) == (0.0, erased)
+    (reason,) = judge(drift, DEFAULT_LIMITS, 1000, 0).reasons
+    assert reason == f"lowest survival is 0 in {erased}, the limit is at least 0.9"
+
+
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=1, max_size=67), st.integers(0, 255))
+def test_codes_are_compared_one_by_one(pairs: list[tuple[int, int]], padding: int) -> None:
+    first, second = (packed([pair[side] for pair in pairs], padding >> 4 * side & 15) for side in (0, 1))
+    assert different_codes(first, second, len(pairs)) == sum(one != other for one, other in pairs)
+
+
+def packed(codes: list[int], padding: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """As bitsandbytes packs, with something in the nibble that nothing needs."""
+    whole = [*codes, padding] if len(codes) % 2 else codes
+    return np.array([16 * high + low for high, low in zip(whole[::2], whole[1::2], strict=True)], np.uint8)
+
+
+LAYERS = (KeptLayer("a", 1.1, 0.25), KeptLayer("b", 0.8, 0.5), KeptLayer("c", 0.9))
+MEASURED = {
+    "a": {"weighted_survival": 0.99, "output_error": 0.01, "gain": 1.1, "damping": 0.01},
+    "b": {"weighted_survival": 1.02, "output_error": 0.02, "gain": 1.1, "damping": 0.01},
+    "c": {"fallback": "no token reached it"},
+}
+
+
+def calibrated(**tuning: Any) -> tuple[KeptLayer, ...]:
+    layers = {**MEASURED, "tuning": tuning} if tuning else MEASURED
+    return with_calibration(LAYERS, {"calibration": {"layers": layers}})
+
+
+def test_a_calibrated_artifact_knows_its_layers_in_their_outputs() -> None:
+    found = calibrated()
+    assert found == (
+        KeptLayer("a", 1.1, 0.25, 0.99, 0.01, "shipped"),
+        KeptLayer("b", 0.8, 0.5, 1.02, 0.02, "shipped"),
+        LAYERS[2],
+    )
+    drift = summarised(Drift(**PERFECT), found)
+    assert (drift.survival_median, drift.survival_min, drift.survival_min_tensor) == (0.9, 0.8, "b")
+    assert drift.codes_changed_median == 0.375
+    assert drift.weighted_survival_median == pytest.approx(1.005)
+    assert (drift.weighted_survival_min, drift.weighted_survival_min_tensor) == (0.99, "a")
+
+
+def test_what_was_measured_before_tuning_is_no_number_of_the_artifact() -> None:
+    found = calibrated(step=30, mean_kl_before_nats=0.2, mean_kl_after_nats=0.1)
+    assert [layer.weighted_of for layer in found] == ["before tuning", "before tuning", None]
+    assert summarised(Drift(**PERFECT), found).weighted_survival_min is None
+    assert calibrated(step=0) == calibrated(), "tuning that found nothing better changed nothing"
+
+
+def test_without_layers_there_is_no_summary() -> None:
+    drift = Drift(**PERFECT)
+    assert with_calibration(LAYERS, {}) == LAYERS
+    assert summarised(drift, ()) is drift
