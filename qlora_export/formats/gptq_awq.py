@@ -19,12 +19,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    Rounding,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.device import kernels
 from qlora_export.errors import InputError, UsageError
 from qlora_export.quant import integers
@@ -39,6 +49,7 @@ from qlora_export.quant.column_packing import (
 )
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.integers import Grid
+from qlora_export.quant.scales import Int8
 from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 
@@ -52,7 +63,7 @@ class Interleaved:
     """Weights on an integer grid in words over [in, out]: `gptq` along the inputs, `awq` along the outputs."""
 
     name: str
-    grid: Grid
+    integers: Grid
     consumes: Consumes = "merged"
     quantises: bool = True
     keeps_adapter: bool = False
@@ -62,7 +73,7 @@ class Interleaved:
     @property
     def roundings(self) -> tuple[Rounding, ...]:
         """Scales are searched on symmetric grids alone."""
-        return ("search",) if self.grid.symmetric else ()
+        return ("search",) if self.integers.symmetric else ()
 
     def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Interleaved:
         """With scales that a search finds."""
@@ -71,17 +82,17 @@ class Interleaved:
     @property
     def dense_dtype(self) -> str:
         """That of the model."""
-        return self.grid.dtype
+        return self.integers.dtype
 
     @property
     def along_inputs(self) -> bool:
         """Whether a word holds inputs of one output: symmetric, as GPTQ packs them."""
-        return self.grid.symmetric
+        return self.integers.symmetric
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """Groups and words are whole, layers are `Linear`."""
-        if self.grid.group and spec.columns % self.grid.group:
-            return f"{spec.columns} columns are no multiple of the group of {self.grid.group}"
+        if self.integers.group and spec.columns % self.integers.group:
+            return f"{spec.columns} columns are no multiple of the group of {self.integers.group}"
         if spec.rows % PER_WORD:
             return f"{spec.rows} rows are no multiple of {PER_WORD}, the zero points of a word"
         return f"its module is a Conv1D, and {self.name} is of Linear layers" if input_major else None
@@ -92,7 +103,7 @@ class Interleaved:
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Words, zero points and scales; for gptq also the group of each input."""
-        module, groups = spec.module, self.grid.groups(spec.columns)
+        module, groups = spec.module, self.integers.groups(spec.columns)
         words = (spec.columns // PER_WORD, spec.rows) if self.along_inputs else (spec.columns, spec.rows // PER_WORD)
         parts = (
             Part(f"{module}.qweight", "I32", words),
@@ -111,23 +122,50 @@ class Interleaved:
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
+        codes, zeros = self._codes(spec, parts, rows)
+        scales = self._scales(spec, parts, rows)
+        out = np.empty(codes.shape, np.float32)
+        integers.decode(codes, scales, zeros, out)
+        return out.reshape(-1)
+
+    def _scales(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+        """Of some rows [rows, groups]."""
+        stored = parts[f"{spec.module}.scales"].view(np.float16).reshape(-1, spec.rows)
+        return np.ascontiguousarray(stored[:, rows.start : rows.stop].T).astype(np.float32)
+
+    def _codes(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> tuple[Int8, Int8]:
+        """Codes [rows, columns] and zero points [rows, groups] of some rows."""
         found = {part.name.rpartition(".")[2]: _of_part(parts[part.name], part) for part in self.parts(spec)}
         words = slice(rows.start // PER_WORD, -(-rows.stop // PER_WORD))
         codes = np.empty((len(rows), spec.columns), np.int8)
-        zeros = np.zeros((len(rows), self.grid.groups(spec.columns)), np.int8)
+        zeros = np.zeros((len(rows), self.integers.groups(spec.columns)), np.int8)
         if self.along_inputs:
             unpack_inputs(found["qweight"][:, rows.start : rows.stop], codes)
         else:
             unpack_outputs(found["qweight"][:, words], AWQ_ORDER, codes)
             unpack_outputs(found["qzeros"][:, words], AWQ_ORDER, zeros)
-        scales = np.ascontiguousarray(found["scales"][:, rows.start : rows.stop].T).astype(np.float32)
-        out = np.empty(codes.shape, np.float32)
-        integers.decode(codes, scales, zeros, out)
-        return out.reshape(-1)
+        return codes, zeros
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """All integers of 4 bits around zero; `awq` states the zero point of 8 for them, as `gptq` has it."""
+        scales: Literal["BF16", "F16"] = "BF16" if self.integers.dtype == "BF16" else "F16"
+        return LevelGrid(tuple(float(level) for level in range(-8, 8)), self.integers.group or spec.columns, scales)
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Every part, whole."""
+        encoder = InterleavedEncoder(spec, self)
+        encoder.take((chosen.codes.astype(np.int16) - 8).astype(np.int8), chosen.scales)
+        return encoder.seal()
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
+        """Numbers of levels and the scales; zero points other than 8 have none and are not asked for."""
+        whole = range(spec.rows)
+        scales, codes = self._scales(spec, parts, whole), self._codes(spec, parts, whole)[0]
+        return Chosen((codes.astype(np.int16) + 8).astype(np.uint8), scales)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What the loaders of AutoGPTQ and AutoAWQ, GPTQModel and vLLM read."""
-        facts = {"bits": self.grid.bits, "group_size": self.grid.group}
+        facts = {"bits": self.integers.bits, "group_size": self.integers.group}
         if not self.along_inputs:
             method = {"quant_method": "awq", "version": "gemm", "zero_point": True}
             return {**method, **facts, "modules_to_not_convert": list(kept)}
@@ -150,7 +188,7 @@ class InterleavedEncoder:
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes, zero points and scales of some rows into their columns; nothing is ready before the seal."""
-        grid = self._layout.grid
+        grid = self._layout.integers
         rows = self._rounded(values)
         scales, zeros = integers.fit(rows, grid)
         if self._layout.searches:
@@ -168,19 +206,29 @@ class InterleavedEncoder:
         held["scales"][:, first_row:last_row] = scales.T
         return ()
 
+    def take(self, codes: Int8, scales: Float32) -> None:
+        """All rows, already coded [rows, columns] with scales [rows, groups]."""
+        held = self._held
+        held["scales"][:] = self._in_half(scales).T
+        if self._layout.along_inputs:
+            pack_inputs(codes, 0, held["qweight"])
+        else:
+            pack_outputs(codes, 0, AWQ_ORDER, held["qweight"])
+            pack_outputs(np.zeros(scales.shape, np.int8), 0, AWQ_ORDER, held["qzeros"])
+
     def seal(self) -> Iterable[Piece]:
         """Everything."""
         if self._layout.along_inputs:
             groups, rows = self._held["scales"].shape
             below = np.full((rows, groups), -1, np.int8)  # the zero point of 8 is stored as 7
             pack_outputs(below, 0, PLAIN_ORDER, self._held["qzeros"])
-            size = np.uint32(self._layout.grid.group or self._spec.columns)
+            size = np.uint32(self._layout.integers.group or self._spec.columns)
             self._held["g_idx"][:] = np.arange(self._spec.columns, dtype=np.uint32) // size
         for name, held in self._held.items():
             yield Piece(f"{self._spec.module}.{name}", 0, held.reshape(-1).view(np.uint8))
 
     def _rounded(self, values: Float32) -> Float32:
-        dtype = self._layout.grid.dtype
+        dtype = self._layout.integers.dtype
         rounded = widen(narrow(values, dtype), dtype)
         if not all_finite(rounded.view(np.uint32)):
             largest = np.abs(kernels.to_host(values)).max()
