@@ -18,7 +18,7 @@ from typing import Any
 from qlora_export import catalog
 from qlora_export.contracts import Onto
 from qlora_export.drift.ledger import Ledger
-from qlora_export.engine.leftovers import TRIAL_NAME
+from qlora_export.engine.trials import ONTO_TRIAL
 from qlora_export.errors import UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import ArtifactRecipe, Recipe
@@ -80,7 +80,7 @@ def _decided(recipe: Recipe, base: Plan, out: Path, measure: Measure) -> dict[st
     path = out / DECISION_NAME
     if (kept := _kept(path)).get("inputs") == digest:
         return kept
-    ledger = measure(trial, out / TRIAL_NAME)
+    ledger = measure(trial, out / ONTO_TRIAL)
     if ledger is None:
         raise UsageError("merge.onto is auto, and nothing was measured", "choose as-trained or original")
     divergences = {entry.artifact.name: entry.drift.mean_kl for entry in ledger.entries}
@@ -95,7 +95,7 @@ def _decided(recipe: Recipe, base: Plan, out: Path, measure: Measure) -> dict[st
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(decision, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
-    shutil.rmtree(out / TRIAL_NAME)
+    shutil.rmtree(out / ONTO_TRIAL)
     return decision
 
 

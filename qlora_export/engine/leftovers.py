@@ -13,11 +13,10 @@ from pathlib import Path
 from qlora_export.engine.building import locked
 from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
+from qlora_export.engine.trials import TRIALS
 from qlora_export.errors import UsageError
 from qlora_export.merge.combining import COMBINED_NAME
 from qlora_export.preflight import allocated_bytes
-
-TRIAL_NAME = "onto-trial"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def find_leftovers(out: Path) -> list[Leftover]:
         raise UsageError(f"{out}: no such folder", "give the folder that --out named")
     with locked(out):
         found = [path for path in out.glob("*.partial") if is_ours(path) or path.name.startswith(COMBINED_NAME)]
-        found += [path for path in out.glob(TRIAL_NAME) if path.is_dir() and not path.is_symlink()]
+        found += [out / name for name in TRIALS if (out / name).is_dir() and not (out / name).is_symlink()]
         return [Leftover(path, allocated_bytes(path)) for path in sorted(found)]
 
 

@@ -134,6 +134,16 @@ class ModelSession:
             result: Float32 = torch.log_softmax(logits.float(), dim=-1).numpy()
         return result
 
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The most likely next tokens, one after the other with a cache."""
+        cache, found, inputs = None, list[int](), torch.tensor([list(tokens)])
+        with torch.no_grad():
+            for _ in range(count):
+                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
+                cache, inputs = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+                found.append(int(inputs))
+        return found
+
 
 class FolderTokenizer:
     """The tokenizer of a model folder, opened by transformers without remote code."""

@@ -1,0 +1,209 @@
+"""Comparing formats: one artifact for each, built in a trial folder, measured on the same tokens, beside what it costs.
+
+    OUT/compare-trial/NAME/   the artifacts; kept, so that a second comparison builds nothing
+
+The model that was trained is measured once for all rows. A candidate that cannot be planned, built or opened becomes a
+row with its reason; only what is wrong for every one of them is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qlora_export import catalog
+from qlora_export.comparison.candidates import Candidate, candidates
+from qlora_export.comparison.costs import cost_of, fp32_cost, linear_modules, low_rank_cost
+from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
+from qlora_export.comparison.speed import TimedSession, Times, speed_of, timed
+from qlora_export.contracts import Artifact
+from qlora_export.drift.ledger import Entry, References, make_ledger
+from qlora_export.drift.measure import ReferenceProbabilities, reference_probabilities
+from qlora_export.drift.reference import require_reference
+from qlora_export.engine.building import locked
+from qlora_export.engine.trials import COMPARISON_TRIAL, make_room
+from qlora_export.errors import ExportError
+from qlora_export.measuring import drift_text, drift_tokens, limits_of, measure_artifact, measure_references
+from qlora_export.pipeline import RunOptions, build
+from qlora_export.planning import Plan, make_plan
+from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.runtimes.opening import open_artifact
+
+BASELINE = "fp32"
+AS_TRAINED = "merge.onto is auto: formats without a merge base of their own are compared as-trained"
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A finished artifact and the plan that made it."""
+
+    candidate: Candidate
+    plan: Plan
+    artifact: Artifact
+
+
+def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) -> Comparison:
+    """Build and measure every candidate of `formats`, or of the usual list; publishes nothing, judges by the recipe.
+
+    Each is FORMAT[:ROUNDING][@ONTO]. Raises UsageError for one that does not exist, and the first candidate's error
+    when none can be measured.
+    """
+    found = candidates(formats, recipe)
+    text = drift_text(recipe)
+    recipe, notes = _for_trial(recipe)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        trial = _Trial(recipe, replace(options, out=options.out / COMPARISON_TRIAL))
+        built = trial.build(found)
+        plan = built[0].plan
+        require_reference(plan)
+        tokens = drift_tokens(plan, [item.artifact for item in built], text)
+        with reference_probabilities(trial.options.out, tokens) as store:
+            references = measure_references(plan, store, options.track)
+            entries = dict(trial.measure(built, references, store))
+    if not entries:
+        raise next(iter(trial.failures.values()))
+    items = {item.candidate: item for item in built if item.candidate in entries}
+    ledger = make_ledger(tokens, references, ())
+    linear = linear_modules(planned for item in items.values() for planned in item.plan.artifacts) or _linear(trial)
+    baseline = next((times for item, (_, times) in entries.items() if item.name == BASELINE), None)
+    rows = [_row(items[item], *entries[item], baseline, linear) for item in items]
+    rows += [Row(item, reason=_reason(item, error)) for item, error in trial.failures.items()]
+    notes += tuple(dict.fromkeys(note for item in items.values() for note in item.plan.assumptions))
+    fp32_bytes, cost = fp32_cost(plan, linear)
+    return Comparison(
+        recipe_digest=recipe.digest,
+        tokens=tokens,
+        reference=ledger.reference,
+        base=ledger.base,
+        merged=ledger.merged,
+        limits=limits_of(recipe),
+        rows=by_size(rows),
+        weights=cost.weight_bytes // 4,
+        fp32_bytes=next((row.measured.bytes for row in rows if row.measured and row.name == BASELINE), fp32_bytes),
+        fp32_cost=cost,
+        low_rank=low_rank_cost(plan, linear),
+        notes=notes,
+    )
+
+
+class _Trial:
+    """The trial folder: what is built and measured there, and the errors of what is not."""
+
+    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.failures: dict[Candidate, ExportError] = {}
+
+    def plan(self, items: Sequence[Candidate]) -> Plan:
+        """The plan of some candidates."""
+        return make_plan(_recipe_of(self.recipe, items), self.options.out)
+
+    def build(self, items: Sequence[Candidate]) -> list[_Built]:
+        """Everything that can be built, in as few passes over the base as there are ways to build."""
+        planned = [item for item in items if self._plans(item)]
+        if not planned:
+            raise next(iter(self.failures.values()))
+        built = [found for group in _groups(planned) for found in self._build_together(group)]
+        if not built:
+            raise next(iter(self.failures.values()))
+        return built
+
+    def _plans(self, item: Candidate) -> bool:
+        try:
+            plan = self.plan([item])
+        except ExportError as error:
+            self.failures[item] = error
+            return False
+        digests = {made.name: made.digest for made in plan.artifacts}
+        make_room(self.options.out, digests | {made.name: made.digest for made in plan.exports})
+        return True
+
+    def _build_together(self, group: Sequence[Candidate]) -> Iterator[_Built]:
+        """All of a group in one pass, or one by one where one of them stops the others."""
+        try:
+            run = build(_recipe_of(self.recipe, group), self.options)
+        except ExportError as error:
+            if len(group) == 1:
+                self.failures[group[0]] = error
+            else:
+                for item in group:
+                    yield from self._build_together([item])
+            return
+        made = {artifact.name: artifact for artifact in run.artifacts}
+        for item in group:
+            yield _Built(item, run.plan, made[item.name])
+
+    def measure(
+        self, built: Sequence[_Built], references: References, store: ReferenceProbabilities
+    ) -> Iterator[tuple[Candidate, tuple[Entry, Times]]]:
+        """What each artifact measures, and how long its windows took."""
+        for item in built:
+            recipe = item.candidate.artifact(self.recipe)
+            try:
+                with open_artifact(item.artifact, item.plan) as opened:
+                    session = TimedSession(opened)
+                    track = self.options.track
+                    entry = measure_artifact(item.plan, item.artifact, recipe, session, references, store, track)
+                    times = timed(session, store.tokens)
+            except ExportError as error:
+                self.failures[item.candidate] = error
+            else:
+                yield item.candidate, (entry, times)
+
+
+def _for_trial(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe without a publication and with a merge base that needs no measurement to be settled."""
+    recipe = recipe.model_copy(update={"publish": None})
+    if recipe.merge.onto != "auto":
+        return recipe, ()
+    return recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"onto": "as-trained"})}), (AS_TRAINED,)
+
+
+def _recipe_of(recipe: Recipe, items: Sequence[Candidate]) -> Recipe:
+    """The recipe that makes these candidates, and the dense artifacts that exporters start from."""
+    made = [item.artifact(recipe) for item in items]
+    for item in items:
+        if item.format in catalog.EXPORTERS:
+            source = ArtifactRecipe(format="bf16", name=_source_name(item), onto=item.onto)
+            made = [source, *(artifact for artifact in made if artifact.name != source.name)]
+    return recipe.model_copy(update={"artifacts": tuple(made)})
+
+
+def _source_name(item: Candidate) -> str:
+    return Candidate("bf16", None, item.onto).name
+
+
+def _groups(items: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Formats without data, formats with, and every exporter for itself."""
+    formats = [item for item in items if item.format in catalog.FORMATS]
+    calibrated = [item for item in formats if item.rounding in ("calibrated", "tuned")]
+    groups = [[item for item in formats if item not in calibrated], calibrated]
+    groups += [[item] for item in items if item.format in catalog.EXPORTERS]
+    return [group for group in groups if group]
+
+
+def _linear(trial: _Trial) -> frozenset[str]:
+    """The layers that formats encode, where none that was compared encodes any."""
+    try:
+        return linear_modules(trial.plan([Candidate("nf4", "nearest")]).artifacts)
+    except ExportError:
+        return frozenset()
+
+
+def _row(item: _Built, entry: Entry, times: Times, baseline: Times | None, linear: frozenset[str]) -> Row:
+    planned = next((found for found in item.plan.artifacts if found.name == item.artifact.name), None)
+    measured = Measured(
+        entry=entry,
+        bytes=item.artifact.bytes,
+        onto=item.artifact.manifest["onto"],
+        rounding=planned.rounding.chosen if planned else None,
+        cost=cost_of(item.plan, planned, linear) if planned else None,
+        speed=speed_of(times, baseline),
+    )
+    return Row(item.candidate, measured)
+
+
+def _reason(item: Candidate, error: ExportError) -> str:
+    """The error in one line, without the name of the row that it stands in."""
+    return error.message.splitlines()[0].removeprefix(f"artifact {item.name}: ")

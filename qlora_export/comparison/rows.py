@@ -1,0 +1,74 @@
+"""The rows of a comparison: what became of each candidate, and what all of them are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_export.comparison.candidates import Candidate
+from qlora_export.comparison.costs import Cost, LowRankCost
+from qlora_export.comparison.speed import Speed
+from qlora_export.contracts import Drift, Onto, Rounding
+from qlora_export.drift.ledger import Entry
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.recipe import Limits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An artifact that was built and measured; `cost` is None where an exporter wrote the bytes.
+
+    `rounding` is the one that was chosen, None where nothing is rounded to a grid.
+    """
+
+    entry: Entry
+    bytes: int
+    onto: Onto
+    rounding: Rounding | None
+    cost: Cost | None
+    speed: Speed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate with its numbers, or with the reason why it has none."""
+
+    candidate: Candidate
+    measured: Measured | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the row and of the artifact's folder."""
+        return self.candidate.name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows on one set of tokens, by size; `fp32_*` are those of the merged model in float32, by its plan.
+
+    `weights` counts the linear weights that formats encode, `low_rank` is the adapter's arithmetic.
+    """
+
+    recipe_digest: str
+    tokens: TokenSet
+    reference: Drift
+    base: Drift | None
+    merged: Drift | None
+    limits: Limits
+    rows: tuple[Row, ...]
+    weights: int
+    fp32_bytes: int
+    fp32_cost: Cost
+    low_rank: LowRankCost | None
+    notes: tuple[str, ...] = ()
+
+
+def by_size(rows: list[Row]) -> tuple[Row, ...]:
+    """The smallest first, of equal ones the nearer to what was trained; rows without numbers last."""
+
+    def key(row: Row) -> tuple[float, float]:
+        if row.measured is None:
+            return (float("inf"), 0.0)
+        return (row.measured.bytes, row.measured.entry.drift.mean_kl)
+
+    return tuple(sorted(rows, key=key))
