@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,6 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qlora_export.contracts import Artifact, Drift
@@ -22,6 +21,7 @@ from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
+from qlora_export.sources.sidecar import SIDECAR_NAME
 from tests.conftest import edit_tensors, load_qlora, save_adapter, save_base
 from tests.drift.test_gate import PERFECT
 
@@ -121,6 +121,50 @@ def test_the_numbers_of_every_layer(released: Released, name: str) -> None:
         assert all(layer.codes_changed for layer in layers)
 
 
+def test_codes_of_a_stored_base_are_those_of_training(released: Released, tmp_path: Path) -> None:
+    """The base comes in NF4: what was stored is compared, also where all of it was dithered by chance."""
+    base, recorded = tmp_path / "stored", released.plan.recipe.adapters[0].path
+    adapter = shutil.copytree(recorded, tmp_path / "adapter", ignore=shutil.ignore_patterns(SIDECAR_NAME))
+    load_qlora(released.plan.checkpoint.folder).save_pretrained(base)
+    artifacts = [{"format": "nf4", "rounding": rounding, "name": rounding} for rounding in ("nearest", "dithered")]
+    recipe = make_recipe({"base": str(base), "adapter": str(adapter), "artifacts": artifacts}, Path(), "test")
+    plan = make_plan(recipe, tmp_path / "out")
+    shares = {}
+    for item, artifact in zip(plan.artifacts, build(plan, tmp_path / "out", BuildOptions()), strict=True):
+        before, after = load_file(base / "model.safetensors"), load_file(artifact.path / "model.safetensors")
+        for layer in kept_layers(plan, item, artifact):
+            count = released.delta[layer.tensor].numel()
+            trained, merged = (nibbles(tensors[layer.tensor], count) for tensors in (before, after))
+            assert layer.codes_changed == (trained != merged).double().mean().item()
+            shares[item.name, layer.tensor] = layer.codes_changed or 0.0
+    assert all(shares["nearest", name] < shares["dithered", name] < 0.5 for name in released.delta)
+
+
+@pytest.mark.parametrize(
+    ("training", "rounding", "compared"),
+    [
+        ("nf4,block=128,double", "nearest", False),
+        ("nf4,block=128,double", "dithered", True),
+        ("none", "nearest", False),
+    ],
+)
+def test_only_codes_in_the_blocks_of_training_are_compared(
+    released: Released, tmp_path: Path, training: str, rounding: str, compared: bool
+) -> None:
+    adapter = save_adapter(released.plan.checkpoint.folder, tmp_path / "adapter", seed=2)
+    (adapter / SIDECAR_NAME).unlink()
+    data = {
+        "base": str(released.plan.checkpoint.folder),
+        "adapter": str(adapter),
+        "training_quantization": training,
+        "artifacts": [{"format": "nf4", "rounding": rounding}],
+    }
+    plan = make_plan(make_recipe(data, Path(), "test"), tmp_path / "out")
+    (artifact,) = build(plan, tmp_path / "out", BuildOptions())
+    layers = kept_layers(plan, plan.artifacts[0], artifact)
+    assert {layer.codes_changed is not None for layer in layers} == {compared}
+
+
 def test_an_erased_layer_is_named(released: Released) -> None:
     """The codes of the base, put where merged ones belong, are found and named by the gate."""
     name, erased = "dithered", "model.layers.0.mlp.up_proj.weight"
@@ -144,10 +188,14 @@ def test_an_erased_layer_is_named(released: Released) -> None:
     assert reason == f"lowest survival is 0 in {erased}, the limit is at least 0.9"
 
 
-@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=1, max_size=67), st.integers(0, 255))
-def test_codes_are_compared_one_by_one(pairs: list[tuple[int, int]], padding: int) -> None:
-    first, second = (packed([pair[side] for pair in pairs], padding >> 4 * side & 15) for side in (0, 1))
-    assert different_codes(first, second, len(pairs)) == sum(one != other for one, other in pairs)
+@pytest.mark.parametrize("count", [1, 2, 67])
+def test_codes_are_compared_one_by_one(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        first, second = rng.integers(0, 16, count), rng.integers(0, 16, count)
+        second[rng.random(count) < 0.5] = first[0]
+        found = different_codes(packed(first.tolist(), 3), packed(second.tolist(), 12), count)
+        assert found == int((first != second).sum())
 
 
 def packed(codes: list[int], padding: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
