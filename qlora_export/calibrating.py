@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_export.calibrate.overlap import require_apart
+from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
 from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration
 from qlora_export.calibration_recipe import CalibrationMethod
 from qlora_export.contracts import Tokenizer, Track
+from qlora_export.engine.building import locked
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.recipe import Recipe
@@ -29,7 +32,7 @@ CALIBRATED = ("calibrated", "tuned")
 
 def to_calibrate(plan: Plan, out: Path) -> list[ArtifactPlan]:
     """The artifacts that are rounded by calibration and are not there yet."""
-    asked = [item for item in plan.artifacts if item.recipe.rounding in CALIBRATED]
+    asked = [item for item in plan.artifacts if item.rounding.chosen in CALIBRATED]
     return [item for item in asked if not os.path.lexists(out / item.name)]
 
 
@@ -73,12 +76,13 @@ def calibrated(
         with track(f"calibrate {item.name}") as progress:
             made[item.name] = calibrate(plan, item, tokens, replace(options, progress=progress))
     changed = (replace(item, made=made[item.name]) if item.name in made else item for item in plan.artifacts)
-    return replace(plan, artifacts=tuple(changed), assumptions=(*plan.assumptions, *tokens.notes))
+    return replace(plan, artifacts=tuple(changed))
 
 
-def forget(out: Path) -> None:
-    """Remove what was kept for artifacts that are built now."""
-    from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
-
-    for folder in folders_of_blocks(out):
-        remove_blocks(folder)
+def forget(plan: Plan, out: Path) -> None:
+    """Remove what was kept for artifacts that are built now; where another run is at work, its own end does."""
+    if not any(item.rounding.chosen in CALIBRATED for item in plan.artifacts):
+        return
+    with suppress(UsageError), locked(out):
+        for folder in folders_of_blocks(out):
+            remove_blocks(folder)

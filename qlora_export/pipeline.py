@@ -102,8 +102,7 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
             accelerator=options.accelerator,
         )
         built = engine.build(plan, options.out, limits)
-    if waiting:
-        forget(options.out)
+    forget(plan, options.out)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):

@@ -87,6 +87,11 @@ class Made:
     parts: Mapping[str, StoredTensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the facts, which tell the error of every layer to the last bit: other bytes, other facts."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class ArtifactPlan:

@@ -39,9 +39,9 @@ class Tokens:
     device: torch.device
 
     def run(self, stream: Stream, number: int) -> Tensor:
-        """What the block makes of a batch."""
+        """What the block makes of a batch, whose hidden states it may write to."""
         with torch.no_grad():
-            return run(stream.block, stream.hidden[number].to(self.device), self.calls[number])
+            return run(stream.block, stream.hidden[number].to(self.device, copy=True), self.calls[number])
 
 
 class _Enough(Exception):
@@ -86,7 +86,7 @@ def advance(stream: Stream, tokens: Tokens) -> None:
 
 def groups_of(stream: Stream, tokens: Tokens, names: Sequence[str]) -> list[list[str]]:
     """The layers in the order of their first call, those together that get one and the same input."""
-    order: dict[str, int] = {}
+    order: dict[str, tuple[Any, ...]] = {}
     kept: list[Tensor] = []
 
     def hook(name: str) -> Callable[[Any, Any], None]:
@@ -94,7 +94,7 @@ def groups_of(stream: Stream, tokens: Tokens, names: Sequence[str]) -> list[list
             if name not in order:
                 # Kept alive, so that no later input takes the same place in memory.
                 kept.append(arguments[0])
-                order[name] = arguments[0].data_ptr()
+                order[name] = (arguments[0].data_ptr(), arguments[0].shape, arguments[0].stride())
 
         return see
 
@@ -107,7 +107,7 @@ def groups_of(stream: Stream, tokens: Tokens, names: Sequence[str]) -> list[list
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[int, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name, place in order.items():
         groups.setdefault(place, []).append(name)
     return list(groups.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ def open_decoder(plan: Plan) -> Decoder:
 
 
 def give(module: Any, prefix: str, decoder: Decoder, parameters: Parameters, device: torch.device) -> None:
-    """Give a module the values of the trained model."""
+    """Give a module the values of the trained model, where torch would have put them."""
     for name, live in decoder.parameters_of(module, prefix):
         if parameters.has(live):
-            put(module, name, torch.from_numpy(parameters.trained(live)).to(device))
+            put(module, name, torch.from_numpy(parameters.trained(live)).to(device, copy=True))
 
 
 def put(module: Any, name: str, values: Tensor) -> None:
@@ -95,8 +96,28 @@ def put(module: Any, name: str, values: Tensor) -> None:
 
 
 def empty(module: Any) -> None:
-    """Take a module's values away."""
-    module.to("meta")
+    """Take a module's values away, but for buffers that are not stored: nobody could give those back."""
+    for name, values in module.state_dict().items():
+        put(module, name, torch.empty_like(values, device="meta"))
+
+
+def move_buffers(decoder: Decoder, device: torch.device) -> None:
+    """Bring what the model has beside stored values to a device."""
+    for module in decoder.model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def require_stored(decoder: Decoder, parameters: Parameters, folder: Path) -> None:
+    """Raise Refused for a block with a parameter that is no stored tensor, nor made of experts stored one by one."""
+    for name, _ in decoder.blocks.named_parameters():
+        live = f"{decoder.place}.{name}"
+        if not parameters.has(live):
+            raise Refused(
+                f"{folder}: transformers computes {live} from several stored tensors, or it is not stored",
+                "calibrated rounding does not know this architecture; round without calibration",
+            )
 
 
 class _Stop(Exception):

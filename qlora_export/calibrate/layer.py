@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_export.calibrate.parameters import LayerValues
+from qlora_export.calibrate.parameters import BaseGrid, LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
 from qlora_export.contracts import Chosen, Float32, GridFormat, LevelGrid, TensorSpec
-from qlora_export.quant.four_bit import NF4
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
 from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve
@@ -20,6 +19,8 @@ from qlora_export.quant.rounding.target import retention
 from qlora_export.tensors.dtypes import round_to
 
 SIXTEEN_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
+# What rounding to float16 and then to bfloat16 changes at most, relative to the value.
+LARGEST_ROUNDING = 2.0**-8
 Parts = dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
 
 
@@ -44,7 +45,9 @@ def round_layer(
     device = inputs.hessian.device
     base, merged = (torch.from_numpy(values).to(device) for values in (found.base, found.merged))
     layer = Layer(base, merged - base, inputs.hessian, inputs.crossed)
-    solution = solve(layer, _grid(level_grid, lambda scales: scales), _starts(level_grid, found, device), method)
+    starts = _starts(level_grid, found, device)
+    wanted = replace(layer, base=_on_grid(base, starts[0]))
+    solution = solve(wanted, _grid(level_grid, lambda scales: scales), starts, method)
     if solution is None:
         return "the second moments of its inputs are singular"
     parts = assembled(form, found.spec, solution.grid, solution.codes, solution.scales)
@@ -103,11 +106,11 @@ def _starts(level_grid: LevelGrid, found: LayerValues, device: torch.device) -> 
     if level_grid.scales in SIXTEEN_BIT:
         return [(_grid(level_grid, sixteen_bit_scales(SIXTEEN_BIT[level_grid.scales])), None)]
     starts: list[Start] = []
-    if found.trained is not None and _same_grid(level_grid, found):
-        scales = torch.from_numpy(found.trained.scales).to(device).reshape(found.spec.rows, -1)
-        level = found.trained.second_level
-        if level_grid.scales == "nested" and level is not None:
-            rule: ScaleRule = NestedScales(level[0], torch.from_numpy(level[1]))
+    if found.base_grid is not None and _same_grid(level_grid, found.base_grid, found.spec.size):
+        stored = found.base_grid.stored
+        scales = torch.from_numpy(stored.scales).to(device).reshape(found.spec.rows, -1)
+        if level_grid.scales == "nested" and stored.nested_absmax is not None:
+            rule: ScaleRule = NestedScales(stored.offset, torch.from_numpy(stored.nested_absmax).to(device))
             starts.append((_grid(level_grid, rule), scales))
         elif level_grid.scales == "F32":
             return [(_grid(level_grid, lambda values: values), scales)]
@@ -116,7 +119,18 @@ def _starts(level_grid: LevelGrid, found: LayerValues, device: torch.device) -> 
     return [*starts, lambda scales: _grid(level_grid, fitted_nested_scales(scales))]
 
 
-def _same_grid(level_grid: LevelGrid, found: LayerValues) -> bool:
-    blocks = found.spec.size // level_grid.group
-    levels = tuple(float(level) for level in NF4.levels)
-    return found.trained is not None and found.trained.scales.size == blocks and level_grid.levels == levels
+def _same_grid(level_grid: LevelGrid, base_grid: BaseGrid, size: int) -> bool:
+    levels = tuple(float(level) for level in base_grid.grid.levels)
+    return base_grid.stored.scales.size * level_grid.group == size and level_grid.levels == levels
+
+
+def _on_grid(base: Tensor, start: Start) -> Tensor:
+    """The base [rows, columns] as it lies on the grid that it is known to be on, before the last rounding of dtypes.
+
+    What is shipped passes that rounding again; left in the target, it would pass for a wish to move scales.
+    """
+    if not isinstance(start, tuple) or start[1] is None:
+        return base
+    grid, scales = start
+    exact = grid.decode(grid.nearest(base, scales), scales)
+    return torch.where((base - exact).abs() <= LARGEST_ROUNDING * exact.abs(), exact, base)

@@ -7,25 +7,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Onto, TensorSpec
+from qlora_export.contracts import Onto, StoredScales, TensorSpec
 from qlora_export.errors import Refused
+from qlora_export.merge.base_rows import require_finite
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.merge.names import names_of
 from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.planning import Plan
 from qlora_export.quant.floats import Float32
+from qlora_export.quant.four_bit import GRIDS, NF4, FourBitGrid
 from qlora_export.sources.architecture import Home
+from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.reading import SourceFiles
 
 
 @dataclass(frozen=True)
+class BaseGrid:
+    """The 4-bit grid that a base lies on, and the scale of every block of it."""
+
+    grid: FourBitGrid
+    stored: StoredScales
+
+
+@dataclass(frozen=True)
 class LayerValues:
-    """The weight of a linear layer [out, in] before and after the merge, and its 4-bit state in training."""
+    """The weight of a linear layer [out, in] before and after the merge, and the grid it lay on in training."""
 
     spec: TensorSpec
     base: Float32
     merged: Float32
-    trained: TrainedBase | None
+    base_grid: BaseGrid | None
 
 
 class Parameters:
@@ -64,10 +75,18 @@ class Parameters:
         own = self._plan.from_adapter(output.source)
         rows = MergedRows(output, self._plan.training, self._files, own, onto)
         base, merged = rows.whole()
+        require_finite(merged, rows.spec, str(output.source.stored[0].path), 0)
         if rows.trained is not None:
             rows.trained.require_recorded()
         shape = (rows.spec.rows, rows.spec.columns)
-        return LayerValues(rows.spec, base.reshape(shape), merged.reshape(shape), rows.trained)
+        grid = _trained_grid(rows.trained) if rows.trained is not None else self._stored_grid(output.source)
+        return LayerValues(rows.spec, base.reshape(shape), merged.reshape(shape), grid)
+
+    def _stored_grid(self, source: Weight) -> BaseGrid | None:
+        """That of a base which is stored in 4 bits."""
+        if not isinstance(source, FourBitWeight):
+            return None
+        return BaseGrid(GRIDS[source.storage], source.scales(self._files))
 
     def _tensor(self, stored: str) -> Float32:
         output = self._plan.model.outputs[stored]
@@ -86,3 +105,11 @@ class Parameters:
         for home, window in zip(homes, windows, strict=True):
             packed[window.expert, window.first : window.first + window.count] = self._tensor(home.tensor)
         return packed
+
+
+def _trained_grid(trained: TrainedBase) -> BaseGrid:
+    """That of a base which training quantised."""
+    if trained.second_level is None:
+        return BaseGrid(NF4, StoredScales(trained.scales))
+    offset, nested_absmax = trained.second_level
+    return BaseGrid(NF4, StoredScales(trained.scales, None, nested_absmax, offset))

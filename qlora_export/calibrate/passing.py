@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_export.calibrate.activations import Activations, Batch, batches_of
 from qlora_export.calibrate.block import Stream, Tokens, advance, round_block
-from qlora_export.calibrate.decoder import Call, Decoder, copy_of, empty, give, put, record
+from qlora_export.calibrate.decoder import Call, Decoder, copy_of, empty, give, move_buffers, put, record
 from qlora_export.calibrate.layer import Parts, round_layer, served
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.statistics import InputStatistics
@@ -67,7 +67,7 @@ class BlockRun:
         before = _modules_before(self._decoder)
         for name, module in before.items():
             give(module, name, self._decoder, self._parameters, self._device)
-        self._decoder.model.to(self._device) if self._device.type != "cpu" else None
+        move_buffers(self._decoder, self._device)
         for number, batch in enumerate(self._batches):
             hidden, calls = record(self._decoder, batch.tokens.to(self._device))
             if self._hidden is None:

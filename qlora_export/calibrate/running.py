@@ -12,9 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import transformers
 
 from qlora_export import __version__
-from qlora_export.calibrate.decoder import open_decoder
+from qlora_export.calibrate.decoder import open_decoder, require_stored
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
 from qlora_export.calibrate.store import BlockStore, KeptBlock
@@ -27,12 +28,13 @@ from qlora_export.tensors.reading import SourceFiles
 def calibrate(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options: CalibrationOptions) -> Made:
     """Decide the layers of an artifact; those outside decoder blocks are left to its format."""
     store = BlockStore(options.out, _digest(plan, item, tokens, options))
-    store.prepare()
+    store.require_free()
     decoder = open_decoder(plan)
     count = len(decoder.blocks)
     with SourceFiles() as files, torch.no_grad():
         live = [name for _, name in decoder.parameters_of(decoder.model, "")]
         parameters = Parameters(plan, live, files)
+        require_stored(decoder, parameters, plan.checkpoint.folder)
         run = BlockRun(plan, item, decoder, parameters, options)
         kept = [store.load(number) for number in range(count)]
         if not all(kept):
@@ -67,7 +69,7 @@ def _digest(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options: 
     sources = [plan.checkpoint.headers_sha256, stats, plan.adapter.sha256 if plan.adapter else None]
     training = repr(plan.training.quantization)
     chosen = [item.recipe.format, dict(item.recipe.options), item.onto, encoded]
-    computing = [asdict(options.method), options.device, torch.__version__, __version__]
+    computing = [asdict(options.method), options.device, __version__, torch.__version__, transformers.__version__]
     facts = [sources, training, chosen, tokens.sha256, computing]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -77,6 +79,7 @@ def _summary(tokens: CalibrationTokens, options: CalibrationOptions) -> dict[str
         "sequences": tokens.sequences,
         "tokens": tokens.tokens,
         "tokens_sha256": tokens.sha256,
+        "notes": list(tokens.notes),
         "method": {**asdict(options.method), "tuning_steps": options.tuning.steps},
         "device": options.device,
         "torch": torch.__version__,

@@ -18,9 +18,14 @@ class InputStatistics:
         self.tokens = 0
 
     def add(self, rounded: Tensor, trained: Tensor) -> None:
-        """Add the inputs of one batch; those of other tokens than the rounded model's tell nothing across."""
-        self._squares.addmm_(rounded.T, rounded)
-        self._crossed.addmm_((trained if trained.shape == rounded.shape else rounded).T, rounded)
+        """Add the inputs of one batch; those of other tokens than the rounded model's tell nothing across.
+
+        Inputs that are equal add equal sums to both, to the last bit.
+        """
+        squares = rounded.T @ rounded
+        undisturbed = trained.shape != rounded.shape or torch.equal(trained, rounded)
+        self._squares += squares
+        self._crossed += squares if undisturbed else trained.T @ rounded
         self.tokens += len(rounded)
 
     @property

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from qlora_export.calibrate.layer import Parts
 from qlora_export.errors import UsageError
 from qlora_export.tensors.header import StoredTensor, read_header
 
+if TYPE_CHECKING:
+    from qlora_export.calibrate.layer import Parts
+
 SUFFIX = ".calibrated"
+NAME = re.compile(r"[0-9a-f]{16}" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,10 @@ class BlockStore:
         """Where they lie."""
         return self.out / f"{self.digest[:16]}{SUFFIX}"
 
-    def prepare(self) -> None:
-        """Make the folder; raises UsageError where something else has its name."""
+    def require_free(self) -> None:
+        """Raise UsageError where something else has the folder's name; it is made with the first block."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(f"{self.folder}: exists and is no folder", "move it away, or choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, number: int) -> KeptBlock | None:
         """A block of the same run; None when it is not there, or of another run."""
@@ -67,6 +70,7 @@ class BlockStore:
     def save(self, number: int, parts: Parts, facts: dict[str, dict[str, Any]]) -> KeptBlock:
         """Keep a block."""
         path = self._path(number)
+        self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         metadata = {"digest": self.digest, "facts": json.dumps(facts, sort_keys=True)}
         with unfinished.open("wb") as file:
@@ -81,13 +85,15 @@ class BlockStore:
 
 
 def remove_blocks(folder: Path) -> None:
-    """Remove what this kind of run leaves in a folder, and the folder."""
+    """Remove what this kind of run leaves in a folder, and the folder if nothing else is in it."""
     for pattern in ("block-*.safetensors", "block-*.unfinished"):
         for path in folder.glob(pattern):
             path.unlink()
-    folder.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def folders_of_blocks(out: Path) -> list[Path]:
     """The folders of blocks in a run folder."""
-    return sorted(path for path in out.glob(f"*{SUFFIX}") if path.is_dir() and not path.is_symlink())
+    found = (path for path in out.glob(f"*{SUFFIX}") if NAME.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())

@@ -32,7 +32,7 @@ class Subject:
 
     def as_live(self, values: Float32, device: torch.device) -> Tensor:
         """The weight [out, in] as the live parameter holds it."""
-        return torch.from_numpy(np.ascontiguousarray(values.T if self.turned else values)).to(device)
+        return torch.from_numpy(np.ascontiguousarray(values.T if self.turned else values)).to(device, copy=True)
 
 
 def subjects_of(block: Any, prefix: str, item: ArtifactPlan, parameters: Parameters) -> dict[str, Subject]:

@@ -1,6 +1,7 @@
 """What dead runs left: partial folders with our journal in them, adapters half combined, trials that were measured.
 
-Removed only while no run holds the run folder.
+Also blocks that were rounded by calibration for an artifact that was not built. All of it is removed only while no run
+holds the run folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
 from qlora_export.engine.building import locked
 from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
@@ -33,6 +35,7 @@ def find_leftovers(out: Path) -> list[Leftover]:
         raise UsageError(f"{out}: no such folder", "give the folder that --out named")
     with locked(out):
         found = [path for path in out.glob("*.partial") if is_ours(path) or path.name.startswith(COMBINED_NAME)]
+        found += folders_of_blocks(out)
         found += [out / name for name in TRIALS if (out / name).is_dir() and not (out / name).is_symlink()]
         return [Leftover(path, allocated_bytes(path)) for path in sorted(found)]
 
@@ -40,8 +43,11 @@ def find_leftovers(out: Path) -> list[Leftover]:
 def remove_leftovers(out: Path, leftovers: Sequence[Leftover]) -> None:
     """Remove partial folders that `find_leftovers` named."""
     with locked(out):
+        blocks = folders_of_blocks(out)
         for leftover in leftovers:
             if is_ours(leftover.path):
                 remove_partial(leftover.path)
+            elif leftover.path in blocks:
+                remove_blocks(leftover.path)
             else:
                 shutil.rmtree(leftover.path)

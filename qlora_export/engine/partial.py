@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from qlora_export.engine.journal import JOURNAL_NAME, Journal
+from qlora_export.engine.journal import JOURNAL_NAME, Journal, marked
 from qlora_export.engine.manifest import MANIFEST_NAME, file_facts, make_manifest
 from qlora_export.errors import UsageError
 from qlora_export.merge.carried import CarriedFile
@@ -32,6 +32,7 @@ class PartialFolder:
         self.journal = Journal(self.path, item.digest)
         if not self._weights_intact():
             self.journal.restart()
+        self._require_made(f"made {item.made.digest}")
         self.writer = ShardWriter(self.path, item.layout)
         sync_folder(self.path)
         sync_folder(out)
@@ -49,6 +50,12 @@ class PartialFolder:
         self.path.rename(self._final)
         sync_folder(self._final.parent)
         (self._final / JOURNAL_NAME).unlink()
+
+    def _require_made(self, mark: str) -> None:
+        """Forget what was built from parts that were decided otherwise."""
+        if self.item.made.parts and not marked(self.path, mark):
+            self.journal.restart()
+            self.journal.mark(mark)
 
     def _weights_intact(self) -> bool:
         """Whether every weight file has its planned size and header."""
