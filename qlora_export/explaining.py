@@ -56,8 +56,8 @@ CODES = (
         "expected. Nothing was published.",
         "Rounding to few bits that erases a small delta, limits that are too narrow for the format, or text to measure "
         "on that is unlike the training data.",
-        "Read the reasons in report.md. Ship nf4-adapter or bf16 instead, keep sensitive modules dense, let others go "
-        "on with `on_failure: withhold`, or move a limit that you can argue for.",
+        "Read the reasons in report.md. Try another `rounding`, ship nf4-adapter or bf16 instead, keep sensitive "
+        "modules dense, let others go on with `on_failure: withhold`, or move a limit that you can argue for.",
         "Pointless: the same inputs give the same numbers. Do not retry in CI.",
     ),
     _explained(

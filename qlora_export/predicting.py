@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Survival by tensor and its standard errors, in the order of the model; never without a tensor."""
+    """Survival by tensor and its standard errors, in the order of the model; there is at least one tensor."""
 
     survival: Mapping[str, float]
     stderr: Mapping[str, float]
@@ -57,7 +57,7 @@ class Predicted:
 
 
 def predict(questions: Mapping[str, Question], outputs: Sequence[Output], training: Training) -> dict[str, Predicted]:
-    """Answers to the questions that speak of at least one of the outputs, which have changes."""
+    """Answers to the questions that speak of at least one of the outputs, which have changes other than zero."""
     quantization = replace(training.quantization, double_quant=False, modules={})
     sampled = Training(quantization, training.quantised)
     found: dict[str, dict[str, tuple[float, float]]] = {key: {} for key in questions}
@@ -99,7 +99,8 @@ def _answers(
             merged = np.concatenate([part.stored for _, part in taken]) + delta
         sample = replace(spec, shape=(merged.size // spec.columns, spec.columns))
         kept = round_to(round_trip(item.form, sample, merged), training.quantization.compute_dtype) - base
-        yield key, _ratio(kept.reshape(sample.shape), delta.reshape(sample.shape))
+        if delta.any():
+            yield key, _ratio(kept.reshape(sample.shape), delta.reshape(sample.shape))
 
 
 def _reference(base: MergeBase) -> MergeBase:
@@ -147,11 +148,9 @@ def _put(raw: Mapping[str, NDArray[np.uint8]], pieces: Iterable[Piece]) -> None:
 
 
 def _ratio(found: Float32, delta: Float32) -> tuple[float, float]:
-    """<found, delta> / |delta|^2 with its standard error; 1 where there is no delta."""
+    """<found, delta> / |delta|^2 with its standard error."""
     kept = np.einsum("rc,rc->r", found.astype(np.float64), delta.astype(np.float64))
     whole = np.einsum("rc,rc->r", delta.astype(np.float64), delta.astype(np.float64))
-    if not whole.any():
-        return 1.0, 0.0
     share = float(kept.sum() / whole.sum())
     rows = kept.size
     spread = math.sqrt(float(np.square(kept - share * whole).sum()) * rows / max(rows - 1, 1))

@@ -1,7 +1,7 @@
 """How each artifact is rounded: as the recipe says, but for dithering, which a large delta does not need.
 
 One decision for a whole artifact: where rounding to nearest would keep the delta in the median layer, all layers are
-rounded to nearest, else all are dithered (`docs/decisions/021-rounding-without-data.md`).
+rounded to nearest, else all are dithered (`docs/decisions/023-rounding-without-data.md`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qlora_export.contracts import CorrectedFormat, Format, MergeBase, Rounding,
 from qlora_export.errors import UsageError
 from qlora_export.inputs import Inputs
 from qlora_export.merge.merged_model import Output
+from qlora_export.mixing import mixed
 from qlora_export.predicting import Predicted, Question, predict
 from qlora_export.preflight import encoded_modules
 from qlora_export.recipe import ArtifactRecipe
@@ -113,7 +114,14 @@ def _asked(inputs: Inputs, item: ArtifactRecipe) -> RoundingChoice:
         return RoundingChoice(_corrected(inputs, item, form), item.rounding, rounding)
     if isinstance(form, RoundingFormat) and rounding in form.roundings:
         form = form.rounded(rounding, inputs.training, item.seed)
-    return RoundingChoice(form, item.rounding, rounding)
+    return RoundingChoice(_mixed(inputs, item, form, rounding), item.rounding, rounding)
+
+
+def _mixed(inputs: Inputs, item: ArtifactRecipe, form: Format, rounding: Rounding) -> Format:
+    """The format with the artifact's overrides."""
+    modules = encoded_modules(item, inputs.facts) if item.overrides else frozenset()
+    names = {module: tuple(sorted(inputs.names.both_names({module}))) for module in sorted(modules)}
+    return mixed(item, form, inputs.training, names, rounding)
 
 
 def _corrected(inputs: Inputs, item: ArtifactRecipe, form: CorrectedFormat) -> Format:

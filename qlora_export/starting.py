@@ -188,7 +188,7 @@ def _artifacts(known: _Known) -> list[str]:
         lines += ["  - format: nf4-adapter   # the 4-bit base of training with the adapter beside it: loses nothing"]
     return [
         *lines,
-        "  # - format: nf4           # merged and rounded to NF4 again: small, and the gate often stops it",
+        "  # - format: nf4           # merged, in NF4 again: small; dithered, since nearest would erase a small delta",
         "  # - format: fp8           # merged, 8-bit floats for vLLM; w8a8, w8a16 and w4a16 are integers for it",
         "  # - format: onnx-int4     # for ONNX Runtime GenAI; needs the extra qlora-export[onnx]",
     ]

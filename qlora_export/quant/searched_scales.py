@@ -10,7 +10,7 @@ stored of a scale, a 16-bit float, is what is tried. The same search on torch te
 
 Errors of all candidates are summed side by side, in the order of the columns, so they do not depend on the width of a
 machine's vectors. Scales are positive: that every reader multiplies by a negative one is not proven
-(`docs/decisions/021-rounding-without-data.md`). Cost: 43 evaluations a weight in vectors and four by one.
+(`docs/decisions/023-rounding-without-data.md`). Cost: 43 evaluations a weight in vectors and four by one.
 """
 
 from __future__ import annotations

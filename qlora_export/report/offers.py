@@ -21,7 +21,7 @@ LINES = {
     "fp32": "merged, dense float32",
     "bf16": "merged, dense bfloat16: for serving at full size and for further quantisation",
     "fp16": "merged, dense float16; a value beyond 65504 stops the build",
-    "nf4": "merged, rounded to the nearest NF4 code: small, and a small delta may not survive it",
+    "nf4": "merged, dithered onto the NF4 grid of training: small; docs/rounding.md has its other roundings",
     "fp4": "merged, rounded to the nearest bitsandbytes FP4 code: as small as nf4, and coarser",
     "int8": "merged, bitsandbytes LLM.int8: one scale a row",
     "w4a16": "merged, packed 4-bit integers in groups of 128 for vLLM; option group_size 32, 64 or 128",
