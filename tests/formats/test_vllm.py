@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from qlora_export.catalog import FORMATS
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.publish.card.kinds import KINDS
@@ -37,7 +36,7 @@ SCHEMES = {
 
 
 def test_every_served_format_is_asked_for() -> None:
-    assert set(SCHEMES) == {name for name in FORMATS if KINDS[name].served and KINDS[name].relation == "quantized"}
+    assert set(SCHEMES) == {name for name, kind in KINDS.items() if kind.served and kind.relation == "quantized"}
 
 
 @pytest.mark.vllm
