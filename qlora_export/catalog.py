@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import signature
 from types import MappingProxyType
@@ -29,6 +29,7 @@ FORMATS = {
     "gptq": "qlora_export.formats.gptq_awq:gptq",
     "awq": "qlora_export.formats.gptq_awq:awq",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",
+    "nf4-lowrank": "qlora_export.formats.four_bit_corrected:nf4_lowrank",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 EXPORTERS = {
@@ -60,6 +61,11 @@ def load_format(name: str, training: TrainingQuantization, options: Options = NO
         if option not in known:
             raise UsageError(f"{name} has no option {option!r}; known: {', '.join(known)}")
     return cast(Format, make(training, **options))
+
+
+def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format:
+    """A format with others for some modules; raises UsageError for those that do not go together in one folder."""
+    return cast(Format, import_module("qlora_export.formats.mixed").mix(main, others, names))
 
 
 def load_exporter(name: str, options: Options) -> Exporter:

@@ -21,6 +21,7 @@ from qlora_export.merge.homes import Match
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.mixing import mixed, override_problems
 from qlora_export.quant.floats import all_finite
 from qlora_export.recipe import ArtifactRecipe, Merge, Recipe
 from qlora_export.sources.adapter import Adapter
@@ -227,13 +228,14 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
     training = facts.live
     for artifact in recipe.artifacts:
         if artifact.format in catalog.EXPORTERS:
-            if artifact.keep:
+            if artifact.keep or artifact.overrides:
                 problems.append((artifact, f"{artifact.format} is exported whole, nothing can be kept dense"))
             continue
         form = _format(artifact, facts)
         if isinstance(form, UsageError):
             problems.append((artifact, form.message))
             form = catalog.load_format(artifact.format, training)
+        problems += [(artifact, what) for what in _override_problems(artifact, facts)]
         unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(facts.encodable, pattern)]
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
         if artifact.keep and not form.quantises:
@@ -262,6 +264,10 @@ def _format(artifact: ArtifactRecipe, facts: TrainingFacts) -> Format | UsageErr
         return error
 
 
+def _override_problems(artifact: ArtifactRecipe, facts: TrainingFacts) -> list[str]:
+    return override_problems(artifact, sorted(encoded_modules(artifact, facts)), facts.live)
+
+
 def encoded_modules(artifact: ArtifactRecipe, facts: TrainingFacts) -> AbstractSet[str]:
     """The stored linear layers that a quantising format encodes: all that it can but those to keep."""
     kept = {name for pattern in artifact.keep for name in fnmatch.filter(facts.encodable, pattern)}
@@ -275,6 +281,11 @@ def layer_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) -> 
         form = _format(artifact, facts) if artifact.format in catalog.FORMATS else None
         if form is None or isinstance(form, UsageError) or not form.quantises:
             continue
+        try:
+            names = {module: (module,) for module in encoded_modules(artifact, facts)}
+            form = mixed(artifact, form, facts.live, names)
+        except UsageError:
+            continue  # told elsewhere
         if facts.experts and not form.beside_experts:
             message = f"artifact {artifact.name}: transformers does not load {artifact.format} beside dense experts"
             problems.append(Problem(ExitCode.USAGE, message, "fp8, int8, nf4 and bf16 serve a mixture of experts"))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_export.calibration_recipe import CalibrationPart, CalibrationRecipe
+from qlora_export.calibration_recipe import CalibrationMethod, CalibrationPart, CalibrationRecipe
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
 from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, Rounding, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
@@ -83,8 +83,20 @@ class WeightedAdapter(_Facts):
         return {"path": data} if isinstance(data, str) else data
 
 
+class Override(_Facts):
+    """The format of some modules that differs from the artifact's."""
+
+    format: str
+    options: dict[str, str | int | bool] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_format(cls, data: Any) -> Any:
+        return {"format": data} if isinstance(data, str) else data
+
+
 class ArtifactRecipe(_Facts):
-    """One artifact to make; without a `rounding`, its format's usual one."""
+    """One artifact to make; without a `rounding`, its format's usual one. `seed` is that of dithering by chance."""
 
     format: str
     name: str = ""
@@ -92,7 +104,8 @@ class ArtifactRecipe(_Facts):
     seed: int = Field(0, ge=0, lt=1 << 63)
     onto: Onto | None = None
     keep: tuple[str, ...] = ()
-    options: dict[str, str | int | bool] = {}
+    overrides: dict[str, Override] = {}
+    options: dict[str, str | int | float | bool] = {}
     limits: Limits = Limits()
     expect: Literal["pass", "fail"] = "pass"
     on_failure: Literal["stop", "withhold"] = "stop"
@@ -309,6 +322,8 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
         raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None
     for artifact in recipe.artifacts:
         require_known({**FORMATS, **EXPORTERS}, "format", artifact.format)
+        for override in artifact.overrides.values():
+            require_known(FORMATS, "format", override.format)
     return recipe
 
 
@@ -346,7 +361,9 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         "merge": Merge,
         "adapter": WeightedAdapter,
         "artifacts": ArtifactRecipe,
+        "overrides": Override,
         "calibration": CalibrationRecipe,
+        "method": CalibrationMethod,
         "mixture": CalibrationPart,
         "drift": DriftRecipe,
         "limits": Limits,

@@ -1,0 +1,149 @@
+"""Several formats of compressed-tensors in one folder: each linear layer has its own, and config.json a group for each.
+
+Every tensor goes to the format of its module, so parts, grids and bytes are those of the formats by themselves. Groups
+before the last name their modules in full: the library sorts patterns by their spelling, names it takes first, and it
+warns of names that come after `Linear`. Source: compressed-tensors `quantization/quant_config.py` (`mixed-precision`),
+`utils/match.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    Format,
+    GridFormat,
+    HoldingFormat,
+    LevelGrid,
+    Part,
+    Piece,
+    TensorEncoder,
+    TensorSpec,
+)
+from qlora_export.errors import UsageError
+
+METHOD = "compressed-tensors"
+Raw = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A format for most layers, `others` by stored module, and the names that the live model may know those by."""
+
+    main: Format
+    others: Mapping[str, Format]
+    names: Mapping[str, tuple[str, ...]]
+    consumes: Consumes = "merged"
+    quantises: bool = True
+    keeps_adapter: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of the main format."""
+        return self.main.name
+
+    @property
+    def beside_experts(self) -> bool:
+        """Whether a folder loads in which experts stay dense."""
+        return self.main.beside_experts and all(form.beside_experts for form in self.others.values())
+
+    @property
+    def dense_dtype(self) -> str:
+        """That of the model, which all of them share."""
+        return self.main.dense_dtype
+
+    def of(self, spec: TensorSpec) -> Format:
+        """The format of a layer."""
+        return self.others.get(spec.module, self.main)
+
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """Why the layer's format cannot encode it."""
+        return self.of(spec).obstacle(spec, input_major)
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Fewest rows that hold whole blocks."""
+        return self.of(spec).row_multiple(spec)
+
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """The parts that the layer becomes."""
+        return self.of(spec).parts(spec)
+
+    def open(self, spec: TensorSpec) -> TensorEncoder:
+        """Start encoding a tensor."""
+        return self.of(spec).open(spec)
+
+    def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+        """Flat float32 values of whole blocks of rows."""
+        return self.of(spec).decode(spec, parts, rows)
+
+    def held_bytes(self, spec: TensorSpec) -> int:
+        """What an encoder holds until the seal."""
+        form = self.of(spec)
+        return form.held_bytes(spec) if isinstance(form, HoldingFormat) else 0
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """The grid of the layer's format, where it has one."""
+        form = self.of(spec)
+        return form.grid(spec) if isinstance(form, GridFormat) else None
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Every part of the layer, whole."""
+        return self._with_grid(spec).assemble(spec, chosen)
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
+        """What was chosen, from the raw bytes of the whole parts."""
+        return self._with_grid(spec).chosen(spec, parts)
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """The table of the main format with a group for each other one."""
+        stated = self.main.quantization_config(kept)
+        if stated is None:
+            return None
+        groups = {}
+        for form, modules in self._by_form():
+            other = form.quantization_config(())
+            if other is not None:
+                targets = sorted({name for module in modules for name in self.names.get(module, (module,))})
+                groups[f"group_{len(groups)}"] = {**other["config_groups"]["group_0"], "targets": targets}
+        groups[f"group_{len(groups)}"] = stated["config_groups"]["group_0"]
+        layouts = {group["format"] for group in groups.values()}
+        layout = stated["format"] if len(layouts) == 1 else "mixed-precision"
+        return {**stated, "format": layout, "config_groups": groups}
+
+    def _by_form(self) -> list[tuple[Format, list[str]]]:
+        """Each other format with its modules, in the order of the first."""
+        found: list[tuple[Format, list[str]]] = []
+        for module, form in sorted(self.others.items()):
+            for known, modules in found:
+                if known == form:
+                    modules.append(module)
+                    break
+            else:
+                found.append((form, [module]))
+        return found
+
+    def _with_grid(self, spec: TensorSpec) -> GridFormat:
+        form = self.of(spec)
+        if not isinstance(form, GridFormat):
+            raise UsageError(f"{spec.name}: {form.name} has no grid to choose on")
+        return form
+
+
+def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format | Mixed:
+    """The formats in one folder; raises UsageError for those that do not go together."""
+    for form in (main, *others.values()):
+        stated = form.quantization_config(())
+        if stated is None or stated.get("quant_method") != METHOD:
+            raise UsageError(
+                f"{form.name} does not mix with other formats in one folder",
+                "w4a16, w8a16, w8a8, fp8, fp8-block, nvfp4a16 and mxfp4a16 do; `keep` leaves modules dense",
+            )
+    return Mixed(main, others, names) if others else main
