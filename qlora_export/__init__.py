@@ -5,7 +5,8 @@
     run = release(load_recipe(Path("recipe.yaml")), RunOptions(out=Path("out/run")))
 
 `plan`, `build`, `check` and `release` are what the command calls. Each takes a `Recipe` and `RunOptions` and returns a
-`Run`: the plan, the artifacts, the ledger of their drift, the receipts. Errors are `qlora_export.errors.ExportError`.
+`Run`: the plan, the artifacts, the ledger of their drift, the receipts. `compare` takes the same, and a list of formats
+where it is not the usual one, and returns a `Comparison`. Errors are `qlora_export.errors.ExportError`.
 Nothing is imported before it is asked for.
 """
 
@@ -15,17 +16,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_export.comparing import compare
+    from qlora_export.comparison.rows import Comparison
     from qlora_export.pipeline import RunOptions, build, check, plan, release
     from qlora_export.recipe import Recipe, load_recipe, make_recipe
     from qlora_export.report.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
+    "Comparison",
     "Recipe",
     "Run",
     "RunOptions",
     "build",
     "check",
+    "compare",
     "load_recipe",
     "make_recipe",
     "plan",
@@ -33,6 +38,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "comparison.rows",
+    "compare": "comparing",
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "make_recipe": "recipe",

@@ -18,6 +18,7 @@ from qlora_export.cli import (
     build,
     check,
     clean,
+    compare,
     demo,
     doctor,
     explain,
@@ -48,6 +49,7 @@ app.command("plan")(command_of(plan.plan, announces=False))
 app.command("build")(command_of(build.build))
 app.command("check")(command_of(check.check))
 app.command("publish")(command_of(publish.publish, publishes=True))
+app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
 app.command("rehearse")(rehearse.rehearse)
 app.command("inspect")(inspect.inspect)

@@ -9,9 +9,9 @@ import typer
 
 
 def schema(
-    kind: Annotated[Literal["recipe", "report", "plan"], typer.Argument(help="What to describe.")],
+    kind: Annotated[Literal["recipe", "report", "plan", "compare"], typer.Argument(help="What to describe.")],
 ) -> None:
-    """Print the JSON Schema of a recipe, a report or a plan, for editors and for whoever reads the files."""
+    """Print the JSON Schema of a recipe, a report, a plan or a comparison, for editors and for readers of the files."""
     from qlora_export.report.schemas import SCHEMAS
 
     print(json.dumps(SCHEMAS[kind](), indent=2))

@@ -46,7 +46,7 @@ def report(run: Run) -> dict[str, Any]:
         "published": [asdict(receipt) for receipt in run.receipts],
         "exit_code": int(exit_code(run)),
     }
-    cleaned: dict[str, Any] = _finite(data)
+    cleaned: dict[str, Any] = finite(data)
     return cleaned
 
 
@@ -171,11 +171,12 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for every number that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

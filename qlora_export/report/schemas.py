@@ -7,25 +7,31 @@ these schemas list everything that this version writes.
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, get_args
+from typing import get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
 from qlora_export.contracts import Drift, Proof, Rounding, Sample
 from qlora_export.drift.layers import WeightedOf
 from qlora_export.recipe import Limits, Recipe
+from qlora_export.report.comparison_schema import compare_schema
+from qlora_export.report.schema_words import (
+    COUNT,
+    DIGEST,
+    DRAFT,
+    EXIT_CODE,
+    MAYBE_NUMBER,
+    MAYBE_TEXT,
+    NUMBER,
+    TEXT,
+    TEXTS,
+    Schema,
+    map_of,
+    numbers_of,
+    object_of,
+    or_null,
+)
 
-Schema = dict[str, Any]
-DRAFT = "https://json-schema.org/draft/2020-12/schema"
-TEXT: Schema = {"type": "string"}
-NUMBER: Schema = {"type": "number"}
-MAYBE_NUMBER: Schema = {"type": ["number", "null"]}
-MAYBE_TEXT: Schema = {"type": ["string", "null"]}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-TEXTS: Schema = {"type": "array", "items": TEXT}
 ONTO: Schema = {"enum": ["as-trained", "original"]}
-EXIT_CODE: Schema = {"type": "integer", "minimum": 0, "maximum": 255}
 
 
 def recipe_schema() -> Schema:
@@ -56,24 +62,24 @@ def report_schema() -> Schema:
     keys = {
         "schema": {"const": 1},
         "recipe_digest": DIGEST,
-        "tokens": _or_null(_tokens()),
-        "reference": _or_null(_reference()),
+        "tokens": or_null(_tokens()),
+        "reference": or_null(_reference()),
         "assumptions": TEXTS,
         "artifacts": {"type": "array", "items": _artifact()},
         "published": {"type": "array", "items": _receipt()},
         "exit_code": EXIT_CODE,
     }
-    return {"$schema": DRAFT, "title": "A report of qlora-export", **_object(keys)}
+    return {"$schema": DRAFT, "title": "A report of qlora-export", **object_of(keys)}
 
 
 def plan_schema() -> Schema:
     """The schema of what `plan --json` prints, and `plan -o` keeps with everything that a release is held to."""
-    source = _object({"path": TEXT, "headers_sha256": DIGEST})
+    source = object_of({"path": TEXT, "headers_sha256": DIGEST})
     keys = {
         "schema": {"const": 1},
         "recipe_digest": DIGEST,
         "base": source,
-        "adapter": _or_null(_object({"path": TEXT, "sha256": DIGEST})),
+        "adapter": or_null(object_of({"path": TEXT, "sha256": DIGEST})),
         "adapted_tensors": COUNT,
         "quantised_in_training": COUNT,
         "assumptions": TEXTS,
@@ -89,51 +95,28 @@ def plan_schema() -> Schema:
         "version": TEXT,
         "folder": TEXT,
         "recipe": {"$ref": "#/$defs/Recipe"},
-        "pinned": _object(_pins()),
+        "pinned": object_of(_pins()),
     }
     return {
         "$schema": DRAFT,
         "title": "A plan of qlora-export",
-        **_object(keys, kept),
+        **object_of(keys, kept),
         "dependentRequired": {name: list(kept) for name in kept},
         "$defs": parts,
     }
 
 
-SCHEMAS = {"recipe": recipe_schema, "report": report_schema, "plan": plan_schema}
-
-
-def _object(keys: Schema, optional: Schema | None = None) -> Schema:
-    """An object with exactly these keys, some of which may be missing."""
-    return {
-        "type": "object",
-        "properties": {**keys, **(optional or {})},
-        "required": list(keys),
-        "additionalProperties": False,
-    }
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _map(values: Schema) -> Schema:
-    return {"type": "object", "additionalProperties": values}
-
-
-def _numbers_of(facts: type) -> Schema:
-    """An object of the dataclass's numbers and names; any may be null, where it was not finite or does not apply."""
-    return _object({field.name: MAYBE_TEXT if "str" in str(field.type) else MAYBE_NUMBER for field in fields(facts)})
+SCHEMAS = {"recipe": recipe_schema, "report": report_schema, "plan": plan_schema, "compare": compare_schema}
 
 
 def _tokens() -> Schema:
     limit = {"type": ["integer", "null"], "minimum": 1}
-    return _object({"sha256": DIGEST, "count": COUNT, "protocol": TEXT, "window_tokens": COUNT, "limit": limit})
+    return object_of({"sha256": DIGEST, "count": COUNT, "protocol": TEXT, "window_tokens": COUNT, "limit": limit})
 
 
 def _reference() -> Schema:
-    drift = _or_null(_numbers_of(Drift))
-    return _object(
+    drift = or_null(numbers_of(Drift))
+    return object_of(
         {
             "model": TEXT,
             "runtime": TEXT,
@@ -148,8 +131,8 @@ def _reference() -> Schema:
 
 
 def _artifact() -> Schema:
-    limits = _object(dict.fromkeys(Limits.model_fields, MAYBE_NUMBER))
-    return _object(
+    limits = object_of(dict.fromkeys(Limits.model_fields, MAYBE_NUMBER))
+    return object_of(
         {
             "name": TEXT,
             "format": {"enum": sorted({**FORMATS, **EXPORTERS})},
@@ -160,14 +143,14 @@ def _artifact() -> Schema:
             "reused": {"type": "boolean"},
             "verdict": {"enum": ["pass", "fail", "inconclusive", "not-measured"]},
             "reasons": TEXTS,
-            "drift": _or_null(_numbers_of(Drift)),
+            "drift": or_null(numbers_of(Drift)),
         },
         {
             "expected": {"enum": ["pass", "fail"]},
             "limits": limits,
-            "survival": _map(NUMBER),
+            "survival": map_of(NUMBER),
             "layers": {"type": "array", "items": _layer()},
-            "sample": _or_null(_numbers_of(Sample)),
+            "sample": or_null(numbers_of(Sample)),
         },
     )
 
@@ -175,49 +158,49 @@ def _artifact() -> Schema:
 def _layer() -> Schema:
     """One adapted matrix of an artifact whose weights could be read back."""
     numbers = dict.fromkeys(("survival", "codes_changed", "weighted_survival", "output_error"), MAYBE_NUMBER)
-    return _object({"tensor": TEXT, **numbers, "weighted_of": {"enum": [*get_args(WeightedOf), None]}})
+    return object_of({"tensor": TEXT, **numbers, "weighted_of": {"enum": [*get_args(WeightedOf), None]}})
 
 
 def _receipt() -> Schema:
-    return _object(
-        {"artifact": TEXT, "destination": TEXT, "commit": TEXT, "files": _map(TEXT)},
+    return object_of(
+        {"artifact": TEXT, "destination": TEXT, "commit": TEXT, "files": map_of(TEXT)},
         {
             "url": MAYBE_TEXT,
             "revision": MAYBE_TEXT,
             "prefix": TEXT,
             "changed": {"type": "boolean"},
             "transport": {"enum": ["xet", "lfs", None]},
-            "proof": _or_null(_numbers_of(Proof)),
+            "proof": or_null(numbers_of(Proof)),
         },
     )
 
 
 def _pins() -> Schema:
     """What a kept plan promises: digests of everything that decides the bytes, the texts included."""
-    file = _object({"bytes": COUNT, "sha256": DIGEST})
+    file = object_of({"bytes": COUNT, "sha256": DIGEST})
     return {
         "recipe": DIGEST,
         "base": DIGEST,
-        "adapter": _or_null(DIGEST),
-        "artifact": _map(DIGEST),
-        "text": _or_null(DIGEST),
+        "adapter": or_null(DIGEST),
+        "artifact": map_of(DIGEST),
+        "text": or_null(DIGEST),
         "assumptions": TEXTS,
-        "base_files": _map(file),
+        "base_files": map_of(file),
     }
 
 
 def _planned_artifact() -> Schema:
-    return _object(
+    return object_of(
         {
             "name": TEXT,
             "format": {"enum": sorted(FORMATS)},
             "onto": ONTO,
-            "rounding": _or_null(_rounding()),
-            "predicted_survival": _or_null(_predicted()),
+            "rounding": or_null(_rounding()),
+            "predicted_survival": or_null(_predicted()),
             "digest": DIGEST,
             "bytes": COUNT,
             "tensors": COUNT,
-            "files": _map(COUNT),
+            "files": map_of(COUNT),
         }
     )
 
@@ -225,15 +208,15 @@ def _planned_artifact() -> Schema:
 def _rounding() -> Schema:
     names = list(get_args(Rounding))
     stated = {"enum": [*names, None]}
-    return _object({"stated": stated, "chosen": {"enum": names}, "seed": {"type": ["integer", "null"]}})
+    return object_of({"stated": stated, "chosen": {"enum": names}, "seed": {"type": ["integer", "null"]}})
 
 
 def _predicted() -> Schema:
-    return _object({"median": NUMBER, "lowest": NUMBER, "lowest_stderr": NUMBER, "lowest_tensor": TEXT})
+    return object_of({"median": NUMBER, "lowest": NUMBER, "lowest_stderr": NUMBER, "lowest_tensor": TEXT})
 
 
 def _planned_export() -> Schema:
-    return _object(
+    return object_of(
         {
             "name": TEXT,
             "format": {"enum": sorted(EXPORTERS)},
