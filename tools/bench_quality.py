@@ -15,6 +15,8 @@ code. Ratios, each a mean over the models that have both sides:
     w4a16_calibrated_to_llm_compressor  mean KL over the peer's (0.6)
     nf4_adapter_kl, int8_kl, w8a16_kl mean KL itself
 
+`--text` measures on another text, such as a model's `general.txt`: what calibration on one kind of text does to others.
+
 `--sweep` scales the adapter's delta by 0, 0.1, 0.3, 1 and 2 and compares the plain and the dithered rounding at each
 size, `nf4_dithered_to_better_plain_worst` being the largest ratio; KLs below 1e-5 count as 1e-5.
 """
@@ -46,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "nf4 nearest, original": {"format": "nf4", "rounding": "nearest", "onto": "original"},
     "nf4 dithered": {"format": "nf4", "rounding": "dithered"},
     "nf4 search": {"format": "nf4", "rounding": "search"},
+    "nf4 search, original": {"format": "nf4", "rounding": "search", "onto": "original"},
     "nf4 calibrated": {"format": "nf4", "rounding": "calibrated"},
     "nf4 tuned": {"format": "nf4", "rounding": "tuned"},
     "nf4-adapter": {"format": "nf4-adapter"},
@@ -220,6 +223,8 @@ def main() -> None:
     parser.add_argument("--rows", help=f"which rows, with semicolons between them [default: all of {'; '.join(ROWS)}]")
     parser.add_argument("--sweep", action="store_true", help="also scale the adapters' deltas")
     parser.add_argument("--peer-python", type=Path, help="the interpreter of an environment with llm-compressor")
+    parser.add_argument("--text", type=Path, help="measure on this text [default: each model's held-out conversations]")
+    parser.add_argument("--tokens", type=int, help="measure on so many tokens [default: all]")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--work", type=Path, help="folder for what is built [default: a temporary one]")
     parser.add_argument("--tiny", action="store_true", help="a few tokens and sequences, to see that the tool runs")
@@ -229,9 +234,9 @@ def main() -> None:
     if unknown := set(chosen) - set(ROWS):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; known: {'; '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as name:
-        sequences, tokens = (4, 200) if options.tiny else (options.sequences, None)
+        sequences, tokens = (4, 200) if options.tiny else (options.sequences, options.tokens)
         setting = Setting(options.work or Path(name), chosen, tokens, sequences, options.peer_python)
-        models = [find_model(word) for word in options.models.split(",")]
+        models = [find_model(word, options.text) for word in options.models.split(",")]
         tables = {model.name: measure_model(model, setting) for model in models}
         sweeps = {model.name: sweep(model, setting) for model in models} if options.sweep else {}
     ratios = ratios_of(tables, sweeps)

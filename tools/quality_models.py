@@ -25,12 +25,11 @@ class QualityModel:
     calibration: Path
 
 
-def find_model(word: str) -> QualityModel:
-    """`demo`, or a folder that `make_quality_model` filled."""
+def find_model(word: str, text: Path | None = None) -> QualityModel:
+    """`demo`, or a folder that `make_quality_model` filled; `text` to measure on instead of its own."""
     folder = DEMO if word == "demo" else Path(word).resolve()
-    return QualityModel(
-        folder.name, folder / "base", folder / "adapter", folder / "holdout.jsonl", folder / "calibration.jsonl"
-    )
+    holdout = text.resolve() if text is not None else folder / "holdout.jsonl"
+    return QualityModel(folder.name, folder / "base", folder / "adapter", holdout, folder / "calibration.jsonl")
 
 
 def calibration_ids(model: QualityModel, sequences: int) -> list[list[int]]:
