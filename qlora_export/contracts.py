@@ -33,7 +33,7 @@ Provenance = Literal["sidecar", "base", "stated", "assumed"]
 # Told how much is done and how much there is in all, and what opens one for a named stage.
 Progress = Callable[[int, int], None]
 Track = Callable[[str], AbstractContextManager[Progress]]
-Options = Mapping[str, str | int | bool]
+Options = Mapping[str, str | int | float | bool]
 Outcome = Literal["pass", "fail", "inconclusive", "not-measured"]
 
 
@@ -106,11 +106,12 @@ class TrainingQuantization:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of an output file: full name, safetensors dtype, shape."""
+    """One tensor of an output file: full name, safetensors dtype, shape; `file` where it is not one of the model's."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str = ""
 
 
 class Piece(NamedTuple):
@@ -168,7 +169,6 @@ class Format(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 @runtime_checkable
 class RoundingFormat(Format, Protocol):
     """A format that knows more than rounding to the nearest level of an absmax, without data."""
@@ -214,6 +214,7 @@ class DitheringFormat(Format, Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class LevelGrid:
     """What a format can hold of a weight: ascending `levels` times a scale for each `group` of consecutive columns.
 
@@ -248,6 +249,45 @@ class GridFormat(Format, Protocol):
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Every part of the layer, whole, from what was chosen."""
+        ...
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+        """What was chosen, from the raw bytes of the whole parts."""
+        ...
+
+
+@runtime_checkable
+class CorrectedFormat(GridFormat, Protocol):
+    """A format that ships an adapter beside its weights, which makes up for some of what rounding them left wrong.
+
+    What serving multiplies with is the weight that `stored` decodes, and B A [out, in] added to it in float32.
+    """
+
+    rank: int
+
+    @property
+    def stored(self) -> GridFormat:
+        """The format of the weights without their correction."""
+        ...
+
+    def corrected(self, layers: Mapping[str, TensorSpec]) -> Format:
+        """The format for layers [out, in] by their live modules; raises UsageError where no rank fits the budget."""
+        ...
+
+    def corrects(self, spec: TensorSpec) -> bool:
+        """Whether a layer has a correction."""
+        ...
+
+    def factors(self, spec: TensorSpec, b: Float32, a: Float32) -> Iterable[Piece]:
+        """The parts of B [out, rank] and A [rank, in], whose values can be stored."""
+        ...
+
+    def product(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+        """Flat float32 values of B A for some rows."""
+        ...
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The `adapter_config.json` of the correction."""
         ...
 
 

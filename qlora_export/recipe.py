@@ -87,7 +87,7 @@ class Override(_Facts):
     """The format of some modules that differs from the artifact's."""
 
     format: str
-    options: dict[str, str | int | bool] = {}
+    options: dict[str, str | int | float | bool] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -3,8 +3,8 @@
     nearest      every format that quantises; also what dithering becomes where the delta is large
     dithered     nf4 onto the base of a training in nf4: its usual rounding there
     search       formats that say so
-calibrated   formats with a grid, where the recipe has a text to calibrate on; the only one of what ships a correction
-tuned        the same formats, but for that
+    calibrated   formats with a grid, where the recipe has a text to calibrate on; usual for what has a correction
+    tuned        the same formats, without a correction
 
 What cannot be is told before anything is built.
 """
@@ -21,7 +21,6 @@ from qlora_export.sources.weights import FourBitWeight
 
 CALIBRATED: tuple[Rounding, ...] = ("calibrated", "tuned")
 SEE = "see docs/rounding.md for what rounds which format, or leave `rounding` out"
-
 ADD_TEXT = "add `calibration: {text: FILE}`: what the model will be used for, none of it in drift.text"
 
 
@@ -108,7 +107,7 @@ def _uncorrected(recipe: Recipe, item: ArtifactRecipe) -> tuple[str, str] | None
 def _uncalibrated(recipe: Recipe, item: ArtifactRecipe, form: Format) -> tuple[str, str] | None:
     """What keeps a format from being calibrated, and a hint."""
     if not isinstance(form, GridFormat):
-        return f"{item.format} cannot be {item.rounding}: it tells no grid", "nf4, fp4, w4a16, w8a16 and w8a8 can"
+        return f"{item.format} cannot be {item.rounding}: it tells no grid", "nf4, fp4, w4a16, w8a16, w8a8, gptq and awq can"
     if recipe.calibration is None:
         return f"{item.rounding} needs a text to calibrate on", ADD_TEXT
     return None

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_export.calibrate.correcting import correction_parts
 from qlora_export.calibrate.parameters import BaseGrid, LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
-from qlora_export.contracts import Chosen, Float32, GridFormat, LevelGrid, TensorSpec
+from qlora_export.contracts import Chosen, CorrectedFormat, Float32, GridFormat, LevelGrid, TensorSpec
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
-from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve
+from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve, target_of
 from qlora_export.quant.rounding.target import retention
-from qlora_export.tensors.dtypes import round_to
+from qlora_export.tensors.served import served_rows
 
 SIXTEEN_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
 # What rounding to float16 and then to bfloat16 changes at most, relative to the value.
@@ -51,6 +52,9 @@ def round_layer(
     if solution is None:
         return "the second moments of its inputs are singular"
     parts = assembled(form, found.spec, solution.grid, solution.codes, solution.scales)
+    if isinstance(form, CorrectedFormat) and form.corrects(found.spec):
+        plain = served(form.stored, found.spec, parts, compute_dtype)
+        parts |= correction_parts(form, found.spec, plain, target_of(layer, method), layer.hessian)
     values = served(form, found.spec, parts, compute_dtype)
     facts = _facts(layer, solution, torch.from_numpy(values).to(device))
     return RoundedLayer(parts, values, facts)
@@ -72,8 +76,8 @@ def assembled(form: GridFormat, spec: TensorSpec, grid: Grid, codes: Tensor, sca
 
 def served(form: GridFormat, spec: TensorSpec, parts: Parts, compute_dtype: str) -> Float32:
     """The weight [out, in] as it is multiplied with."""
-    decoded: Float32 = round_to(form.decode(spec, parts, range(spec.rows)), compute_dtype)
-    shaped: Float32 = decoded.reshape(spec.rows, spec.columns)
+    flat = served_rows(form, spec, parts, range(spec.rows), compute_dtype)
+    shaped: Float32 = flat.reshape(spec.rows, spec.columns)
     return shaped
 
 

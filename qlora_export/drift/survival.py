@@ -26,9 +26,9 @@ from qlora_export.merge.merged_model import Output
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.sources.adapter import open_adapter
-from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.tensors.served import served_rows
 
 Shipped = Mapping[str, NDArray[np.uint8]]
 
@@ -122,9 +122,7 @@ class _Layer:
             turned = stored.reshape(self._route.spec.shape).T[rows.start : rows.stop]
             found = np.ascontiguousarray(turned).reshape(-1)
         else:
-            found = self._form.decode(self._route.spec, self._shipped, rows)
-        if self._form.quantises:
-            found = round_to(found, self._compute)
+            found = served_rows(self._form, self._route.spec, self._shipped, rows, self._compute)
         if self._beside is not None:
             self._beside.apply(found, rows.start)
         return found

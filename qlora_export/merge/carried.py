@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TORCH_NAMES, Format
+from qlora_export.contracts import TORCH_NAMES, CorrectedFormat, Format
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, Adapter
 from qlora_export.sources.checkpoint import Checkpoint, require_contained
 from qlora_export.sources.sidecar import SIDECAR_NAME
@@ -29,6 +29,7 @@ COMPANION_NAME = re.compile(
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
 )
 ADAPTER_FOLDER = "adapter"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
 STALE_KEYS = ("quantization_config", "_name_or_path", "auto_map", "_commit_hash")
 
 
@@ -67,6 +68,9 @@ def carried_files(
     if adapter and form.keeps_adapter:
         for file in _kept_adapter(adapter):
             files[file.name] = file
+    if isinstance(form, CorrectedFormat):
+        settings = json.dumps(form.adapter_config(), indent=2).encode() + b"\n"
+        files[ADAPTER_CONFIG] = CarriedFile(ADAPTER_CONFIG, content=settings)
     return tuple(files[name] for name in sorted(files))
 
 
@@ -125,7 +129,7 @@ def _kept_adapter(adapter: Adapter) -> list[CarriedFile]:
     """The adapter as it is, but for the path of its base, which is now the folder above."""
     config = {**adapter.config, "base_model_name_or_path": ".."}
     files = [
-        CarriedFile(f"{ADAPTER_FOLDER}/{CONFIG_NAME}", content=json.dumps(config, indent=2).encode() + b"\n"),
+        CarriedFile(ADAPTER_CONFIG, content=json.dumps(config, indent=2).encode() + b"\n"),
         *(CarriedFile(f"{ADAPTER_FOLDER}/{path.name}", path) for path in adapter.files),
     ]
     if (index := adapter.folder / SHARD_INDEX_NAME).exists() and len(adapter.files) > 1:

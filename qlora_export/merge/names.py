@@ -92,6 +92,16 @@ class Names:
             if len(found) == 1 and found[0].tensor.removesuffix(".weight") in modules
         }
 
+    def live_modules(self, stored: Iterable[str]) -> dict[str, str]:
+        """The stored modules that are one module of the live model each, by its name there; asks transformers."""
+        modules = set(stored)
+        found = {
+            name.removesuffix(".weight"): homes[0].tensor.removesuffix(".weight")
+            for name, homes in self.architecture.homes.items()
+            if name.endswith(".weight") and len(homes) == 1 and homes[0].window is None
+        }
+        return {live: module for live, module in found.items() if module in modules}
+
     @property
     def _renames(self) -> bool:
         """Whether names lie where decoders usually have none, so that the live model may have others."""

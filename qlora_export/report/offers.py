@@ -34,6 +34,7 @@ LINES = {
     "gptq": "merged, 4-bit integers in GPTQ's layout for vLLM and ONNX Runtime GenAI; option group_size 32, 64 or 128",
     "awq": "merged, 4-bit integers with zero points in AWQ's layout; option group_size 32, 64 or 128",
     "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",
+    "nf4-lowrank": "merged, NF4 by calibration, a LoRA adapter corrects what is left; option correction_bits or rank",
     "adapter": "the adapter on its own, for the base it was trained on",
     "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; needs the extra [onnx]",
     "onnx-fp32": "merged, ONNX in float32 for ONNX Runtime GenAI; needs the extra [onnx]",

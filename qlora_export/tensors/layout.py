@@ -1,11 +1,11 @@
 """Where every byte of the output goes, decided before the first one is written.
 
-A tensor may be written as several parts (codes, scales, state); the parts of one tensor share a file. Files are cut
-when the next tensor would pass the limit, in the order of the source. Inside a file the parts keep that order while
-every one of them is aligned to its item size, so that a file fills from its beginning and can be hashed behind the
-writers; where sizes are odd, wider dtypes come first. Names: `model.safetensors`, or
-`model-0000k-of-0000n.safetensors` and `model.safetensors.index.json`. Sources: the safetensors format document,
-transformers' sharding convention.
+A tensor may be written as several parts (codes, scales, state); the parts of one tensor share a file, but for those
+that name one of their own, which no index lists. Files are cut when the next tensor would pass the limit, in the order
+of the source. Inside a file the parts keep that order while every one of them is aligned to its item size, so that a
+file fills from its beginning and can be hashed behind the writers; where sizes are odd, wider dtypes come first. Names:
+`model.safetensors`, or `model-0000k-of-0000n.safetensors` and `model.safetensors.index.json`. Sources: the safetensors
+format document, transformers' sharding convention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from qlora_export.contracts import Part
@@ -35,11 +35,12 @@ class Place:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One output file: its name, its header including the length prefix, and its total size."""
+    """One output file: its name, header with the length prefix and size; `beside` the model's files or one of them."""
 
     file: str
     header: bytes
     bytes: int
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Layout:
         return sum(shard.bytes for shard in self.shards)
 
     def index(self) -> bytes | None:
-        """Content of the index file, or None when one shard needs none."""
-        if len(self.shards) < 2:
+        """Content of the model's index file, or None when one shard needs none."""
+        files = {shard.file for shard in self.shards if not shard.beside}
+        if len(files) < 2:
             return None
-        weight_map = {name: place.file for name, place in sorted(self.places.items())}
-        total = sum(place.bytes for place in self.places.values())
+        places = {name: place for name, place in sorted(self.places.items()) if place.file in files}
+        weight_map = {name: place.file for name, place in places.items()}
+        total = sum(place.bytes for place in places.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
 
@@ -74,19 +77,25 @@ def lay_out(tensors: Iterable[Sequence[Part]], shard_bytes: int, single: str = S
     `single` is the name of the only file where one is enough.
     """
     groups: list[list[Part]] = [[]]
+    beside: dict[str, list[Part]] = {}
     filled = 0
     for parts in tensors:
-        size = sum(part_bytes(part) for part in parts)
+        own = [part for part in parts if not part.file]
+        for part in parts:
+            if part.file:
+                beside.setdefault(part.file, []).append(part)
+        size = sum(part_bytes(part) for part in own)
         if filled and filled + size > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].extend(parts)
+        groups[-1].extend(own)
         filled += size
     places: dict[str, Place] = {}
     shards = []
     for number, group in enumerate(groups, 1):
         name = single if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shards.append(_shard(name, group, places))
+    shards += [replace(_shard(file, group, places), beside=True) for file, group in beside.items()]
     return Layout(tuple(shards), places)
 
 

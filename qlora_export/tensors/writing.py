@@ -108,6 +108,7 @@ def disk_full(path: Path, needed_bytes: int) -> EnvironmentProblem:
 
 
 def _create(path: Path, shard: ShardLayout) -> int:
+    path.parent.mkdir(exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         _reserve(descriptor, path, shard.bytes)

@@ -16,7 +16,15 @@ from tests.conftest import random_values
 
 SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640), (37, 256), (24, 384), (300, 256)]
 # Largest error a format may leave, relative to the largest magnitude of the tensor.
-BOUNDS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "nf4": 0.17, "fp4": 0.17, "nf4-adapter": 0.17}
+BOUNDS = {
+    "fp32": 0.0,
+    "bf16": 2**-8,
+    "fp16": 2**-11,
+    "nf4": 0.17,
+    "fp4": 0.17,
+    "nf4-adapter": 0.17,
+    "nf4-lowrank": 0.17,
+}
 BOUNDS |= {"int8": 0.006, "w4a16": 0.075, "w8a16": 0.009, "w8a8": 0.009, "fp8": 0.04}
 BOUNDS |= {"fp8-block": 0.04, "gptq": 0.075, "awq": 0.08, "nvfp4a16": 0.18, "mxfp4a16": 0.26}
 

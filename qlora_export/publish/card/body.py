@@ -63,6 +63,12 @@ def paragraph(facts: CardFacts, item: CardItem) -> str:
         text = f"{base} with the adapter {_adapter(item)} merged into its weights, {_stored(item)}. {_onto(item)}"
     else:
         text = f"{base} as it is, {_stored(item)}; no adapter was merged into it"
+    if form == "nf4-lowrank":
+        text += (
+            f". The LoRA adapter in {code(f'{item.prefix}adapter/')} was not trained: it corrects what rounding these "
+            "weights left wrong, and must be loaded with them. Without it they open without an error, further from the "
+            "model that was trained"
+        )
     return f"{where}{text[0].upper() if not where else text[0]}{text[1:]}."
 
 
@@ -75,7 +81,7 @@ def _adapter(item: CardItem) -> str:
 
 def _stored(item: CardItem) -> str:
     verb = "exported to" if item.kind.library == "onnx" else "stored in"
-    if item.kind.library == "transformers" and item.kind.relation == "quantized":
+    if item.kind.library != "onnx" and item.kind.relation == "quantized":
         verb = "rounded to"
     return f"{verb} {item.kind.weights}"
 

@@ -1,7 +1,8 @@
 """What a format means to those who load it: one line for each format and exporter of the catalog.
 
-`nf4-adapter` is peft's and not transformers', although transformers opens its root: a page that offers the snippet of
-transformers would hand out the base without the adapter, in silence, and that of peft stops with an error instead.
+`nf4-adapter` and `nf4-lowrank` are peft's and not transformers', although transformers opens their root: a page that
+offers the snippet of transformers would hand out the weights without the adapter, in silence, and that of peft stops
+with an error instead.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ KINDS = {
     "gptq": Kind("transformers", "quantized", "4-bit integers (GPTQ)", INTERLEAVED, ("gptq", "4-bit"), True),
     "awq": Kind("transformers", "quantized", "4-bit integers (AWQ)", INTERLEAVED, ("awq", "4-bit"), True),
     "nf4-adapter": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
+    "nf4-lowrank": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
     "adapter": Kind("peft", "adapter", "the adapter's own", (*BITSANDBYTES, "peft"), ("lora",)),
     "onnx-int4": Kind("onnx", "quantized", "ONNX with 4-bit integers", ONNX, ("onnx",)),
     "onnx-fp32": Kind("onnx", "finetune", "ONNX in float32", ONNX, ("onnx",)),

@@ -34,7 +34,7 @@ def served(facts: CardFacts, item: CardItem) -> str | None:
 
 
 def _transformers(facts: CardFacts, item: CardItem) -> str:
-    beside = item.artifact.format == "nf4-adapter"
+    beside = item.kind.library == "peft"
     where = _arguments(facts.repository, subfolder=item.subfolder)
     lines = [
         *(["from peft import PeftModel"] if beside else []),

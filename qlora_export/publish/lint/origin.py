@@ -1,8 +1,8 @@
 """Where an artifact comes from, and what of an adapter it holds.
 
 A base is pinned by the digests of its files or by a commit of the Hub, so that another base of the same name can be
-told. Adapter tensors belong in the folder of a format that keeps its adapter (`nf4-adapter`), or in an artifact that is
-one; anywhere else they are what a merge forgot.
+told. Adapter tensors belong in the folder of a format that keeps its adapter (`nf4-adapter`) or ships a correction as
+one (`nf4-lowrank`), or in an artifact that is an adapter; anywhere else they are what a merge forgot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qlora_export import catalog
-from qlora_export.contracts import Artifact, TrainingQuantization
+from qlora_export.contracts import Artifact, CorrectedFormat, TrainingQuantization
 from qlora_export.engine.manifest import MANIFEST_NAME
 from qlora_export.errors import Problem
 from qlora_export.merge.carried import ADAPTER_FOLDER
@@ -33,9 +33,11 @@ PIN = "build again from a base with a commit, owner/name@COMMIT, or from a folde
 
 
 def keeps_adapter(artifact: Artifact) -> bool:
-    """Whether the artifact's format ships the adapter in a folder beside the weights."""
-    known = artifact.format in catalog.FORMATS
-    return known and catalog.load_format(artifact.format, TrainingQuantization()).keeps_adapter
+    """Whether the artifact's format ships an adapter in a folder beside the weights."""
+    if artifact.format not in catalog.FORMATS:
+        return False
+    form = catalog.load_format(artifact.format, TrainingQuantization())
+    return form.keeps_adapter or isinstance(form, CorrectedFormat)
 
 
 def is_adapter(artifact: Artifact) -> bool:

@@ -3,8 +3,8 @@
     minimise over B, A of rank r   tr((E - B A) H (E - B A)^T),   E = T - Q
 
 The optimum is U U^T E with U the r leading left singular vectors of E R^(1/2), R = H + RIDGE tr(H)/K I: a projection,
-so no rank makes the objective larger. U comes from whichever of E R E^T [rows, rows] and L^T E^T E L [columns, columns],
-R = L L^T, is smaller. Sources: LQER (arXiv 2402.02446), QERA (arXiv 2410.06040). Cost: two products of
+so no rank makes the objective larger. U comes from whichever is smaller of E R E^T [rows, rows] and L^T E^T E L
+[columns, columns] with R = L L^T. Sources: LQER (arXiv 2402.02446), QERA (arXiv 2410.06040). Cost: two products of
 rows * columns^2 and one decomposition of the smaller side, in float64.
 """
 

@@ -82,9 +82,7 @@ def solve(layer: Layer, free: Grid, starts: Sequence[Start], method: Method) -> 
     inverse = invert(layer.hessian)
     if inverse is None:
         return None
-    target = layer.merged
-    if method.correction:
-        target = corrected_target(target, layer.hessian, layer.crossed, method.correction)
+    target = target_of(layer, method)
     gain, best = 1.0, None
     for _ in range(max(1, method.rounds)):
         found = _round(layer, target, gain, inverse, free, starts, method)
@@ -94,6 +92,13 @@ def solve(layer: Layer, free: Grid, starts: Sequence[Start], method: Method) -> 
             break
         gain = min(max(gain - found.shrinkage, 1 / LARGEST_GAIN), LARGEST_GAIN)
     return best
+
+
+def target_of(layer: Layer, method: Method) -> Tensor:
+    """The merged weight [rows, columns], corrected for the inputs of the rounded prefix."""
+    if not method.correction:
+        return layer.merged
+    return corrected_target(layer.merged, layer.hessian, layer.crossed, method.correction)
 
 
 def _round(
