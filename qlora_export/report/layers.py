@@ -47,11 +47,14 @@ def _row(artifact: str, layer: KeptLayer) -> str:
         f"{layer.survival:.1%}",
         "" if layer.codes_changed is None else f"{layer.codes_changed:.2%}",
         "" if layer.weighted_survival is None else _weighted(layer),
-        "" if layer.output_error is None else f"{layer.output_error:.2%}",
+        "" if layer.output_error is None else f"{layer.output_error:.2%}{_when(layer)}",
     )
     return f"| {' | '.join(cells)} |"
 
 
 def _weighted(layer: KeptLayer) -> str:
-    before = " before tuning" if layer.weighted_of == "before tuning" else ""
-    return f"{layer.weighted_survival:.1%}{before}"
+    return f"{layer.weighted_survival:.1%}{_when(layer)}"
+
+
+def _when(layer: KeptLayer) -> str:
+    return " before tuning" if layer.weighted_of == "before tuning" else ""

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_export import pipeline
 from qlora_export.contracts import Artifact, Drift
 from qlora_export.drift.codes import different_codes
 from qlora_export.drift.gate import DEFAULT_LIMITS, judge
 from qlora_export.drift.layers import KeptLayer, lowest, summarised, with_calibration
 from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
+from qlora_export.merge import base_rows
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.sources.sidecar import SIDECAR_NAME
@@ -119,6 +121,16 @@ def test_the_numbers_of_every_layer(released: Released, name: str) -> None:
         assert layer.codes_changed == changed, layer.tensor
     if name in ("dithered", "original"):
         assert all(layer.codes_changed for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["dithered", "int8"])
+def test_rows_are_looked_at_block_by_block(released: Released, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (item,) = [item for item in released.plan.artifacts if item.name == name]
+    whole = kept_layers(released.plan, item, released.artifacts[name])
+    monkeypatch.setattr(base_rows, "BLOCK_WEIGHTS", 600)
+    for layer, expected in zip(kept_layers(released.plan, item, released.artifacts[name]), whole, strict=True):
+        assert layer.survival == pytest.approx(expected.survival, rel=1e-6)
+        assert layer.codes_changed == expected.codes_changed
 
 
 def test_codes_of_a_stored_base_are_those_of_training(released: Released, tmp_path: Path) -> None:
@@ -229,6 +241,24 @@ def test_a_calibrated_artifact_knows_its_layers_in_their_outputs() -> None:
     assert drift.codes_changed_median == 0.375
     assert drift.weighted_survival_median == pytest.approx(1.005)
     assert (drift.weighted_survival_min, drift.weighted_survival_min_tensor) == (0.99, "a")
+
+
+def test_calibration_names_the_layers_as_survival_does(
+    pico_base: Path, pico_adapter: Path, pico_text: Path, tmp_path: Path
+) -> None:
+    data = {
+        "base": str(pico_base),
+        "adapter": str(pico_adapter),
+        "artifacts": [{"format": "nf4", "rounding": "calibrated"}],
+        "calibration": {"text": str(pico_text), "sequences": 4, "method": {"sweeps": 0, "delta_rounds": 1}},
+    }
+    run = pipeline.build(make_recipe(data, Path(), "test"), pipeline.RunOptions(tmp_path))
+    layers = kept_layers(run.plan, run.plan.artifacts[0], run.artifacts[0])
+    assert len(layers) == 14
+    for layer in layers:
+        fallback = "down_proj" in layer.tensor  # 88 columns hold no whole number of blocks
+        assert layer.weighted_of == (None if fallback else "shipped"), layer.tensor
+        assert fallback or layer.weighted_survival == pytest.approx(1, abs=0.2), layer.tensor
 
 
 def test_what_was_measured_before_tuning_is_no_number_of_the_artifact() -> None:

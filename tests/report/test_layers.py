@@ -82,5 +82,5 @@ def test_the_lowest_layer_is_told_with_what_calibration_found(run: Run) -> None:
     )
     ledger = replace(run.ledger, entries=(replace(entry, layers=(tuned,)),))
     assert markdown(replace(run, ledger=ledger)).endswith(
-        "| `nf4` | `b` | 75.0% | 50.00% | 99.2% before tuning | 2.00% |\n"
+        "| `nf4` | `b` | 75.0% | 50.00% | 99.2% before tuning | 2.00% before tuning |\n"
     )
