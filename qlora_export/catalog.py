@@ -30,7 +30,6 @@ FORMATS = {
     "awq": "qlora_export.formats.gptq_awq:awq",
     "nf4-adapter": "qlora_export.formats.four_bit:nf4_adapter",
     "nf4-lowrank": "qlora_export.formats.four_bit_corrected:nf4_lowrank",
-    "nf4-lowrank": "qlora_export.formats.four_bit_corrected:nf4_lowrank",
 }
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 EXPORTERS = {
