@@ -153,11 +153,10 @@ def record(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     """The hidden states [batch, length, width] that the first block gets for tokens, and how every block is called."""
     for as_tuple in (False, True):
         recorders = _run_recorders(decoder, tokens, as_tuple)
-        shapes = {tuple(item.hidden.shape) for item in recorders if item.hidden is not None}
-        if len(shapes) == 1 and all(item.hidden is not None for item in recorders):
-            first = recorders[0].hidden
-            if first is not None:
-                return first, [_without_cache(item.call) for item in recorders]
+        first = recorders[0].hidden
+        # A recorder hands on what it got: what the next one gets is the same, or something lies between the blocks.
+        if first is not None and all(item.hidden is not None and torch.equal(item.hidden, first) for item in recorders):
+            return first, [_without_cache(item.call) for item in recorders]
     raise Refused(
         f"{type(decoder.model).__name__}: its decoder blocks do not follow one another",
         "calibrated rounding does not know this architecture; round without calibration",

@@ -1,4 +1,7 @@
-"""Parameters of the live model, read one by one from base and adapter: the trained model without holding it."""
+"""Parameters of the live model, read one by one from base and adapter: the merged model without holding it.
+
+On the base as it was trained on, that is the trained model; on the original, what the recipe wants in its place.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,14 @@ class LayerValues:
 
 
 class Parameters:
-    """Reads what the live parameters of these names hold; raises Refused where transformers rearranges one."""
+    """Reads what the live parameters of these names hold, merged onto one of the bases.
 
-    def __init__(self, plan: Plan, live: Iterable[str], files: SourceFiles) -> None:
+    Raises Refused where transformers rearranges one.
+    """
+
+    def __init__(self, plan: Plan, live: Iterable[str], files: SourceFiles, onto: Onto = "as-trained") -> None:
         self._plan = plan
+        self._onto: Onto = onto
         self._files = files
         self._names = names_of(plan.checkpoint, False, live)
         self._homes = {name: self._names.parameter(name) for name in self._names.parameters}
@@ -58,7 +65,7 @@ class Parameters:
         return homes[0].tensor if len(homes) == 1 and homes[0].window is None else None
 
     def trained(self, name: str) -> Float32:
-        """The values that the trained model computes with, in the shape of the live parameter."""
+        """The values that the merged model computes with, in the shape of the live parameter."""
         homes = self._homes.get(name, ())
         if not homes:
             raise Refused(
@@ -69,11 +76,11 @@ class Parameters:
             return self._tensor(homes[0].tensor)
         return self._packed(homes)
 
-    def layer(self, stored: str, onto: Onto) -> LayerValues:
-        """A linear layer by its stored name, merged onto one of the bases."""
+    def layer(self, stored: str) -> LayerValues:
+        """A linear layer by its stored name."""
         output = self._plan.model.outputs[stored]
         own = self._plan.from_adapter(output.source)
-        rows = MergedRows(output, self._plan.training, self._files, own, onto)
+        rows = MergedRows(output, self._plan.training, self._files, own, self._onto)
         base, merged = rows.whole()
         require_finite(merged, rows.spec, str(output.source.stored[0].path), 0)
         if rows.trained is not None:
@@ -90,7 +97,7 @@ class Parameters:
 
     def _tensor(self, stored: str) -> Float32:
         output = self._plan.model.outputs[stored]
-        values = self.layer(stored, "as-trained").merged
+        values = self.layer(stored).merged
         if output.transposed:
             return np.ascontiguousarray(values.T)
         return values.reshape(output.spec.shape)

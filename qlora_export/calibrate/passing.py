@@ -49,7 +49,7 @@ class BlockRun:
     def __init__(
         self, plan: Plan, item: ArtifactPlan, decoder: Decoder, parameters: Parameters, options: CalibrationOptions
     ) -> None:
-        self._plan, self._item, self._options = plan, item, options
+        self._plan, self._options = plan, options
         self._decoder, self._parameters = decoder, parameters
         self._device = torch.device(options.device)
         self._batches: Sequence[Batch] = ()
@@ -106,7 +106,7 @@ class BlockRun:
 
         def round_one(name: str, inputs: InputStatistics) -> Tensor | None:
             subject = subjects[name]
-            found = self._parameters.layer(subject.stored, self._item.onto)
+            found = self._parameters.layer(subject.stored)
             made = round_layer(subject.form, found, inputs, self._options.method, self._compute_dtype)
             self._step()
             if isinstance(made, str):

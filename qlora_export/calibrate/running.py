@@ -33,7 +33,7 @@ def calibrate(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options
     count = len(decoder.blocks)
     with SourceFiles() as files, torch.no_grad():
         live = [name for _, name in decoder.parameters_of(decoder.model, "")]
-        parameters = Parameters(plan, live, files)
+        parameters = Parameters(plan, live, files, item.onto)
         require_stored(decoder, parameters, plan.checkpoint.folder)
         run = BlockRun(plan, item, decoder, parameters, options)
         kept = [store.load(number) for number in range(count)]

@@ -98,7 +98,7 @@ def live_model(base: Path, adapter: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).eval()
 
 
-def plan_of(base: Path, adapter: Path | None, out: Path, *artifacts: Any, **changes: Any) -> Plan:
+def plan_of(base: Path, adapter: Path | None, out: Path, /, *artifacts: Any, **changes: Any) -> Plan:
     """The plan of a recipe, trained on 16-bit weights where nothing else is said."""
     training = None if adapter is None else "none"
     data = {
