@@ -12,6 +12,7 @@ import qlora_export
 from qlora_export import catalog
 from qlora_export.contracts import Artifact, Drift, TrainingQuantization, Verdict, Verified
 from qlora_export.errors import GateFailed
+from tests.drift.test_gate import PERFECT
 
 PACKAGE = Path(qlora_export.__file__).parent
 
@@ -35,7 +36,7 @@ def test_only_cli_and_terminal_print() -> None:
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive", "not-measured"])
 def test_a_verified_without_a_passing_verdict_cannot_exist(outcome: str) -> None:
     artifact = Artifact("a", "bf16", Path("a"), {"files": {}}, "0")
-    drift = Drift(*([1.0] * 14))
+    drift = Drift(**PERFECT)
     with pytest.raises(GateFailed, match=outcome):
         Verified(artifact, Verdict(outcome), drift)  # type: ignore[arg-type]
 
