@@ -50,6 +50,14 @@ def test_the_device_benchmark() -> None:
     assert {"nf4 encode_to_copy", "merge to nf4_to_copy"} <= data.keys()
 
 
+def test_the_calibration_benchmark() -> None:
+    sizes = ["--hidden", "128", "192", "--sequences", "2", "--window", "16"]
+    data = json.loads(tool("bench_calibration.py", *sizes, "--json"))
+    assert [row["hidden"] for row in data["rows"]] == [128, 192]
+    assert all(row["cpu_seconds_per_block"] > row["cpu_seconds_per_pass"] > 0 for row in data["rows"])
+    assert "growth" in data["rows"][1]
+
+
 def test_the_demo_maker(tmp_path: Path) -> None:
     """A base and an adapter of a few steps, texts that have nothing in common, and no trace of this machine."""
     sizes = ["--base-steps", "2", "--steps", "2", "--dialogues", "20"]
