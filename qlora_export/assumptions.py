@@ -20,7 +20,7 @@ def assumptions_of(inputs: Inputs) -> tuple[str, ...]:
     """Every choice that nobody stated, and everything done beyond adding deltas."""
     recipe, checkpoint, adapter = inputs.recipe, inputs.checkpoint, inputs.adapter
     model, facts, names = inputs.model, inputs.facts, inputs.names
-    found = [*_auto(recipe), *_pinned(inputs), *model.notes]
+    found = [*_reasons(recipe), *_auto(recipe), *_pinned(inputs), *model.notes]
     if adapter is None:
         found.append("no adapter: the base is released as it is, and is its own reference")
     else:
@@ -60,6 +60,10 @@ def _pinned(inputs: Inputs) -> list[str]:
         named.append((inputs.recipe.adapters[0].path, inputs.adapter.folder))
     found = [(text, identity(folder)) for text, folder in named if hub_id(text, inputs.recipe.folder) is not None]
     return [f"{text} stood at {pinned}" for text, pinned in found if text != pinned]
+
+
+def _reasons(recipe: Recipe) -> list[str]:
+    return [f"{item.name}: {item.why}" for item in recipe.artifacts if item.why]
 
 
 def _auto(recipe: Recipe) -> list[str]:

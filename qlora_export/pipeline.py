@@ -39,6 +39,7 @@ from qlora_export.report.recorded import read_report, recorded_entry, recorded_s
 from qlora_export.report.run import Run
 from qlora_export.runtimes.opening import open_artifact
 from qlora_export.settling import require_evidence, settle
+from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id_of_base
 
 
@@ -70,7 +71,7 @@ class RunOptions:
 def plan(recipe: Recipe, options: RunOptions) -> Run:
     """Plan only; where the merge base is `auto`, as if it were as-trained."""
     require_evidence(recipe)
-    return Run(make_plan(recipe, options.out))
+    return Run(make_plan(settle_formats(recipe, options.out), options.out))
 
 
 def build(recipe: Recipe, options: RunOptions) -> Run:
@@ -84,7 +85,7 @@ def _trial(options: RunOptions, recipe: Recipe, out: Path) -> Ledger | None:
 
 def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
     """Settle the merge base, plan, make sure of what is needed later, and build."""
-    settled = settle(recipe, options.out, partial(_trial, options))
+    settled = settle(settle_formats(recipe, options.out), options.out, partial(_trial, options))
     recipe = settled.recipe
     plan = make_plan(recipe, options.out, settled.notes)
     if options.pinned is not None:
@@ -141,6 +142,7 @@ def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
     """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
+    recipe = settle_formats(recipe, options.out)
     publisher = _ready_publisher(recipe, options)
 
     def require(plan: Plan) -> None:
@@ -162,6 +164,7 @@ def release(recipe: Recipe, options: RunOptions) -> Run:
 
 def publish(recipe: Recipe, options: RunOptions) -> Run:
     """Publish what an earlier check of this recipe measured and passed; builds and measures nothing."""
+    recipe = settle_formats(recipe, options.out)
     publisher = _ready_publisher(recipe, options)
     recorded = read_report(options.out / REPORT_NAME)
     settled = settle(recipe, options.out, partial(_trial, options))

@@ -26,6 +26,8 @@ Combination = Literal[
     "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
+# A format that is settled before anything is planned; see `settling_formats`.
+AUTO = "auto"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -96,7 +98,10 @@ class Override(_Facts):
 
 
 class ArtifactRecipe(_Facts):
-    """One artifact to make; without a `rounding`, its format's usual one. `seed` is that of dithering by chance."""
+    """One artifact to make; without a `rounding`, its format's usual one. `seed` is that of dithering by chance.
+
+    `why` it is made so goes to plan, manifest and card; `format: auto` writes it.
+    """
 
     format: str
     name: str = ""
@@ -106,6 +111,7 @@ class ArtifactRecipe(_Facts):
     keep: tuple[str, ...] = ()
     overrides: dict[str, Override] = {}
     options: dict[str, str | int | float | bool] = {}
+    why: str = ""
     limits: Limits = Limits()
     expect: Literal["pass", "fail"] = "pass"
     on_failure: Literal["stop", "withhold"] = "stop"
@@ -321,7 +327,7 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
         messages, hints = zip(*(_explain(item) for item in error.errors()), strict=True)
         raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None
     for artifact in recipe.artifacts:
-        require_known({**FORMATS, **EXPORTERS}, "format", artifact.format)
+        require_known({**FORMATS, **EXPORTERS, AUTO: ""}, "format", artifact.format)
         for override in artifact.overrides.values():
             require_known(FORMATS, "format", override.format)
     return recipe

@@ -45,11 +45,11 @@ def _of_recipe(path: Path, out: Path, workers: int | None, hub: bool) -> list[Ch
     from qlora_export.diagnosis.hub import hub_checks
     from qlora_export.diagnosis.libraries import library_checks
     from qlora_export.diagnosis.machine import machine_checks, usable_threads
-    from qlora_export.diagnosis.release import extras_of, recipe_checks, repositories_of
+    from qlora_export.diagnosis.release import extras_of, recipe_checks, repositories_of, settled
     from qlora_export.recipe import load_recipe
 
     recipe = load_recipe(path)
-    repositories = repositories_of(recipe)
+    repositories = repositories_of(settled(recipe, out))
     libraries = library_checks(extras_of(recipe))
     of_recipe, needs = recipe_checks(recipe, out, workers or usable_threads())
     asked = hub_checks(repositories) if hub or repositories else []

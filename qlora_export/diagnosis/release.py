@@ -11,6 +11,7 @@ from qlora_export.errors import ExportError, PlanRefused
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
+from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id
 from qlora_export.sources.text_tables import HUB_PREFIX, is_table
 
@@ -23,7 +24,7 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
         found.append(Check("sources", "ok", f"{', '.join(remote)} on the Hub: `qlora-export plan` looks at them"))
         return found, Needs()
     try:
-        plan = make_plan(recipe, out)
+        plan = make_plan(settle_formats(recipe, out), out)
     except PlanRefused as error:
         message = "; ".join(problem.message for problem in error.problems)
         return [*found, Check("sources", "fail", message, error.hint.replace("\n", " "))], Needs()
@@ -31,6 +32,16 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
         return [*found, Check("sources", "fail", error.message, error.hint)], Needs()
     found.append(Check("sources", "ok", f"the plan holds: {', '.join(_names(plan))}"))
     return found, Needs(plan.bytes, peak_memory_bytes(plan, workers))
+
+
+def settled(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with a format for every `auto`; as it is where only the Hub, or nothing, can tell."""
+    if any(hub_id(text, recipe.folder) is not None for text in recipe.sources):
+        return recipe
+    try:
+        return settle_formats(recipe, out)
+    except ExportError:
+        return recipe  # the plan says what is wrong
 
 
 def extras_of(recipe: Recipe) -> set[str]:

@@ -12,7 +12,7 @@ from typing import get_args
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
 from qlora_export.contracts import Drift, Proof, Rounding, Sample
 from qlora_export.drift.layers import WeightedOf
-from qlora_export.recipe import Limits, Recipe
+from qlora_export.recipe import AUTO, Limits, Recipe
 from qlora_export.report.comparison_schema import compare_schema
 from qlora_export.report.schema_words import (
     COUNT,
@@ -38,7 +38,7 @@ def recipe_schema() -> Schema:
     """The schema of a recipe."""
     schema = Recipe.model_json_schema()
     parts, keys = schema["$defs"], schema["properties"]
-    formats = sorted({**FORMATS, **EXPORTERS})
+    formats = sorted({**FORMATS, **EXPORTERS, AUTO: ""})
     parts["ArtifactRecipe"]["properties"]["format"] = {
         "enum": formats,
         "description": "What to make; see `qlora-export formats`.",
