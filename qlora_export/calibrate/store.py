@@ -78,7 +78,8 @@ class BlockStore:
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
-        return KeptBlock(read_header(path), facts)
+        # As they are read again, keys in the same order: they come into the manifest.
+        return KeptBlock(read_header(path), json.loads(metadata["facts"]))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"block-{number:04d}.safetensors"
