@@ -46,11 +46,15 @@ def report(out: Path) -> dict[str, Any]:
 def test_the_demo_shows_the_point(report: dict[str, Any]) -> None:
     drift = {artifact["name"]: artifact["drift"] for artifact in report["artifacts"]}
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in report["artifacts"]}
-    assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass", "onnx-int4": "pass"}
-    assert [item["artifact"] for item in report["published"]] == ["bf16", "nf4-adapter", "onnx-int4"]
+    assert verdicts == {
+        "bf16": "pass", "nf4-nearest": "fail", "nf4-dithered": "pass", "nf4-adapter": "pass", "onnx-int4": "pass",
+    }  # fmt: skip
+    assert [item["artifact"] for item in report["published"]] == ["bf16", "nf4-dithered", "nf4-adapter", "onnx-int4"]
     assert report["reference"]["training_quantization"] == "sidecar"
-    assert drift["nf4"]["survival_min"] < 0.6
-    assert drift["nf4"]["gain_kept"] < 0.9
+    assert drift["nf4-nearest"]["survival_min"] < 0.6
+    assert drift["nf4-nearest"]["gain_kept"] < 0.9
+    assert drift["nf4-dithered"]["survival_min"] > 0.9
+    assert drift["nf4-dithered"]["mean_kl"] < drift["nf4-nearest"]["mean_kl"] / 10
     assert drift["nf4-adapter"]["mean_kl"] == 0
     assert drift["nf4-adapter"]["ln_ppl_ratio"] == 0
     assert drift["bf16"]["mean_kl"] < 1e-4
@@ -86,7 +90,7 @@ def test_its_rehearsal_keeps_what_was_built_and_publishes_it_to_a_hub(out: Path)
     data = json.loads(found.stdout)
     assert all(artifact["reused"] for artifact in data["artifacts"])
     assert [item["destination"] for item in data["published"]] == [
-        "rehearsal/bf16", "rehearsal/nf4-adapter", "rehearsal/onnx-int4",
+        "rehearsal/bf16", "rehearsal/nf4-dithered", "rehearsal/nf4-adapter", "rehearsal/onnx-int4",
     ]  # fmt: skip
     for item in data["published"]:
         assert item["proof"]["nll"] == pytest.approx(item["proof"]["nll_released"], abs=1e-6)
@@ -109,7 +113,7 @@ def test_the_registry_is_opened_from_another_process(out: Path) -> None:
     for script in scripts:
         found = forked("-c", script)
         assert found.returncode == 0, found.stderr
-    assert not (registry / "nf4").exists()
+    assert not (registry / "nf4-nearest").exists()
 
 
 def answer(model: Any, tokenizer: Any) -> str:
@@ -124,9 +128,9 @@ def answer(model: Any, tokenizer: Any) -> str:
 
 
 def test_every_folder_loads_plainly_and_answers(out: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "nf4")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "nf4-nearest")
     answers = {}
-    for name in ("bf16", "nf4", "nf4-adapter"):
+    for name in ("bf16", "nf4-nearest", "nf4-dithered", "nf4-adapter"):
         model = transformers.AutoModelForCausalLM.from_pretrained(out / name)
         if name == "nf4-adapter":
             model = peft.PeftModel.from_pretrained(model, out / name / "adapter")

@@ -11,8 +11,10 @@ from qlora_export.cli.options import Json, Workers, finish, run_options
 
 STORY = """
 What you see: the adapter of the embedded model is a real QLoRA run. Adding it to the de-quantised base and rounding
-back to NF4 by nearest ("nf4") falls onto the very grid the base came from, so most of the small delta is rounded away,
-and the gate stops it. The same codes with the adapter beside them ("nf4-adapter") lose nothing, nor does "bf16".
+back to NF4 by nearest ("nf4-nearest") falls onto the very grid the base came from, so most of the small delta is
+rounded away, and the gate stops it. Added to the base as it was before it was quantised ("nf4-dithered"), the delta
+survives, with noise instead. The codes of training with the adapter beside them ("nf4-adapter") lose nothing, nor does
+"bf16".
 """
 
 

@@ -64,7 +64,7 @@ class FourBit:
         """Only NF4 is what bases are trained in; the base of training is not rounded anew."""
         if self.consumes == "base":
             return ()
-        return ("dithered", "search") if self.levels is NF4 else ("search",)
+        return ("dithered", "search") if self.levels.name == NF4.name else ("search",)
 
     def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> FourBit:
         """Dithered, in the blocks and by the rules of training; searched, in its own."""

@@ -28,7 +28,8 @@ def started(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def recipe(pico_base: Path, pico_adapter: Path, pico_text: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    artifacts = [{"format": "bf16"}, {"format": "nf4", "expect": "fail"}, {"format": "nf4-adapter"}]
+    nearest = {"format": "nf4", "rounding": "nearest", "name": "nf4", "expect": "fail"}
+    artifacts = [{"format": "bf16"}, nearest, {"format": "nf4-adapter"}]
     data = {
         "base": str(pico_base),
         "adapter": str(pico_adapter),

@@ -13,6 +13,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, save_adapter
 
+NEAREST = {"format": "nf4", "rounding": "nearest"}
+
 
 def survivals(recipe: Any, out: Path) -> dict[str, dict[str, float]]:
     plan = make_plan(recipe, out)
@@ -23,18 +25,19 @@ def survivals(recipe: Any, out: Path) -> dict[str, dict[str, float]]:
 
 def test_what_each_format_keeps(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     original = {"format": "nf4", "name": "nf4-original", "onto": "original"}
-    found = survivals(pico_recipe("fp32", "bf16", "nf4", "nf4-adapter", original), tmp_path)
+    found = survivals(pico_recipe("fp32", "bf16", NEAREST, "nf4-adapter", original), tmp_path)
     for name in ("fp32", "nf4-adapter"):
         assert len(found[name]) == 14
         assert all(value == pytest.approx(1, abs=1e-5) for value in found[name].values())
     assert all(value == pytest.approx(1, abs=1e-2) for value in found["bf16"].values())
-    assert max(found["nf4"].values()) < 0.99
+    assert max(found["nf4-nearest"].values()) < 0.99
 
 
 def test_a_small_delta_is_erased_by_nearest_rounding(pico_base: Path, pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     adapter = save_adapter(pico_base, tmp_path / "small", seed=5, size=0.001)
-    found = survivals(pico_recipe("nf4", "nf4-adapter", adapter=str(adapter)), tmp_path / "out")
-    assert np.median([*found["nf4"].values()]) < 0.1
+    found = survivals(pico_recipe(NEAREST, "nf4", "nf4-adapter", adapter=str(adapter)), tmp_path / "out")
+    assert np.median([*found["nf4-nearest"].values()]) < 0.1
+    assert np.median([*found["nf4"].values()]) == pytest.approx(1, abs=0.5)
     assert min(found["nf4-adapter"].values()) == pytest.approx(1, abs=1e-4)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qlora_export.catalog import load_format
-from qlora_export.contracts import Format, TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.contracts import Format, StoredScales, TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.quant import nested
 from tests.conftest import random_values
 from tests.formats.test_contract import SHAPES, encode
 
@@ -70,9 +71,54 @@ def test_the_recorded_mean_of_training_is_used_for_its_base_alone() -> None:
     training = TrainingQuantization(modules={"x": recorded}, provenance="sidecar")
     spec = TensorSpec("x.weight", "BF16", (64, 64))
 
-    def offset(name: str) -> float:
-        raw = encode(load_format(name, training), spec, values, [0, 64])
+    def offset(form: Format) -> float:
+        raw = encode(form, spec, values, [0, 64])
         return float(json.loads(raw["x.weight.quant_state.bitsandbytes__nf4"].tobytes())["nested_offset"])
 
-    assert offset("nf4-adapter") == pytest.approx(0.0421)
-    assert offset("nf4") != pytest.approx(0.0421)
+    nf4: Any = load_format("nf4", training)
+    assert offset(load_format("nf4-adapter", training)) == pytest.approx(0.0421)
+    assert offset(nf4.rounded("dithered", training, 0)) == pytest.approx(0.0421)
+    assert offset(nf4) != pytest.approx(0.0421)
+
+
+@pytest.mark.parametrize("training", [
+    TrainingQuantization(block_size=128, double_quant=False),
+    TrainingQuantization(block_size=32, exact_nested=True),
+], ids=["blocks of 128", "on CUDA"])  # fmt: skip
+def test_dithering_seals_by_the_rules_of_training(training: TrainingQuantization) -> None:
+    spec, values = TensorSpec("x.weight", "BF16", (512, 640)), random_values(512, 640).reshape(-1)
+    nf4: Any = load_format("nf4", training)
+    made = [
+        encode(form, spec, values, [0, 512])
+        for form in (nf4.rounded("dithered", training, 0), load_format("nf4-adapter", training), nf4)
+    ]
+    dithered, trained, fresh = ({name: part.tobytes() for name, part in parts.items()} for parts in made)
+    assert dithered == trained
+    assert dithered != fresh
+
+
+def test_stored_absmax_keep_their_bytes_but_where_a_scale_grows() -> None:
+    """Codes next to each other stand for the same float32 here: only a copy brings them back."""
+    spec = TensorSpec("x.weight", "BF16", (8, 64 * 100))
+    stored = np.random.default_rng(3).integers(0, 256, 800).astype(np.uint8)
+    second, offset = np.full(4, 1e-5, np.float32), np.float32(1)
+    scales = nested.decode(stored, second, offset)
+    nf4: Any = load_format("nf4", TrainingQuantization())
+    form = nf4.rounded("dithered", TrainingQuantization(), 0)
+    codes = np.full(spec.size // 2, 0xFF, np.uint8)
+
+    def sealed(*grown: int) -> Any:
+        encoder = form.open_on(spec, StoredScales(scales, stored, second, float(offset)))
+        delta = np.zeros(spec.size, np.float32)
+        delta[[64 * block for block in grown]] = 0.5
+        list(encoder.dither(codes, delta, 0))
+        return {piece.part: piece.data for piece in encoder.seal()}
+
+    assert np.array_equal(sealed()["x.weight.absmax"], stored)
+    found = sealed(300)
+    raw = {name: data.view(np.uint8) for name, data in found.items()} | {"x.weight": codes}
+    decoded = form.decode(spec, raw, range(8)).reshape(-1, 64)[:, 0]
+    assert decoded[300] == pytest.approx(1.5, rel=1e-3)
+    others = np.r_[0:256, 512:800]
+    assert np.array_equal(found["x.weight.absmax"][others], stored[others])
+    assert decoded[others] == pytest.approx(scales[others])
