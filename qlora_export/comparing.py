@@ -15,7 +15,7 @@ from qlora_export import catalog
 from qlora_export.comparison.candidates import Candidate, candidates
 from qlora_export.comparison.costs import cost_of, fp32_cost, linear_modules, low_rank_cost
 from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
-from qlora_export.comparison.speed import TimedSession, Times, speed_of, timed
+from qlora_export.comparison.speed import Speed, speed_of
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, References, make_ledger
 from qlora_export.drift.measure import ReferenceProbabilities, reference_probabilities
@@ -66,7 +66,7 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
     items = {item.candidate: item for item in built if item.candidate in entries}
     ledger = make_ledger(tokens, references, ())
     linear = linear_modules(planned for item in items.values() for planned in item.plan.artifacts) or _linear(trial)
-    baseline = next((times for item, (_, times) in entries.items() if item.name == BASELINE), None)
+    baseline = next((speed for item, (_, speed) in entries.items() if item.name == BASELINE), None)
     rows = [_row(items[item], *entries[item], baseline, linear) for item in items]
     rows += [Row(item, reason=_reason(item, error)) for item, error in trial.failures.items()]
     notes += tuple(dict.fromkeys(note for item in items.values() for note in item.plan.assumptions))
@@ -136,20 +136,19 @@ class _Trial:
 
     def measure(
         self, built: Sequence[_Built], references: References, store: ReferenceProbabilities
-    ) -> Iterator[tuple[Candidate, tuple[Entry, Times]]]:
-        """What each artifact measures, and how long its windows took."""
+    ) -> Iterator[tuple[Candidate, tuple[Entry, Speed]]]:
+        """What each artifact measures, and how fast it runs."""
         for item in built:
             recipe = item.candidate.artifact(self.recipe)
             try:
                 with open_artifact(item.artifact, item.plan) as opened:
-                    session = TimedSession(opened)
                     track = self.options.track
-                    entry = measure_artifact(item.plan, item.artifact, recipe, session, references, store, track)
-                    times = timed(session, store.tokens)
+                    entry = measure_artifact(item.plan, item.artifact, recipe, opened, references, store, track)
+                    speed = speed_of(opened, store.tokens)
             except ExportError as error:
                 self.failures[item.candidate] = error
             else:
-                yield item.candidate, (entry, times)
+                yield item.candidate, (entry, speed)
 
 
 def _for_trial(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -191,7 +190,7 @@ def _linear(trial: _Trial) -> frozenset[str]:
         return frozenset()
 
 
-def _row(item: _Built, entry: Entry, times: Times, baseline: Times | None, linear: frozenset[str]) -> Row:
+def _row(item: _Built, entry: Entry, speed: Speed, baseline: Speed | None, linear: frozenset[str]) -> Row:
     planned = next((found for found in item.plan.artifacts if found.name == item.artifact.name), None)
     measured = Measured(
         entry=entry,
@@ -199,7 +198,8 @@ def _row(item: _Built, entry: Entry, times: Times, baseline: Times | None, linea
         onto=item.artifact.manifest["onto"],
         rounding=planned.rounding.chosen if planned else None,
         cost=cost_of(item.plan, planned, linear) if planned else None,
-        speed=speed_of(times, baseline),
+        speed=speed,
+        base_speed=baseline,
     )
     return Row(item.candidate, measured)
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import checks
 
+# Below this, another order of adding up float32 activations would move it.
+NOISE_NATS = 1e-6
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -29,9 +32,9 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def points(comparison: Comparison) -> dict[str, tuple[float, float]]:
-    """Size in bytes and mean KL in nats of every row that has numbers."""
-    rows = ((row.name, row.measured) for row in comparison.rows)
-    return {name: (found.bytes, found.entry.drift.mean_kl) for name, found in rows if found is not None}
+    """Size in bytes and mean KL in nats of every row that has numbers; no less than what is noise."""
+    measured = {row.name: row.measured for row in comparison.rows if row.measured is not None}
+    return {name: (found.bytes, max(found.entry.drift.mean_kl, NOISE_NATS)) for name, found in measured.items()}
 
 
 def recommend(comparison: Comparison) -> Recommendation:

@@ -17,7 +17,8 @@ from qlora_export.recipe import Limits
 class Measured:
     """An artifact that was built and measured; `cost` is None where an exporter wrote the bytes.
 
-    `rounding` is the one that was chosen, None where nothing is rounded to a grid.
+    `rounding` is the one that was chosen, None where nothing is rounded to a grid. `base_speed` is that of fp32, where
+    it was measured too.
     """
 
     entry: Entry
@@ -26,6 +27,18 @@ class Measured:
     rounding: Rounding | None
     cost: Cost | None
     speed: Speed
+    base_speed: Speed | None = None
+
+    @property
+    def prefill_ratio(self) -> float | None:
+        """How many times as fast as fp32 it reads."""
+        return self.speed.prefill / self.base_speed.prefill if self.base_speed else None
+
+    @property
+    def decode_ratio(self) -> float | None:
+        """How many times as fast as fp32 it writes."""
+        base = self.base_speed.decode if self.base_speed else None
+        return self.speed.decode / base if self.speed.decode and base else None
 
 
 @dataclass(frozen=True)

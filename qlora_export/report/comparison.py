@@ -23,7 +23,7 @@ from qlora_export.report.terminal import COLOURS, console_for_result, new_table,
 LEGEND = (
     "bits: stored for a linear weight, with scales and a kept adapter · FLOPs, bytes read: of one token, against the "
     "merged model in float32 · prefill, decode: speed against fp32 in the check's runtime on this machine (float32 "
-    "activations, weights of bitsandbytes decoded in every call): a ratio that a busy machine moves"
+    "activations, weights of bitsandbytes decoded in every call): a ratio of least times; a busy machine moves it"
 )
 
 
@@ -66,13 +66,13 @@ def row_data(row: Row, found: Comparison) -> dict[str, Any]:
     measured = row.measured
     if measured is None:
         return facts | dict.fromkeys(MEASURED_KEYS)
-    cost, speed, entry = measured.cost, measured.speed, measured.entry
+    cost, entry = measured.cost, measured.entry
     values = (
         measured.rounding, measured.onto, entry.runtime, measured.bytes, measured.bytes / found.fp32_bytes,
         cost and cost.weight_bytes, cost and cost.bits_per_weight, cost and cost.arithmetic,
         cost and cost.flops_per_token, cost and cost.flops_per_token / found.fp32_cost.flops_per_token,
         cost and cost.bytes_per_token, cost and cost.bytes_per_token / found.fp32_cost.bytes_per_token,
-        speed.prefill_tokens_per_second, speed.prefill_ratio, speed.decode_tokens_per_second, speed.decode_ratio,
+        measured.speed.prefill, measured.prefill_ratio, measured.speed.decode, measured.decode_ratio,
         entry.verdict.outcome, list(entry.verdict.reasons), asdict(entry.drift),
     )  # fmt: skip
     return facts | dict(zip(MEASURED_KEYS, values, strict=True))
@@ -124,26 +124,25 @@ def _drift_table(found: Comparison) -> Table:
     """Size and drift, the smallest first; on the front of both are marked."""
     table = new_table("Size and drift from the model that was trained")
     table.add_column("artifact", no_wrap=True)
-    for name in ("size", "of fp32", "bits", "perplexity", "mean KL", "gain", "top-1", "survival"):
+    for name in ("size", "bits", "perplexity", "mean KL", "gain", "top-1", "survival"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     best = front(points(found))
     for row in found.rows:
         if row.measured is not None:
             mark = "*" if row.name in best else " "
-            table.add_row(f"{mark} {row.name}", *_drift_cells(row.measured, found))
+            table.add_row(f"{mark} {row.name}", *_drift_cells(row.measured))
     reference = found.reference
     perplexity = f"{reference.perplexity:.4g} ± {reference.perplexity_stderr:.1g}"
-    table.add_row("  as trained", "", "", "", perplexity, "0", "100%", "100%", "100%", "reference", style="bold")
+    table.add_row("  as trained", "", "", perplexity, "0", "100%", "100%", "100%", "reference", style="bold")
     table.caption, table.caption_justify = "* nothing smaller drifts less", "left"
     return table
 
 
-def _drift_cells(measured: Measured, found: Comparison) -> tuple[str, ...]:
+def _drift_cells(measured: Measured) -> tuple[str, ...]:
     drift, verdict = measured.entry.drift, measured.entry.verdict.outcome
     return (
         size(measured.bytes),
-        f"{measured.bytes / found.fp32_bytes:.1%}",
         f"{measured.cost.bits_per_weight:.3g}" if measured.cost else "",
         f"{drift.perplexity:.4g} ± {drift.perplexity_stderr:.1g}",
         f"{drift.mean_kl:.2g} ± {drift.mean_kl_stderr:.1g}",
@@ -155,14 +154,14 @@ def _drift_cells(measured: Measured, found: Comparison) -> tuple[str, ...]:
 
 
 def _cost_table(found: Comparison) -> Table:
-    table = new_table("What a token costs")
+    table = new_table("What storage and a token cost")
     table.add_column("artifact", no_wrap=True)
-    for name in ("arithmetic", "FLOPs", "of fp32", "bytes read", "of fp32", "prefill", "decode"):
+    for name in ("size of fp32", "arithmetic", "FLOPs", "of fp32", "bytes read", "of fp32", "prefill", "decode"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found.rows:
         if row.measured is None:
             continue
-        cost, speed = row.measured.cost, row.measured.speed
+        cost = row.measured.cost
         counted = ("", "", "", "", "")
         if cost is not None:
             counted = (
@@ -172,7 +171,8 @@ def _cost_table(found: Comparison) -> Table:
                 size(cost.bytes_per_token),
                 f"{cost.bytes_per_token / found.fp32_cost.bytes_per_token:.1%}",
             )
-        table.add_row(row.name, *counted, _times(speed.prefill_ratio), _times(speed.decode_ratio))
+        stored = f"{row.measured.bytes / found.fp32_bytes:.1%}"
+        table.add_row(row.name, stored, *counted, _times(row.measured.prefill_ratio), _times(row.measured.decode_ratio))
     return table
 
 

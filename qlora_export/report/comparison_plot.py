@@ -8,25 +8,26 @@ Cost: matplotlib, from the extra [report].
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_export.comparison.choosing import front, points, recommend
+from qlora_export.comparison.choosing import NOISE_NATS, front, points, recommend
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import Z_95
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.report.label_places import Box, place_labels
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 KINDS = (".svg", ".png")
 INCHES = (9.0, 5.6)
 PIXELS_PER_INCH = 160
 INK, PAPER, GREY = "#1a1a1a", "#ffffff", "#8a8a8a"
-# Below this, float32 activations alone would move it.
-FLOOR_NATS = 1e-6
 STYLES = {
     "16 and 32 bits": ("#000000", "o"),
     "8 bits": ("#0072B2", "s"),
@@ -71,7 +72,7 @@ def _draw_axes(axes: Axes, found: Comparison) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.35)
-    axes.set_ylim(min(*drifts, FLOOR_NATS * 3) / 2.2, max(*drifts, found.limits.mean_kl or 0) * 2.5)
+    axes.set_ylim(min(*drifts, NOISE_NATS * 3) / 2.2, max(*drifts, found.limits.mean_kl or 0) * 2.5)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -105,8 +106,8 @@ def _draw_points(axes: Axes, found: Comparison) -> None:
         colour, marker = STYLES[kind]
         across, up = places[row.name]
         reach = Z_95 * row.measured.entry.drift.mean_kl_stderr
-        if up > FLOOR_NATS:
-            low, high = max(up - reach, FLOOR_NATS / 3), up + reach
+        if up > NOISE_NATS:
+            low, high = max(up - reach, NOISE_NATS / 3), up + reach
             axes.plot([across, across], [low, high], color=colour, linewidth=1.2, zorder=2)
         passes = row.measured.entry.verdict.outcome == "pass"
         axes.plot(
@@ -119,23 +120,29 @@ def _draw_points(axes: Axes, found: Comparison) -> None:
         if kind in used
     ]
     hollow = Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=7, markerfacecolor=PAPER)
-    hollow.set_label("hollow: beyond a limit")
+    hollow.set_label("hollow: does not keep the limits")
     handles.append(hollow)
     handles.append(Line2D([], [], color=GREY, linewidth=1.4, label="nothing smaller drifts less"))
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False, fontsize=9,
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, frameon=False, fontsize=9,
         handletextpad=0.4, columnspacing=1.4,
     )  # fmt: skip
 
 
 def _draw_front(axes: Axes, found: Comparison) -> None:
-    """Stairs through the front: right at the drift of one point, down at the size of the next."""
+    across, up = zip(*_stairs(axes, found), strict=True)
+    axes.plot(across, up, color=GREY, linewidth=1.4, zorder=1)
+
+
+def _stairs(axes: Axes, found: Comparison) -> list[tuple[float, float]]:
+    """Corners of the front: right at the drift of one point, down at the size of the next."""
     places = _places(found)
-    stairs = [places[name] for name in front(points(found))]
-    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
-    across = [stairs[0][0], *(place[0] for place in stairs), right]
-    up = [top, *(place[1] for place in stairs), stairs[-1][1]]
-    axes.step(across, up, where="post", color=GREY, linewidth=1.4, zorder=1)
+    corners, drift = list[tuple[float, float]](), axes.get_ylim()[1]
+    for name in front(points(found)):
+        across, up = places[name]
+        corners += [(across, drift), (across, up)]
+        drift = up
+    return [*corners, (axes.get_xlim()[1], drift)]
 
 
 def _draw_labels(figure: Figure, axes: Axes, found: Comparison) -> None:
@@ -152,14 +159,15 @@ def _draw_labels(figure: Figure, axes: Axes, found: Comparison) -> None:
     half = MARKER_POINTS * pixels / 2 + 2
     markers = [Box(x - half, y - half, 2 * half, 2 * half) for x, y in anchors]
     frame = axes.get_window_extent()
+    lines = _boxes(axes.transData.transform(_stairs(axes, found)))
     if found.limits.mean_kl:
         height = axes.transData.transform((1, found.limits.mean_kl))[1]
-        markers.append(Box(frame.x0, height - 2, frame.width, 4))
+        lines.append(Box(frame.x0, height - 2, frame.width, 4))
     boxes = place_labels(
         anchors,
         [(extent.width, extent.height) for extent in extents],
         Box(frame.x0, frame.y0, frame.width, frame.height),
-        markers,
+        [*markers, *lines],
         pixels,
     )
     for text, box, (x, y) in zip(texts, boxes, anchors, strict=True):
@@ -169,19 +177,28 @@ def _draw_labels(figure: Figure, axes: Axes, found: Comparison) -> None:
         text.set_verticalalignment("bottom")
         near_x = min(max(x, box.left), box.left + box.width)
         near_y = min(max(y, box.bottom), box.bottom + box.height)
-        if abs(near_x - x) + abs(near_y - y) > 16 * pixels:
+        crowded = sum(abs(x - other_x) + abs(y - other_y) < 12 * pixels for other_x, other_y in anchors) > 1
+        if crowded or abs(near_x - x) + abs(near_y - y) > 16 * pixels:
             ends = axes.transData.inverted().transform([(x, y), (near_x, near_y)])
             axes.plot(ends[:, 0], ends[:, 1], color=GREY, linewidth=0.7, zorder=3)
 
 
+def _boxes(corners: NDArray[np.float64]) -> list[Box]:
+    """Thin boxes along the lines between corners, each upright or level."""
+    return [
+        Box(min(x, other_x) - 2, min(y, other_y) - 2, abs(x - other_x) + 4, abs(y - other_y) + 4)
+        for (x, y), (other_x, other_y) in pairwise(corners)
+    ]
+
+
 def _label(name: str, found: Comparison) -> str:
-    """The name, and for a drift below the floor that it is not drawn where it is."""
-    return name if points(found)[name][1] > FLOOR_NATS else f"{name} (below {FLOOR_NATS:g})"
+    """The name, and that a drift which is noise is not drawn where it is."""
+    return name if points(found)[name][1] > NOISE_NATS else f"{name} (below {NOISE_NATS:g})"
 
 
 def _places(found: Comparison) -> dict[str, tuple[float, float]]:
-    """Megabytes and nats by name, no drift below the floor."""
-    return {name: (count / 1e6, max(drift, FLOOR_NATS)) for name, (count, drift) in points(found).items()}
+    """Megabytes and nats by name."""
+    return {name: (count / 1e6, drift) for name, (count, drift) in points(found).items()}
 
 
 def _kind(measured: Measured) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_export.comparison.choosing import front, points, recommend
@@ -68,6 +68,7 @@ def test_the_front_of_the_comparison(compared: Comparison) -> None:
 numbers = st.floats(0, 10, allow_nan=False)
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.integers(0, 30).map(str), st.tuples(numbers, numbers), min_size=1))
 def test_the_front_is_what_nothing_dominates(places: dict[str, tuple[float, float]]) -> None:
     found = front(places)

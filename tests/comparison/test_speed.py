@@ -1,48 +1,56 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from qlora_export.comparison.rows import Comparison
-from qlora_export.comparison.speed import DECODED_TOKENS, PROMPTS, GreedySession, TimedSession, Times, speed_of, timed
+from qlora_export.comparison.speed import DECODED_TOKENS, PROMPT_TOKENS, REPEATS, GreedySession, speed_of
 from qlora_export.contracts import Float32
 from qlora_export.drift.tokens import TokenSet, Window
 from qlora_export.runtimes.loading import ModelSession, load_causal_lm
 
+LONGEST = tuple(range(40))
+TOKENS = TokenSet((Window((1, 2), (1,)), Window(LONGEST, (1,)), Window((1, 2, 3), (1,))), "test")
 
-class Counting:
-    """Answers at once, and cannot decode."""
+
+class Prefilling:
+    """Takes 20 ms once, and 5 ms from then on."""
+
+    def __init__(self) -> None:
+        self.asked: list[Sequence[int]] = []
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
+        time.sleep(0.005 if self.asked else 0.02)
+        self.asked.append(tokens)
         return np.zeros((len(tokens), 2), np.float32)
 
 
-def test_ratios_are_paired_by_window() -> None:
-    own, base = Times((10, 40, 10), (1, 8, 1), (2, 2)), Times((10, 40, 10), (2, 2, 2), (1, 1))
-    found = speed_of(own, base)
-    assert (found.prefill_tokens_per_second, found.prefill_ratio) == (10, 2)
-    assert (found.decode_tokens_per_second, found.decode_ratio) == (DECODED_TOKENS / 2, 0.5)
+class Decoding(Prefilling):
+    """Takes 10 ms for a prompt."""
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        time.sleep(0.01)
+        self.asked.append(tokens)
+        return [0] * count
 
 
-def test_what_was_not_timed_has_no_number() -> None:
-    found = speed_of(Times((10,), (2,), ()), None)
-    assert (found.prefill_tokens_per_second, found.prefill_ratio) == (5, None)
-    assert (found.decode_tokens_per_second, found.decode_ratio) == (None, None)
-    assert speed_of(Times((10,), (2,), ()), Times((10,), (2,), (1,))).decode_ratio is None
+def test_the_longest_window_is_repeated_and_the_least_time_counts() -> None:
+    session = Prefilling()
+    found = speed_of(session, TOKENS)
+    assert session.asked == [LONGEST] * REPEATS
+    assert 40 / 0.01 < found.prefill <= 40 / 0.005
+    assert found.decode is None
 
 
-def test_a_session_is_timed_window_by_window() -> None:
-    tokens = TokenSet(tuple(Window((1,) * (n + 2), (1,)) for n in range(3)), "test")
-    session = TimedSession(Counting())
-    for window in tokens.windows:
-        assert session.log_probabilities(window.tokens).shape == (len(window.tokens), 2)
-    found = timed(session, tokens)
-    assert found.tokens == (2, 3, 4)
-    assert len(found.prefill) == 3
-    assert min(found.prefill) > 0
-    assert found.decode == ()
+def test_decoding_is_timed_after_a_short_prompt() -> None:
+    session = Decoding()
+    found = speed_of(session, TOKENS)
+    assert session.asked[REPEATS:] == [LONGEST[:PROMPT_TOKENS]] * REPEATS
+    assert found.decode is not None
+    assert DECODED_TOKENS / 0.02 < found.decode <= DECODED_TOKENS / 0.01
 
 
 def test_greedy_decoding_takes_the_most_likely_token_each_time(compared: Comparison) -> None:
@@ -56,13 +64,11 @@ def test_greedy_decoding_takes_the_most_likely_token_each_time(compared: Compari
         tokens.append(token)
 
 
-def test_every_row_of_transformers_was_timed(compared: Comparison) -> None:
-    for row in compared.rows:
-        if row.measured is not None:
-            speed = row.measured.speed
-            assert speed.prefill_tokens_per_second > 0
-            assert speed.decode_tokens_per_second
-            assert speed.prefill_ratio
-    baseline = next(row.measured.speed for row in compared.rows if row.measured and row.name == "fp32")
-    assert (baseline.prefill_ratio, baseline.decode_ratio) == (pytest.approx(1), pytest.approx(1))
-    assert len(compared.tokens.windows) >= PROMPTS
+def test_every_row_of_transformers_is_timed_against_fp32(compared: Comparison) -> None:
+    rows = {row.name: row.measured for row in compared.rows if row.measured is not None}
+    base = rows["fp32"].speed
+    assert (rows["fp32"].prefill_ratio, rows["fp32"].decode_ratio) == (1, 1)
+    for found in rows.values():
+        assert found.prefill_ratio == pytest.approx(found.speed.prefill / base.prefill)
+        assert found.decode_ratio
+        assert found.speed.decode

@@ -1,0 +1,37 @@
+"""One comparison on the pico model for all tests that look at one."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from qlora_export.comparing import compare
+from qlora_export.comparison.rows import Comparison
+from qlora_export.pipeline import RunOptions
+from qlora_export.recipe import Recipe, make_recipe
+
+FORMATS = ("fp32,bf16,int8", "nf4:nearest,nf4-adapter", "nf4:calibrated, w4a16")
+
+
+@pytest.fixture
+def compared_recipe(pico_base: Path, pico_adapter: Path, pico_text: Path) -> Recipe:
+    return recipe_of(pico_base, pico_adapter, pico_text)
+
+
+@pytest.fixture
+def compared(pico_base: Path, pico_adapter: Path, pico_text: Path) -> Comparison:
+    """Five formats that can be made of the pico model, and two that cannot."""
+    return made(pico_base, pico_adapter, pico_text)
+
+
+@functools.cache
+def made(base: Path, adapter: Path, text: Path) -> Comparison:
+    return compare(recipe_of(base, adapter, text), RunOptions(base.parent / "compared"), FORMATS)
+
+
+def recipe_of(base: Path, adapter: Path, text: Path) -> Recipe:
+    drift = {"text": str(text), "limits": {"gain_kept": None}}
+    data = {"base": str(base), "adapter": str(adapter), "artifacts": ["bf16"], "drift": drift}
+    return make_recipe(data, Path(), "test")
