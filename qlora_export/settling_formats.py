@@ -89,7 +89,7 @@ def _chosen(item: ArtifactRecipe, choice: _Choice, names: set[str]) -> ArtifactR
     why = f"format auto: {usual}: {choice.why}"
     if item.why:
         why = f"{item.why}; {why}"
-    changes = {"format": choice.format, "rounding": choice.rounding, "name": name, "options": {}, "why": why}
+    changes: dict[str, Any] = {"format": choice.format, "rounding": choice.rounding, "name": name, "options": {}, "why": why}
     return item.model_copy(update=changes)
 
 

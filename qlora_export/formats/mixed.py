@@ -107,7 +107,7 @@ class Mixed:
         stated = self.main.quantization_config(kept)
         if stated is None:
             return None
-        groups = {}
+        groups: dict[str, Any] = {}
         for form, modules in self._by_form():
             other = form.quantization_config(())
             if other is not None:

@@ -87,7 +87,7 @@ def _class_names(checkpoint: Checkpoint, classifier: bool) -> list[str]:
 
 
 def live_config(checkpoint: Checkpoint) -> Any:
-    """transformers' configuration of a checkpoint, without its quantisation; raises InputError for an unknown model."""
+    """The configuration of a checkpoint in transformers, without its quantisation; raises InputError for an unknown model."""
     import transformers
 
     folder = checkpoint.folder

@@ -16,7 +16,18 @@ from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
 
 ALL: tuple[Any, ...] = (
-    *("bf16", "fp32", {"format": "nf4", "rounding": "nearest"}, {"format": "nf4", "rounding": "search"}, "nf4", "nf4-adapter", "fp4", "int8", "w8a16", "fp8"),
+    *(
+        "bf16",
+        "fp32",
+        {"format": "nf4", "rounding": "nearest"},
+        {"format": "nf4", "rounding": "search"},
+        "nf4",
+        "nf4-adapter",
+        "fp4",
+        "int8",
+        "w8a16",
+        "fp8",
+    ),
     {"format": "nf4", "name": "original", "onto": "original"},
 )
 

@@ -28,7 +28,7 @@ from tests.formats.test_compressed import TORCH, decompressed
 from tests.formats.test_contract import encode
 
 SHAPES = [(1, 64), (7, 640), (37, 256), (24, 384), (129, 128), (3, 88), (300, 256)]
-GRID_FORMATS = [
+GRID_FORMATS: list[tuple[str, dict[str, Any]]] = [
     (name, {})
     for name in FORMATS
     if isinstance(form := load_format(name, TrainingQuantization()), GridFormat)

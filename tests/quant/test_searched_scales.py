@@ -36,7 +36,7 @@ def by_tensors(values: Any, levels: Any, group: int, known: Any, dtype: torch.dt
 
 
 def test_the_fractions_are_those_of_the_search_on_tensors() -> None:
-    assert FRACTIONS.tolist() == np.float32(scale_search.FRACTIONS).tolist()
+    assert FRACTIONS.tolist() == np.array(scale_search.FRACTIONS, np.float32).tolist()
     assert FRACTIONS[UNCHANGED] == 1
 
 
