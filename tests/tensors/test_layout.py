@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -62,6 +63,29 @@ def test_any_layout_is_a_valid_aligned_file(
     assert (index is None) == (len(layout.shards) == 1)
     if index is not None:
         assert json.loads(index)["weight_map"] == found
+
+
+def test_parts_beside_the_model_have_a_file_of_their_own_that_no_index_lists(tmp_path: Path) -> None:
+    tensors = [
+        [Part(f"t{number}", "F32", (5,)), Part(f"t{number}.a", "BF16", (3,), "beside/own.safetensors")]
+        for number in range(3)
+    ]
+    layout = lay_out(tensors, 20)
+    assert [(shard.file, shard.beside) for shard in layout.shards] == [
+        *((f"model-0000{number}-of-00003.safetensors", False) for number in (1, 2, 3)),
+        ("beside/own.safetensors", True),
+    ]
+    index = json.loads(layout.index() or b"")
+    assert index["weight_map"] == {f"t{number}": f"model-0000{number + 1}-of-00003.safetensors" for number in range(3)}
+    assert index["metadata"]["total_size"] == 60
+    with ShardWriter(tmp_path, layout) as writer:
+        for number in range(3):
+            writer.write(Piece(f"t{number}.a", 0, np.full(6, number, np.uint8)))
+    with safe_open(tmp_path / "beside/own.safetensors", "pt") as opened:
+        assert {name: opened.get_tensor(name).view(torch.uint8).tolist() for name in opened.keys()} == {  # noqa: SIM118
+            f"t{number}.a": [number] * 6 for number in range(3)
+        }
+    assert lay_out(tensors, 1000).index() is None
 
 
 def test_a_piece_beyond_its_part_is_a_bug_not_a_write(tmp_path: Path) -> None:
