@@ -21,9 +21,15 @@ from tests.publish.lint_stage import (
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's artifacts, every format, unmeasured."""
+    """The demo's artifacts, every format, unmeasured; the correction of rounding is left at zero."""
     out = tmp_path_factory.mktemp("release")
-    data = {"base": str(DEMO / "base"), "adapter": str(DEMO / "adapter"), "artifacts": [*FORMATS]}
+    options = {"nf4-lowrank": {"rank": 2}}
+    data = {
+        "base": str(DEMO / "base"),
+        "adapter": str(DEMO / "adapter"),
+        "artifacts": [{"format": name, "options": options.get(name, {})} for name in FORMATS],
+        "calibration": {"text": str(DEMO / "calibration.jsonl")},
+    }
     plan = make_plan(make_recipe(data, Path(), "test"), out)
     made = {artifact.name: artifact for artifact in build(plan, out, BuildOptions())}
     for item in plan.exports:

@@ -15,7 +15,7 @@ from qlora_export.publish.lint import RULES, lint
 from qlora_export.publish.staged import Staged
 
 FORMATS: tuple[str, ...] = ("bf16", "nf4", "nf4-adapter", "int8", "w4a16", "w8a8", "fp8", "fp8-block", "gptq", "awq")
-FORMATS += ("nvfp4a16", "mxfp4a16", "adapter", "onnx-int4")
+FORMATS += ("nvfp4a16", "mxfp4a16", "nf4-lowrank", "adapter", "onnx-int4")
 EMBEDDING = "model.embed_tokens.weight"
 LINEAR = "model.layers.0.mlp.up_proj.weight"
 

@@ -500,6 +500,22 @@ def test_the_snippet_runs_as_it_stands(
     capsys.readouterr()
 
 
+def test_a_correction_must_be_loaded_and_is_not_the_adapter(
+    release: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is that of nf4-adapter, which is loaded in the same way."""
+    item = release.items["nf4-adapter"]
+    facts = release.facts(items=(replace(item, artifact=replace(item.artifact, format="nf4-lowrank")),))
+    card = make_card(facts, None)
+    assert card_problems(card) == ([], [])
+    assert (metadata_of(card)["library_name"], metadata_of(card)["base_model_relation"]) == ("peft", "quantized")
+    assert "merged into its weights, rounded to bitsandbytes NF4 (4 bits)" in card
+    assert "The LoRA adapter in `adapter/` was not trained: it corrects what rounding these weights left wrong" in card
+    names = run_snippet(snippet(facts, facts.items[0]), {REPOSITORY: item.artifact.path})
+    assert names["model"].peft_config
+    capsys.readouterr()
+
+
 def test_the_adapter_names_the_pinned_base_and_its_training(release: Release) -> None:
     recipe = {**release.recipe, "base": f"{BASE}@{COMMIT}"}
     training = {

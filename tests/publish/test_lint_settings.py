@@ -196,6 +196,8 @@ def test_a_kept_adapter_that_is_not_there(stage: Callable[..., Staged], name: st
     [
         ("nf4-adapter", "adapter", "..", True),
         ("nf4-adapter", "adapter", "acme/bot", False),
+        ("nf4-lowrank", "adapter", "..", True),
+        ("nf4-lowrank", "adapter", "acme/bot", False),
         ("adapter", "", "acme/bot", True),
         ("adapter", "", "/home/jane/models/bot", False),
         ("adapter", "", "C:\\models\\bot", False),
