@@ -80,7 +80,8 @@ def cost_of(plan: Plan, item: ArtifactPlan, linear: AbstractSet[str]) -> Cost:
             flops_per_token=cost.flops_per_token + beside.flops_per_token,
             bytes_per_token=cost.bytes_per_token + beside.bytes,
         )
-    return replace(cost, arithmetic=_arithmetic(item))
+    factors = sum(prod(part.shape) for route in item.routes.values() for part in route_parts(route) if part.file)
+    return replace(cost, arithmetic=_arithmetic(item), flops_per_token=cost.flops_per_token + 2 * factors)
 
 
 def fp32_cost(plan: Plan, linear: AbstractSet[str]) -> tuple[int, Cost]:

@@ -75,6 +75,18 @@ def test_weight_only_formats_multiply_as_often_and_an_adapter_more(compared: Com
     assert [cost(compared, name).arithmetic for name in ("bf16", "int8", "nf4-nearest")] == ["float", "int8", "float"]
 
 
+def test_a_correction_beside_the_weights_is_stored_and_multiplied(tmp_path: Path, pico_recipe: RecipeMaker) -> None:
+    artifacts = [{"format": "nf4", "rounding": "nearest"}, {"format": "nf4-lowrank", "options": {"rank": 3}}]
+    plan = make_plan(pico_recipe(*artifacts, calibration={"text": "calibration.txt"}), tmp_path)
+    linear = linear_modules(plan.artifacts)
+    plain, corrected = (cost_of(plan, item, linear) for item in plan.artifacts)
+    shapes = [plan.model.outputs[f"{module}.weight"].spec.shape for module in linear]
+    factors = 3 * sum(rows + columns for rows, columns in shapes)
+    assert corrected.flops_per_token == plain.flops_per_token + 2 * factors
+    assert corrected.weight_bytes == plain.weight_bytes + 2 * factors
+    assert corrected.bytes_per_token == plain.bytes_per_token + 2 * factors
+
+
 def test_a_token_reads_every_weight_and_one_row_of_the_embedding(compared: Comparison) -> None:
     found = cost(compared, "fp32")
     embedding = 4 * 2048 * 64
