@@ -14,6 +14,7 @@ from qlora_export.errors import ExitCode
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan
 from qlora_export.predicting import Predicted
+from qlora_export.report.calibration import calibration_of
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
 
@@ -147,7 +148,7 @@ def _reference(run: Run) -> dict[str, Any] | None:
 
 
 def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
-    facts = {
+    facts: dict[str, Any] = {
         "name": artifact.name,
         "format": artifact.format,
         "path": str(artifact.path),
@@ -156,6 +157,8 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
         "manifest_sha256": artifact.manifest_sha256,
         "reused": artifact.reused,
     }
+    if (calibration := calibration_of(artifact.manifest)) is not None:
+        facts["calibration"] = calibration
     if entry is None:
         return {**facts, "verdict": "not-measured", "reasons": [], "drift": None}
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_export.contracts import Drift
 from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import layer_table
 from qlora_export.report.run import Run
 
@@ -36,12 +37,20 @@ def markdown(run: Run) -> str:
         lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
     else:
         lines += [*_ledger(run.ledger), *layer_table(run.ledger, run.plan)]
+    lines += _calibrated(run)
     if run.receipts:
         lines += ["", "## Published", ""]
         lines += [f"- `{r.artifact}` to `{r.destination}`, {len(r.files)} files read back" for r in run.receipts]
     if run.plan.assumptions:
         lines += ["", "## Assumed", "", *(f"- {assumption}" for assumption in run.plan.assumptions)]
     return "\n".join(lines) + "\n"
+
+
+def _calibrated(run: Run) -> list[str]:
+    """What was rounded by calibration, and what was not."""
+    items = ((artifact.name, calibration_lines(artifact.manifest)) for artifact in run.artifacts)
+    lines = [f"- `{name}`: {line}" for name, found in items for line in found]
+    return ["", "## Calibration", "", *lines] if lines else []
 
 
 def write_markdown(run: Run, folder: Path) -> Path:

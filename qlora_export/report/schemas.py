@@ -147,12 +147,19 @@ def _artifact() -> Schema:
         },
         {
             "expected": {"enum": ["pass", "fail"]},
+            "calibration": _calibration(),
             "limits": limits,
             "survival": map_of(NUMBER),
             "layers": {"type": "array", "items": _layer()},
             "sample": or_null(numbers_of(Sample)),
         },
     )
+
+
+def _calibration() -> Schema:
+    """The tokens that rounding looked at, the layers, and how many were left to the format, by reason."""
+    counts = {"sequences": COUNT, "tokens": COUNT, "tokens_sha256": DIGEST, "layers": COUNT}
+    return object_of({**counts, "fallbacks": map_of(COUNT), "notes": TEXTS})
 
 
 def _layer() -> Schema:

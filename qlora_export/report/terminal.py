@@ -15,6 +15,7 @@ from qlora_export import contracts
 from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
 from qlora_export.memory import peak_memory_bytes
+from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.run import Run
 
@@ -72,6 +73,7 @@ def print_artifacts(run: Run) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    _print_calibration(console, run)
     _print_assumptions(console, run)
     _print_warnings(console, run)
 
@@ -110,6 +112,7 @@ def print_ledger(run: Run) -> None:
         for said in (*entry.verdict.reasons, lowest_line(entry)):
             if said is not None:
                 console.print(f"{entry.artifact.name}: {said}", highlight=False, soft_wrap=True)
+    _print_calibration(console, run)
     _print_assumptions(console, run)
 
 
@@ -192,6 +195,12 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
         "" if drift.gain_kept is None else f"{drift.gain_kept:.1%}",
         "" if drift.survival_min is None else f"{drift.survival_min:.1%}",
     )
+
+
+def _print_calibration(console: Console, run: Run) -> None:
+    for artifact in run.artifacts:
+        for line in calibration_lines(artifact.manifest):
+            console.print(f"{artifact.name}: {line}", highlight=False, soft_wrap=True)
 
 
 def _print_warnings(console: Console, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,22 @@ import pytest
 
 from tests.conftest import edit_tensors, save_adapter, save_base
 
+WORDS = (
+    "order", "parcel", "came", "late", "broken", "early", "today", "yesterday", "we", "you", "they", "it", "sent",
+    "paid", "wrote", "asked", "money", "back", "again", "house", "street", "box", "open", "closed", "small",
+    "large", "red", "blue", "number", "please", "sorry", "thanks", "soon", "never", "always", "morning", "night",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Pico:
-    """Folders of a base, of an adapter with its sidecar, and of one that learned nothing; a text of 70 chats."""
+    """Folders of a base, of an adapter with its sidecar, and of one that learned nothing; two texts of one kind."""
 
     base: Path
     adapter: Path
     untrained: Path
     text: Path
+    holdout: Path
 
 
 @pytest.fixture(scope="package")
@@ -33,13 +41,20 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
         untrained / "adapter_model.safetensors",
         lambda tensors: tensors.update({name: 0 * item for name, item in tensors.items() if "lora_B" in name}),
     )
-    text = folder / "calibration.jsonl"
-    lines = [
-        [
-            {"role": "user", "content": f"Where is order {number * 37 % 101}?"},
-            {"role": "assistant", "content": "It left our house " + "very " * (number % 7) + "early today."},
-        ]
-        for number in range(70)
-    ]
-    text.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
-    return Pico(base, adapter, untrained, text)
+    return Pico(
+        base, adapter, untrained, save_chats(folder / "text.jsonl", 70, 0), save_chats(folder / "h.jsonl", 20, 1)
+    )
+
+
+def save_chats(path: Path, count: int, seed: int) -> Path:
+    """Chats of words in any order."""
+    draw = random.Random(seed)
+    turns = [(" ".join(draw.choices(WORDS, k=12)), " ".join(draw.choices(WORDS, k=16))) for _ in range(count)]
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+            + "\n"
+            for asked, told in turns
+        )
+    )
+    return path

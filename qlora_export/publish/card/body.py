@@ -12,6 +12,7 @@ from typing import Any
 from qlora_export.publish.card.escaping import code, escape, recipe_yaml
 from qlora_export.publish.card.facts import CardFacts, CardItem, drift_from
 from qlora_export.publish.card.snippets import served, snippet
+from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.markdown import ArtifactRow, ledger_table
 
 NOTICE = (
@@ -39,6 +40,7 @@ def body(facts: CardFacts) -> str:
         *(paragraph(facts, item) for item in facts.items),
         *_loading(facts),
         *_drift(facts),
+        *_calibrated(facts),
         *_assumed(facts),
         *_recipe(facts),
         *_checking(facts),
@@ -157,6 +159,14 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         lines.append(f"- {code(item.artifact.name)}: {'; '.join(wanted) or 'no limits'}")
     if lines:
         yield "The limits that it kept with 95 % confidence:"
+        yield "\n".join(lines)
+
+
+def _calibrated(facts: CardFacts) -> Iterator[str]:
+    """On which text artifacts were rounded by calibration, and how many layers were not."""
+    items = ((item.artifact.name, calibration_lines(item.manifest)) for item in facts.items)
+    if lines := [f"- {code(name)}: {escape(line)}" for name, found in items for line in found]:
+        yield "## Calibration"
         yield "\n".join(lines)
 
 
