@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 # Name PyTorch's CPU index here to avoid the CUDA build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# The suite runs in so many processes at once, each of which takes whole files; 0 runs it in one, in the order of folders.
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/qlora-export demo --out out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 check: $(STAMP)
 	$(BIN)/ruff check .

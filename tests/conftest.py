@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Commands are started some hundred times: none need compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# numba numbers what it compiles for one function, and of two processes that do so at once, one may leave its code under
+# the other's arguments. So the workers of `make test` share no kernels.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="kernels-")
 
 import hypothesis
 import numpy as np
@@ -99,6 +104,34 @@ def save_adapter(base: Path, folder: Path, seed: int, size: float = 0.05, **chan
     model.save_pretrained(folder)
     record(model, folder)
     return folder
+
+
+# By measurement; what is not here takes a few seconds each. Two workers end together when what is long begins first.
+LONG_FILES = (
+    "tests/test_demo.py",
+    "tests/engine/test_ray.py",
+    "tests/publish/hub/test_release.py",
+    "tests/merge/test_oracle.py",
+    "tests/publish/hub/test_commit.py",
+    "tests/cli/test_cli.py",
+    "tests/cli/test_publishing.py",
+    "tests/exporters/test_onnx.py",
+    "tests/tools/test_tools.py",
+    "tests/tools/test_quality_tools.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker among others begins with the long files; a run of its own keeps the order of the folders."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_unconfigure() -> None:
+    """The kernels of a worker go with it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shutil.rmtree(os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,6 +12,7 @@ import qlora_export
 from qlora_export import catalog
 from qlora_export.contracts import Artifact, Drift, TrainingQuantization, Verdict, Verified
 from qlora_export.errors import GateFailed
+from tests.conftest import LONG_FILES
 from tests.drift.test_gate import PERFECT
 
 PACKAGE = Path(qlora_export.__file__).parent
@@ -47,6 +48,10 @@ def test_every_name_in_the_catalog_loads() -> None:
     for name in catalog.RUNTIMES:
         assert catalog.load_runtime(name).name == name
     assert set(catalog.DENSE_FORMATS.values()) <= set(catalog.FORMATS)
+
+
+def test_the_long_files_of_the_tests_are_there() -> None:
+    assert not [name for name in LONG_FILES if not (PACKAGE.parent / name).is_file()]
 
 
 def test_no_file_is_named_after_nothing() -> None:
