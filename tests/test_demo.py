@@ -47,14 +47,21 @@ def test_the_demo_shows_the_point(report: dict[str, Any]) -> None:
     drift = {artifact["name"]: artifact["drift"] for artifact in report["artifacts"]}
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in report["artifacts"]}
     assert verdicts == {
-        "bf16": "pass", "nf4-nearest": "fail", "nf4-dithered": "pass", "nf4-adapter": "pass", "onnx-int4": "pass",
+        "bf16": "pass", "int8": "pass", "nf4-nearest": "fail", "nf4-dithered": "pass", "nf4-calibrated": "pass",
+        "nf4-adapter": "pass", "w4a16-calibrated": "pass", "onnx-int4": "pass",
     }  # fmt: skip
-    assert [item["artifact"] for item in report["published"]] == ["bf16", "nf4-dithered", "nf4-adapter", "onnx-int4"]
+    assert [item["artifact"] for item in report["published"]] == [
+        name for name in verdicts if name != "nf4-nearest"
+    ], "in the order of the recipe"
     assert report["reference"]["training_quantization"] == "sidecar"
     assert drift["nf4-nearest"]["survival_min"] < 0.6
     assert drift["nf4-nearest"]["gain_kept"] < 0.9
     assert drift["nf4-dithered"]["survival_min"] > 0.9
     assert drift["nf4-dithered"]["mean_kl"] < drift["nf4-nearest"]["mean_kl"] / 10
+    assert drift["nf4-calibrated"]["mean_kl"] < drift["nf4-dithered"]["mean_kl"] / 10
+    assert drift["nf4-calibrated"]["gain_kept"] > 0.99
+    assert drift["w4a16-calibrated"]["mean_kl"] < 0.01
+    assert drift["int8"]["mean_kl"] < 2e-3
     assert drift["nf4-adapter"]["mean_kl"] == 0
     assert drift["nf4-adapter"]["ln_ppl_ratio"] == 0
     assert drift["bf16"]["mean_kl"] < 1e-4
