@@ -89,8 +89,8 @@ def _chosen(item: ArtifactRecipe, choice: _Choice, names: set[str]) -> ArtifactR
     why = f"format auto: {usual}: {choice.why}"
     if item.why:
         why = f"{item.why}; {why}"
-    changes: dict[str, Any] = {"format": choice.format, "rounding": choice.rounding, "name": name, "options": {}, "why": why}
-    return item.model_copy(update=changes)
+    changes: dict[str, Any] = {"format": choice.format, "rounding": choice.rounding, "options": {}}
+    return item.model_copy(update={**changes, "name": name, "why": why})
 
 
 def _trained_in(recipe: Recipe, out: Path) -> str:

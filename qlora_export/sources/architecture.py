@@ -87,7 +87,7 @@ def _class_names(checkpoint: Checkpoint, classifier: bool) -> list[str]:
 
 
 def live_config(checkpoint: Checkpoint) -> Any:
-    """The configuration of a checkpoint in transformers, without its quantisation; raises InputError for an unknown model."""
+    """A checkpoint's configuration in transformers, without its quantisation; raises InputError for unknown models."""
     import transformers
 
     folder = checkpoint.folder
