@@ -46,6 +46,8 @@ def mixed(
 
 def override_problems(item: ArtifactRecipe, modules: Iterable[str], training: TrainingQuantization) -> list[str]:
     """What is wrong with the overrides of an artifact."""
+    if not item.overrides:
+        return []
     known = list(modules)
     unmatched = [pattern for pattern in item.overrides if not fnmatch.filter(known, pattern)]
     problems = [f"overrides: {pattern!r} matches no quantised module" for pattern in unmatched]

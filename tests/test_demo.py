@@ -96,7 +96,8 @@ def test_its_rehearsal_keeps_what_was_built_and_publishes_it_to_a_hub(out: Path)
     data = json.loads(found.stdout)
     assert all(artifact["reused"] for artifact in data["artifacts"])
     assert [item["destination"] for item in data["published"]] == [
-        "rehearsal/bf16", "rehearsal/nf4-dithered", "rehearsal/nf4-adapter", "rehearsal/onnx-int4",
+        "rehearsal/bf16", "rehearsal/int8", "rehearsal/nf4-dithered", "rehearsal/nf4-calibrated",
+        "rehearsal/nf4-adapter", "rehearsal/w4a16-calibrated", "rehearsal/onnx-int4",
     ]  # fmt: skip
     for item in data["published"]:
         assert item["proof"]["nll"] == pytest.approx(item["proof"]["nll_released"], abs=1e-6)
