@@ -2,7 +2,8 @@
 
 A limit is broken when even the favourable end of the number's 95 % interval breaks it, kept when the unfavourable end
 keeps it, and open in between: then the verdict is inconclusive and says about how many tokens would decide it (errors
-fall with the square root of the tokens).
+fall with the square root of the tokens). Of a calibrated artifact survival is judged in the outputs of its layers,
+which is what calibration preserves (`docs/decisions/025-survival-of-calibrated-layers.md`).
 """
 
 from __future__ import annotations
@@ -60,13 +61,15 @@ class Check:
 def checks(drift: Drift, limits: Limits) -> list[Check]:
     """Every number that has a limit."""
     ratio = math.exp(drift.ln_ppl_ratio)
-    lowest = drift.survival_min_tensor
+    survival, lowest = drift.survival_min, drift.survival_min_tensor
+    if drift.weighted_survival_min is not None:
+        survival, lowest = drift.weighted_survival_min, drift.weighted_survival_min_tensor
     found = [
         ("perplexity ratio", ratio, ratio * drift.ln_ppl_ratio_stderr, limits.perplexity_ratio, False, None),
         ("mean KL", drift.mean_kl, drift.mean_kl_stderr, limits.mean_kl, False, None),
         ("same top-1", drift.same_top1, drift.same_top1_stderr, limits.same_top1, True, None),
         ("gain kept", drift.gain_kept, drift.gain_kept_stderr or 0.0, limits.gain_kept, True, None),
-        ("lowest survival", drift.survival_min, 0.0, limits.survival_min, True, lowest),
+        ("lowest survival", survival, 0.0, limits.survival_min, True, lowest),
     ]
     return [
         Check(name, value, stderr, limit, above, place)

@@ -35,6 +35,11 @@ class KeptLayer:
     output_error: float | None = None
     weighted_of: WeightedOf | None = None
 
+    @property
+    def in_outputs(self) -> float:
+        """Survival in the layer's outputs where calibration measured it, else in its weights."""
+        return self.survival if self.weighted_survival is None else self.weighted_survival
+
 
 def with_calibration(layers: Iterable[KeptLayer], manifest: Mapping[str, Any]) -> tuple[KeptLayer, ...]:
     """The layers with what the manifest of a calibrated artifact knows of them."""
@@ -57,16 +62,17 @@ def lowest(layers: Sequence[KeptLayer], count: int) -> list[KeptLayer]:
 
 
 def summarised(drift: Drift, layers: Sequence[KeptLayer]) -> Drift:
-    """The drift with medians, and lowest layers by name, of what is known of the shipped weights."""
+    """The drift with medians, and lowest layers by name, of what is known of the shipped weights.
+
+    Among layers with a survival in their outputs, one that was left to its format counts with that of its weights.
+    """
     if not layers:
         return drift
     least = lowest(layers, 1)[0]
     changed = [layer.codes_changed for layer in layers if layer.codes_changed is not None]
-    weighted = [
-        (layer.weighted_survival, layer.tensor)
-        for layer in layers
-        if layer.weighted_survival is not None and layer.weighted_of == "shipped"
-    ]
+    weighted = []
+    if any(layer.weighted_survival is not None for layer in layers):
+        weighted = [(layer.in_outputs, layer.tensor) for layer in layers]
     weighted_min, weighted_name = min(weighted) if weighted else (None, None)
     return replace(
         drift,

@@ -22,7 +22,7 @@ from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge import base_rows
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe import Limits, make_recipe
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from tests.conftest import edit_tensors, load_qlora, save_adapter, save_base
 from tests.drift.test_gate import PERFECT
@@ -239,8 +239,8 @@ def test_a_calibrated_artifact_knows_its_layers_in_their_outputs() -> None:
     drift = summarised(Drift(**PERFECT), found)
     assert (drift.survival_median, drift.survival_min, drift.survival_min_tensor) == (0.9, 0.8, "b")
     assert drift.codes_changed_median == 0.375
-    assert drift.weighted_survival_median == pytest.approx(1.005)
-    assert (drift.weighted_survival_min, drift.weighted_survival_min_tensor) == (0.99, "a")
+    assert drift.weighted_survival_median == pytest.approx(0.99)
+    assert (drift.weighted_survival_min, drift.weighted_survival_min_tensor) == (0.9, "c"), "it has no other number"
 
 
 def test_calibration_names_the_layers_as_survival_does(
@@ -261,11 +261,24 @@ def test_calibration_names_the_layers_as_survival_does(
         assert fallback or layer.weighted_survival == pytest.approx(1, abs=0.2), layer.tensor
 
 
-def test_what_was_measured_before_tuning_is_no_number_of_the_artifact() -> None:
+def test_what_was_measured_before_tuning_is_marked_and_stands_for_the_artifact() -> None:
     found = calibrated(step=30, mean_kl_before_nats=0.2, mean_kl_after_nats=0.1)
     assert [layer.weighted_of for layer in found] == ["before tuning", "before tuning", None]
-    assert summarised(Drift(**PERFECT), found).weighted_survival_min is None
+    drift = summarised(Drift(**PERFECT), found)
+    assert drift.weighted_survival_min == min(layer.in_outputs for layer in found)
     assert calibrated(step=0) == calibrated(), "tuning that found nothing better changed nothing"
+
+
+def test_calibrated_layers_are_judged_in_their_outputs() -> None:
+    """What error feedback moves along inputs that rarely speak is not missing; layers without moments count plainly."""
+    whole = KeptLayer("a", survival=0.2, weighted_survival=0.99, weighted_of="shipped")
+    plain = KeptLayer("b", survival=0.95)
+    drift = summarised(Drift(**PERFECT), (whole, plain))
+    assert (drift.survival_min, drift.weighted_survival_min, drift.weighted_survival_min_tensor) == (0.2, 0.95, "b")
+    assert judge(drift, Limits(survival_min=0.9), 1000, 0).outcome == "pass"
+    lost = summarised(Drift(**PERFECT), (whole, KeptLayer("c", survival=0.5)))
+    verdict = judge(lost, Limits(survival_min=0.9), 1000, 0)
+    assert verdict.reasons == ("lowest survival is 0.5 in c, the limit is at least 0.9",)
 
 
 def test_without_layers_there_is_no_summary() -> None:
