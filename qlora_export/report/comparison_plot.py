@@ -16,6 +16,7 @@ from qlora_export.comparison.choosing import NOISE_NATS, front, points, recommen
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import Z_95
 from qlora_export.errors import EnvironmentProblem, UsageError
+from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.report.label_places import Box, place_labels
 
 if TYPE_CHECKING:
@@ -205,6 +206,6 @@ def _kind(measured: Measured) -> str:
     cost = measured.cost
     if cost is None:
         return "exported"
-    if measured.entry.artifact.format.endswith("-adapter"):
+    if (measured.entry.artifact.path / ADAPTER_FOLDER).is_dir():
         return "4 bits, adapter beside"
     return "16 and 32 bits" if cost.bits_per_weight > 12 else "8 bits" if cost.bits_per_weight > 6 else "4 bits"
