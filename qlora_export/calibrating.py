@@ -1,7 +1,7 @@
 """Rounding by calibration, before the build: which artifacts ask for it, on which tokens, and what becomes of the plan.
 
-A finished artifact is not calibrated again. What was decided lies in `OUT/DIGEST.calibrated` until
-the artifact is built.
+A finished artifact is not calibrated again. What was decided lies in `OUT/DIGEST.calibrated` until it is
+built.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from qlora_export.engine.building import locked
 from qlora_export.errors import UsageError
 from qlora_export.planning import ArtifactPlan, Plan
 from qlora_export.recipe import Recipe
+from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.sources.text import read_entries
 
 if TYPE_CHECKING:
     from qlora_export.calibrate.passing import CalibrationOptions
-
-CALIBRATED = ("calibrated", "tuned")
 
 
 def to_calibrate(plan: Plan, out: Path) -> list[ArtifactPlan]:

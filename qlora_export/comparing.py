@@ -27,6 +27,7 @@ from qlora_export.measuring import drift_text, drift_tokens, limits_of, measure_
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.runtimes.opening import open_artifact
 
 BASELINE = "fp32"
@@ -176,7 +177,7 @@ def _source_name(item: Candidate) -> str:
 def _groups(items: Sequence[Candidate]) -> list[list[Candidate]]:
     """Formats without data, formats with, and every exporter for itself."""
     formats = [item for item in items if item.format in catalog.FORMATS]
-    calibrated = [item for item in formats if item.rounding in ("calibrated", "tuned")]
+    calibrated = [item for item in formats if item.rounding in CALIBRATED]
     groups = [[item for item in formats if item not in calibrated], calibrated]
     groups += [[item] for item in items if item.format in catalog.EXPORTERS]
     return [group for group in groups if group]

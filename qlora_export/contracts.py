@@ -292,6 +292,15 @@ class CorrectedFormat(GridFormat, Protocol):
 
 
 @runtime_checkable
+class MixedFormat(Format, Protocol):
+    """A format that is another one for some layers."""
+
+    def of(self, spec: TensorSpec) -> Format:
+        """The format of a layer."""
+        ...
+
+
+@runtime_checkable
 class HoldingFormat(Protocol):
     """A format whose encoders keep parts of a tensor until the seal, more than a scale for each block."""
 

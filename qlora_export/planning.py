@@ -16,7 +16,16 @@ from typing import Any
 
 from qlora_export import __version__, catalog
 from qlora_export.assumptions import assumptions_of, combination_notes
-from qlora_export.contracts import Exporter, Format, MergeBase, Onto, Part, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    Exporter,
+    Format,
+    MergeBase,
+    MixedFormat,
+    Onto,
+    Part,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
@@ -261,7 +270,7 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe, rounding: RoundingChoic
     for name, output in model.outputs.items():
         encodes = output.spec.module in encoded and name.endswith(".weight")
         as_stored = rounding.keeps(output, encodes) or output.carried or output.spec.dtype not in FLOATS
-        chosen = form if encodes else dense
+        chosen = _form_of(form, output.layer_spec) if encodes else dense
         base = rounding.base_of(output, encodes, inputs.onto(item))
         routes[name] = Route(output, None if as_stored else chosen, base)
     layout = lay_out((route_parts(route) for route in routes.values()), inputs.recipe.shard_bytes)
@@ -274,6 +283,10 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe, rounding: RoundingChoic
     onto: Onto = "as-trained" if form.keeps_adapter else inputs.onto(item)
     plan = ArtifactPlan(item, rounding, onto, routes, layout, carried, "")
     return replace(plan, digest=_digest(plan, inputs))
+
+
+def _form_of(form: Format, spec: TensorSpec) -> Format:
+    return form.of(spec) if isinstance(form, MixedFormat) else form
 
 
 def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ExportPlan:

@@ -33,8 +33,7 @@ WARNED = 0.9
 class RoundingChoice:
     """The form that encodes, how it rounds, and what is predicted of it; None where nothing is rounded to a grid.
 
-    `onto` is what encoded layers of a base that training quantised are merged onto; `nearest` is what rounding to
-    nearest would keep, where dithering was in question.
+    `nearest` is what rounding to nearest would keep, where dithering was in question.
     """
 
     form: Format

@@ -8,7 +8,7 @@ positions) is recorded by running it with recorders in place of the blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from qlora_export.calibrate.parameters import Parameters
+from qlora_export.contracts import TORCH_NAMES
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning import Plan
 from qlora_export.sources.architecture import live_config
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Decoder:
         """The decoder blocks, a ModuleList."""
         return self.model.get_submodule(self.place)
 
-    def parameters_of(self, module: Any, prefix: str) -> Iterator[tuple[str, str]]:
-        """Names within a module and in the model, of parameters and of buffers that are stored."""
-        for name in module.state_dict():
-            yield name, f"{prefix}.{name}" if prefix else name
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the parameters and of the buffers that are stored."""
+        return list(self.model.state_dict())
 
 
 def open_decoder(plan: Plan) -> Decoder:
@@ -59,7 +58,7 @@ def open_decoder(plan: Plan) -> Decoder:
     rows = plan.model.settings.get("vocab_size")
     if isinstance(rows, int):
         config.get_text_config().vocab_size = rows
-    dtype = DTYPES[plan.training.quantization.storage_dtype]
+    dtype = getattr(torch, TORCH_NAMES[plan.training.quantization.storage_dtype])
     transformers.utils.logging.set_verbosity_error()
     with initialization.no_init_weights(), init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -78,9 +77,10 @@ def open_decoder(plan: Plan) -> Decoder:
     return Decoder(model, min(found, key=lambda name: name.count(".")))
 
 
-def give(module: Any, prefix: str, decoder: Decoder, parameters: Parameters, device: torch.device) -> None:
-    """Give a module the values of the trained model, where torch would have put them."""
-    for name, live in decoder.parameters_of(module, prefix):
+def give(module: Any, prefix: str, parameters: Parameters, device: torch.device) -> None:
+    """Give a module, whose name in the model is `prefix`, the values of the trained model."""
+    for name in module.state_dict():
+        live = f"{prefix}.{name}" if prefix else name
         if parameters.has(live):
             put(module, name, torch.from_numpy(parameters.trained(live)).to(device, copy=True))
 

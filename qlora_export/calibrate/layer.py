@@ -12,14 +12,21 @@ from torch import Tensor
 from qlora_export.calibrate.correcting import correction_parts
 from qlora_export.calibrate.parameters import BaseGrid, LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
-from qlora_export.contracts import Chosen, CorrectedFormat, Float32, GridFormat, LevelGrid, TensorSpec
+from qlora_export.contracts import (
+    TORCH_NAMES,
+    Chosen,
+    CorrectedFormat,
+    Float32,
+    GridFormat,
+    LevelGrid,
+    TensorSpec,
+)
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
 from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve, target_of
 from qlora_export.quant.rounding.target import retention
 from qlora_export.tensors.served import served_rows
 
-SIXTEEN_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
 # What rounding to float16 and then to bfloat16 changes at most, relative to the value.
 LARGEST_ROUNDING = 2.0**-8
 Parts = dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
@@ -83,11 +90,9 @@ def served(form: GridFormat, spec: TensorSpec, parts: Parts, compute_dtype: str)
 
 def stored_grid(level_grid: LevelGrid, chosen: Chosen) -> Grid:
     """The grid that stored parts lie on, with the second level they have."""
-    if chosen.nested_absmax is not None:
-        return _grid(level_grid, NestedScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
-    if level_grid.scales in SIXTEEN_BIT:
-        return _grid(level_grid, sixteen_bit_scales(SIXTEEN_BIT[level_grid.scales]))
-    return _grid(level_grid, lambda scales: scales)
+    if chosen.nested_absmax is None:
+        return _grid(level_grid, _rule(level_grid))
+    return _grid(level_grid, NestedScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
 
 
 def _facts(layer: Layer, solution: Solution, values: Tensor) -> dict[str, Any]:
@@ -105,22 +110,26 @@ def _grid(level_grid: LevelGrid, rule: ScaleRule) -> Grid:
     return Grid(level_grid.levels, level_grid.group, rule)
 
 
+def _rule(level_grid: LevelGrid) -> ScaleRule:
+    """What can be stored of a scale that has no second level."""
+    if level_grid.scales in ("F16", "BF16"):
+        return sixteen_bit_scales(getattr(torch, TORCH_NAMES[level_grid.scales]))
+    return lambda scales: scales
+
+
 def _starts(level_grid: LevelGrid, found: LayerValues, device: torch.device) -> list[Start]:
     """The base's own scales where it lies on the same grid, and fresh ones."""
-    if level_grid.scales in SIXTEEN_BIT:
-        return [(_grid(level_grid, sixteen_bit_scales(SIXTEEN_BIT[level_grid.scales])), None)]
-    starts: list[Start] = []
+    known, stored = None, None
     if found.base_grid is not None and _same_grid(level_grid, found.base_grid, found.spec.size):
         stored = found.base_grid.stored
-        scales = torch.from_numpy(stored.scales).to(device).reshape(found.spec.rows, -1)
-        if level_grid.scales == "nested" and stored.nested_absmax is not None:
-            rule: ScaleRule = NestedScales(stored.offset, torch.from_numpy(stored.nested_absmax).to(device))
-            starts.append((_grid(level_grid, rule), scales))
-        elif level_grid.scales == "F32":
-            return [(_grid(level_grid, lambda values: values), scales)]
-    if level_grid.scales == "F32":
-        return [(_grid(level_grid, lambda values: values), None)]
-    return [*starts, lambda scales: _grid(level_grid, fitted_nested_scales(scales))]
+        known = torch.from_numpy(stored.scales).to(device).reshape(found.spec.rows, -1)
+    if level_grid.scales != "nested":
+        return [(_grid(level_grid, _rule(level_grid)), known)]
+    starts: list[Start] = [lambda scales: _grid(level_grid, fitted_nested_scales(scales))]
+    if stored is not None and stored.nested_absmax is not None:
+        rule = NestedScales(stored.offset, torch.from_numpy(stored.nested_absmax).to(device))
+        starts.insert(0, (_grid(level_grid, rule), known))
+    return starts
 
 
 def _same_grid(level_grid: LevelGrid, base_grid: BaseGrid, size: int) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_export.contracts import Onto, StoredScales, TensorSpec
-from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import require_finite
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.merge.names import names_of
@@ -43,10 +42,7 @@ class LayerValues:
 
 
 class Parameters:
-    """Reads what the live parameters of these names hold, merged onto one of the bases.
-
-    Raises Refused where transformers rearranges one.
-    """
+    """Reads what the live parameters of these names hold, merged onto one of the bases."""
 
     def __init__(self, plan: Plan, live: Iterable[str], files: SourceFiles, onto: Onto = "as-trained") -> None:
         self._plan = plan
@@ -65,13 +61,8 @@ class Parameters:
         return homes[0].tensor if len(homes) == 1 and homes[0].window is None else None
 
     def trained(self, name: str) -> Float32:
-        """The values that the merged model computes with, in the shape of the live parameter."""
-        homes = self._homes.get(name, ())
-        if not homes:
-            raise Refused(
-                f"{self._plan.checkpoint.folder}: transformers computes {name} from several stored tensors",
-                "calibrated rounding does not know this architecture yet; round without calibration",
-            )
+        """The values of a stored parameter that the merged model computes with, in the shape of the live one."""
+        homes = self._homes[name]
         if homes[0].window is None:
             return self._tensor(homes[0].tensor)
         return self._packed(homes)

@@ -66,7 +66,7 @@ class BlockRun:
         self._batches = batches_of(tokens.windows)
         before = _modules_before(self._decoder)
         for name, module in before.items():
-            give(module, name, self._decoder, self._parameters, self._device)
+            give(module, name, self._parameters, self._device)
         move_buffers(self._decoder, self._device)
         for number, batch in enumerate(self._batches):
             hidden, calls = record(self._decoder, batch.tokens.to(self._device))
@@ -82,7 +82,7 @@ class BlockRun:
     def block(self, number: int, store: BlockStore) -> KeptBlock:
         """Decide one block, or take what a killed run decided, and go on to the next."""
         block, prefix = self._decoder.blocks[number], f"{self._decoder.place}.{number}"
-        give(block, prefix, self._decoder, self._parameters, self._device)
+        give(block, prefix, self._parameters, self._device)
         if self._hidden is None:
             raise ValueError("start comes first")
         trained, rounded = Stream(block, self._hidden[0]), Stream(copy_of(block), self._hidden[1])

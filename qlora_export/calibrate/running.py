@@ -21,34 +21,33 @@ from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
 from qlora_export.calibrate.store import BlockStore, KeptBlock
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.whole_model import tuned
-from qlora_export.planning import ArtifactPlan, Made, Plan
+from qlora_export.contracts import GridFormat
+from qlora_export.planning import ArtifactPlan, Made, Plan, route_parts
 from qlora_export.tensors.reading import SourceFiles
 
 
 def calibrate(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options: CalibrationOptions) -> Made:
     """Decide the layers of an artifact; those outside decoder blocks are left to its format."""
-    store = BlockStore(options.out, _digest(plan, item, tokens, options))
+    facts = _deciding(plan, item, tokens, options)
+    store = BlockStore(options.out, _digest(facts))
     store.require_free()
     decoder = open_decoder(plan)
-    count = len(decoder.blocks)
     with SourceFiles() as files, torch.no_grad():
-        live = [name for _, name in decoder.parameters_of(decoder.model, "")]
-        parameters = Parameters(plan, live, files, item.onto)
+        parameters = Parameters(plan, decoder.stored_names, files, item.onto)
         require_stored(decoder, parameters, plan.checkpoint.folder)
         run = BlockRun(plan, item, decoder, parameters, options)
-        kept = [store.load(number) for number in range(count)]
+        kept = [store.load(number) for number in range(len(decoder.blocks))]
         if not all(kept):
             kept = [run.block(number, store) for number in run.start(tokens)]
+        together = _together(kept)
         if item.recipe.rounding == "tuned":
-            subjects = {
-                f"{decoder.place}.{number}.{name}": subject
-                for number, found in run.subjects.items()
-                for name, subject in found.items()
-            }
-            dtype = plan.training.quantization.compute_dtype
-            made = tuned(decoder, parameters, subjects, _together(kept), tokens, options, dtype)
-            kept.append(store.save(count, *made))
-    together = _together(kept)
+            moved = BlockStore(options.out, _digest([*facts, asdict(options.tuning)]))
+            moved.require_free()
+            whole = moved.load(0)
+            if whole is None:
+                dtype = plan.training.quantization.compute_dtype
+                whole = moved.save(0, *tuned(decoder, parameters, run.subjects, together, tokens, options, dtype))
+            together = _together([together, whole])
     return Made(together.parts, {**_summary(tokens, options), "layers": together.facts})
 
 
@@ -62,16 +61,22 @@ def _together(blocks: Sequence[KeptBlock | None]) -> KeptBlock:
     return KeptBlock(parts, facts)
 
 
-def _digest(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options: CalibrationOptions) -> str:
-    """What decides the blocks: base, adapter, format, the tokens, the method and what computes."""
+def _deciding(plan: Plan, item: ArtifactPlan, tokens: CalibrationTokens, options: CalibrationOptions) -> list[Any]:
+    """What decides the blocks: base, adapter, the format of every layer, the tokens, the method and what computes."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in plan.checkpoint.files]
-    encoded = sorted(name for name, route in item.routes.items() if route.form is not None and route.form.quantises)
     sources = [plan.checkpoint.headers_sha256, stats, plan.adapter.sha256 if plan.adapter else None]
+    forms = {
+        name: repr((route.form.grid(route.spec), route_parts(route)))
+        for name, route in item.routes.items()
+        if isinstance(route.form, GridFormat)
+    }
     training = repr(plan.training.quantization)
-    chosen = [item.recipe.format, dict(item.recipe.options), item.onto, encoded]
     computing = [asdict(options.method), options.device, __version__, torch.__version__, transformers.__version__]
-    facts = [sources, training, chosen, tokens.sha256, computing]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return [sources, training, item.onto, forms, tokens.sha256, computing]
+
+
+def _digest(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _summary(tokens: CalibrationTokens, options: CalibrationOptions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qlora_export.calibrate.activations import Batch, batches_of
-from qlora_export.calibrate.decoder import DTYPES, Decoder, give
+from qlora_export.calibrate.decoder import Decoder, give
 from qlora_export.calibrate.layer import Parts, assembled, stored_grid
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.passing import CalibrationOptions
@@ -17,6 +17,7 @@ from qlora_export.calibrate.store import KeptBlock
 from qlora_export.calibrate.subjects import Subject, raw_parts
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.tuning import TunedLayer, tune
+from qlora_export.contracts import TORCH_NAMES
 
 Facts = dict[str, dict[str, Any]]
 
@@ -24,13 +25,18 @@ Facts = dict[str, dict[str, Any]]
 def tuned(
     decoder: Decoder,
     parameters: Parameters,
-    subjects: Mapping[str, Subject],
+    blocks: Mapping[int, Mapping[str, Subject]],
     kept: KeptBlock,
     tokens: CalibrationTokens,
     options: CalibrationOptions,
     compute_dtype: str,
 ) -> tuple[Parts, Facts]:
-    """The parts of these layers, by their names in the model, with scales tuned on it, and what tuning brought."""
+    """The parts of the layers of all blocks with their scales tuned on the whole model, and what tuning brought."""
+    subjects = {
+        f"{decoder.place}.{number}.{name}": subject
+        for number, found in blocks.items()
+        for name, subject in found.items()
+    }
     device = torch.device(options.device)
     model = _trained_model(decoder, parameters, device)
     layers = {
@@ -53,7 +59,7 @@ def tuned(
 
 def _trained_model(decoder: Decoder, parameters: Parameters, device: torch.device) -> Any:
     model = decoder.model
-    give(model, "", decoder, parameters, device)
+    give(model, "", parameters, device)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight.is_meta:
         head.weight = embedding.weight
@@ -68,6 +74,6 @@ def _tuned_layer(subject: Subject, raw: Parts, compute_dtype: str, device: torch
         stored_grid(level_grid, chosen),
         torch.from_numpy(chosen.codes.astype(np.int64)).to(device),
         torch.from_numpy(np.array(chosen.scales)).to(device),
-        DTYPES[compute_dtype],
+        getattr(torch, TORCH_NAMES[compute_dtype]),
         subject.turned,
     )

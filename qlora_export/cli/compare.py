@@ -21,11 +21,12 @@ from qlora_export.cli.options import (
     Text,
     Training,
     Workers,
+    accelerator_name,
     finish,
     recipe_from,
+    require_folders,
     run_options,
 )
-from qlora_export.errors import UsageError
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; or use the flags instead.", metavar="[RECIPE]")]
 Compared = Annotated[
@@ -64,9 +65,7 @@ def compare(
 
     The artifacts stay in compare-trial of the run folder, for the next comparison; `clean` removes them.
     """
-    for file in (output, csv, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: its folder does not exist", "make the folder, or choose another file")
+    require_folders(output, csv, plot)
     if plot is not None:
         from qlora_export.report.comparison_plot import require_plot
 
@@ -84,7 +83,7 @@ def compare(
         "--calibration": calibration,
     }
     facts = recipe_from(recipe, flags, settings or [])
-    options = replace(run_options(recipe, out, workers), accelerator=None if device in (None, "cpu") else device)
+    options = replace(run_options(recipe, out, workers), accelerator=accelerator_name(device))
     found = compare_formats(facts, options, formats or [])
     if csv is not None:
         write_comparison_csv(found, csv)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_export.cli.options import require_folders
 from qlora_export.errors import UsageError
 
 STDOUT = Path("-")
@@ -24,8 +25,8 @@ def init(
     """Write a commented recipe for a base and an adapter; what the files tell is filled in. Never overwrites."""
     from qlora_export.starting import Start, first_recipe
 
-    if out != STDOUT and not out.absolute().parent.is_dir():
-        raise UsageError(f"{out}: its folder does not exist", "make the folder, or choose another file")
+    if out != STDOUT:
+        require_folders(out)
     folder = Path() if out == STDOUT else out.parent
     recipe = first_recipe(Start(folder, base, adapter, to, text))
     if out == STDOUT:

@@ -98,9 +98,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         junit_xml: JunitXml = None,
         prove: Prove = None,
     ) -> None:
-        for file in (output, junit_xml):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise UsageError(f"{file}: its folder does not exist", "make the folder, or choose another file")
+        require_folders(output, junit_xml)
         flags = {
             "--base": base,
             "--adapter": adapter,
@@ -117,7 +115,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             memory_limit_bytes=byte_count(memory_limit) if memory_limit else None,
             keeps_plan=output is not None,
             engine=engine_name(engine),
-            accelerator=None if device in (None, "cpu") else device,
+            accelerator=accelerator_name(device),
         )
         if recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)
@@ -138,6 +136,18 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         words = [word for name, word in signature.parameters.items() if name != "prove"]
         command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
     return command
+
+
+def require_folders(*files: Path | None) -> None:
+    """Raise UsageError for a file to write whose folder does not exist, before any work."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: its folder does not exist", "make the folder, or choose another file")
+
+
+def accelerator_name(device: str | None) -> str | None:
+    """What --device names beside the processor."""
+    return None if device in (None, "cpu") else device
 
 
 def engine_name(text: str | None) -> Engine:

@@ -1,6 +1,6 @@
 """Several formats of compressed-tensors in one folder: each linear layer has its own, and config.json a group for each.
 
-Every tensor goes to the format of its module, so parts, grids and bytes are those of the formats by themselves. Groups
+Every tensor goes to the format of its module (`of`), so parts and bytes are those of the formats by themselves. Groups
 before the last name their modules in full: the library sorts patterns by their spelling, names it takes first, and it
 warns of names that come after `Linear`. Source: compressed-tensors `quantization/quant_config.py` (`mixed-precision`),
 `utils/match.py`.
@@ -8,7 +8,7 @@ warns of names that come after `Linear`. Source: compressed-tensors `quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.contracts import (
-    Chosen,
     Consumes,
     Float32,
     Format,
-    GridFormat,
-    HoldingFormat,
-    LevelGrid,
     Part,
-    Piece,
     TensorEncoder,
     TensorSpec,
 )
@@ -84,24 +79,6 @@ class Mixed:
         """Flat float32 values of whole blocks of rows."""
         return self.of(spec).decode(spec, parts, rows)
 
-    def held_bytes(self, spec: TensorSpec) -> int:
-        """What an encoder holds until the seal."""
-        form = self.of(spec)
-        return form.held_bytes(spec) if isinstance(form, HoldingFormat) else 0
-
-    def grid(self, spec: TensorSpec) -> LevelGrid | None:
-        """The grid of the layer's format, where it has one."""
-        form = self.of(spec)
-        return form.grid(spec) if isinstance(form, GridFormat) else None
-
-    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
-        """Every part of the layer, whole."""
-        return self._with_grid(spec).assemble(spec, chosen)
-
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
-        """What was chosen, from the raw bytes of the whole parts."""
-        return self._with_grid(spec).chosen(spec, parts)
-
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of the main format with a group for each other one."""
         stated = self.main.quantization_config(kept)
@@ -129,12 +106,6 @@ class Mixed:
             else:
                 found.append((form, [module]))
         return found
-
-    def _with_grid(self, spec: TensorSpec) -> GridFormat:
-        form = self.of(spec)
-        if not isinstance(form, GridFormat):
-            raise UsageError(f"{spec.name}: {form.name} has no grid to choose on")
-        return form
 
 
 def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format | Mixed:

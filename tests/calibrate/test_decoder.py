@@ -57,7 +57,7 @@ def test_hidden_states_and_parameters_are_those_of_the_live_model(
     decoder = open_decoder(plan)
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
     with SourceFiles() as files, torch.no_grad():
-        parameters = Parameters(plan, [name for _, name in decoder.parameters_of(decoder.model, "")], files)
+        parameters = Parameters(plan, decoder.stored_names, files)
         require_stored(decoder, parameters, plan.checkpoint.folder)
         for name, expected in live.state_dict().items():
             if parameters.has(name):
@@ -68,7 +68,7 @@ def test_hidden_states_and_parameters_are_those_of_the_live_model(
         assert any(not batch.valid.all() for batch in run._batches)
         assert run._hidden is not None
         for number, block in enumerate(decoder.blocks):
-            give(block, f"{decoder.place}.{number}", decoder, parameters, torch.device("cpu"))
+            give(block, f"{decoder.place}.{number}", parameters, torch.device("cpu"))
             stream = Stream(block, run._hidden[0])
             whole = Tokens(run._batches, [calls[number] for calls in run._calls], torch.device("cpu"))
             if number == 0 and family in GROUPS:
@@ -101,8 +101,8 @@ def test_an_architecture_whose_blocks_do_not_follow_one_another_is_refused(tmp_p
             return self.model.layers[1](hidden[..., :32])
 
     with SourceFiles() as files, torch.no_grad():
-        parameters = Parameters(plan, [name for _, name in decoder.parameters_of(decoder.model, "")], files)
-        give(decoder.model.model.embed_tokens, "model.embed_tokens", decoder, parameters, torch.device("cpu"))
+        parameters = Parameters(plan, decoder.stored_names, files)
+        give(decoder.model.model.embed_tokens, "model.embed_tokens", parameters, torch.device("cpu"))
         odd = type(decoder)(Twice(decoder.model.model), decoder.place)
         with pytest.raises(Refused, match=r"Twice: its decoder blocks do not follow one another") as error:
             record(odd, torch.ones(1, 4, dtype=torch.int64))
@@ -116,8 +116,8 @@ def test_buffers_move_and_stay_when_weights_go(tmp_path: Path) -> None:
     decoder = open_decoder(plan)
     embedding = decoder.model.get_input_embeddings()
     with SourceFiles() as files, torch.no_grad():
-        parameters = Parameters(plan, [name for _, name in decoder.parameters_of(decoder.model, "")], files)
-        give(embedding, "model.embed_tokens", decoder, parameters, torch.device("cpu"))
+        parameters = Parameters(plan, decoder.stored_names, files)
+        give(embedding, "model.embed_tokens", parameters, torch.device("cpu"))
         empty(embedding)
     assert embedding.weight.is_meta
     assert embedding.embed_scale == pytest.approx(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.running import calibrate
 from qlora_export.calibrate.statistics import InputStatistics
 from qlora_export.errors import Refused, UsageError
-from qlora_export.planning import Made, Plan
+from qlora_export.planning import Made, Plan, route_parts
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.sources.sidecar import SIDECAR_NAME
+from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.reading import SourceFiles
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import plan_of, save_family, windows_of
@@ -94,6 +96,24 @@ def test_the_bytes_are_the_same(undisturbed: tuple[Path, Made], pico: Pico, tmp_
     assert blocks(again) == blocks(made)
     assert again.facts == made.facts
     assert again.digest == made.digest
+
+
+def test_artifacts_that_mix_formats_otherwise_share_no_blocks(pico: Pico, tmp_path: Path) -> None:
+    """Parts of the same names and other sizes; a layer whose own format has no grid is left to it, and no fallback."""
+    plain = {"format": "w4a16", "name": "plain", "rounding": "calibrated", "options": {"group_size": 32}}
+    mixed = {**plain, "name": "mixed", "overrides": {"*.v_proj": "fp8", "*.o_proj": "w8a16"}}
+    plan = pico_plan(pico, tmp_path, plain, mixed)
+    first, second = (made_of(plan, tmp_path, number) for number in (0, 1))
+    assert len(first.facts["layers"]) == 14
+    assert not any("v_proj" in name for name in second.facts["layers"])
+    assert not any("fallback" in found for found in second.facts["layers"].values())
+    for item, made in zip(plan.artifacts, (first, second), strict=True):
+        for route in item.routes.values():
+            for part in route_parts(route):
+                if part.name in made.parts:
+                    assert made.parts[part.name].bytes == math.prod(part.shape) * ITEM_BYTES[part.dtype], part.name
+    layers = [name for name in second.parts if "o_proj" in name]
+    assert len(layers) == 6, "8 bits are calibrated, too"
 
 
 @pytest.mark.parametrize("change", ["tokens", "method", "base", "adapter", "keep", "onto", "format"])

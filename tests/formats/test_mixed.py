@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.planning import make_plan
+from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import decompress, load_causal_lm
+from qlora_export.tensors.header import read_header
 from tests.conftest import RecipeMaker
 from tests.formats.test_folders import decoded
 
@@ -47,7 +50,7 @@ def test_every_layer_has_the_bytes_of_its_own_format(
     for name, route in item.routes.items():
         if route.form is None or not route.form.quantises:
             continue
-        form = route.form.of(route.spec)  # type: ignore[attr-defined]
+        form = route.form
         counts[form.name] += 1
         values = decoded(route.form, route.spec, out / "mixed")
         assert torch.equal(shipped.get_parameter(name).float(), values), name
@@ -78,6 +81,19 @@ def test_the_library_finds_the_format_of_each_layer(pico_recipe: RecipeMaker, tm
     assert bits["model.layers.1.self_attn.v_proj"] == (8, "int")
     assert bits["model.layers.1.self_attn.o_proj"] == (8, "float")
     assert bits["model.layers.1.self_attn.q_proj"] == (4, "int")
+
+
+def test_the_lint_looks_at_the_format_of_each_layer(pico_recipe: RecipeMaker, out: Path) -> None:
+    plan = make_plan(pico_recipe(MIXED, *ALONE), out)
+    build(plan, out, BuildOptions())
+    tensors = read_header(out / "mixed/model.safetensors")
+    config = json.loads((out / "mixed/config.json").read_text())
+    assert list(quantisation_problems("mixed", config, {}, tensors)) == []
+    groups = config["quantization_config"]["config_groups"].values()
+    wrong = next(group for group in groups if group["format"] == "float-quantized")
+    wrong["format"] = "pack-quantized"
+    (problem,) = quantisation_problems("mixed", config, {}, tensors)
+    assert "model.layers.1.self_attn.o_proj.weight_scale has no weight_packed of I32 beside it" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ COMPRESSED = {
     "mxfp4-pack-quantized": (".weight_packed", "U8"),
 }
 SCALES = ".weight_scale"
+MIXED = "mixed-precision"
 
 
 def quantisation_problems(
@@ -95,11 +96,12 @@ def _bitsandbytes(path: str, stated: Mapping[str, Any], weights: Mapping[str, We
 
 
 def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
-    layout, ignored = stated.get("format"), stated.get("ignore") or []
-    if not isinstance(layout, str) or layout not in COMPRESSED:
-        return
-    suffix, dtype = COMPRESSED[layout]
+    ignored = stated.get("ignore") or []
     for module in (name.removesuffix(SCALES) for name in tensors if name.endswith(SCALES)):
+        layout = _layout_of(module, stated)
+        if layout not in COMPRESSED:
+            continue
+        suffix, dtype = COMPRESSED[layout]
         codes = tensors.get(module + suffix)
         if codes is None or codes.spec.dtype != dtype:
             what = f"says {layout}, {module}{SCALES} has no {suffix[1:]} of {dtype} beside it"
@@ -108,6 +110,16 @@ def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, Stor
         if module in ignored:
             yield finding("config", path, f"ignores {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
             return
+
+
+def _layout_of(module: str, stated: Mapping[str, Any]) -> str:
+    """The layout of a module: of the group that names it, else of the table, else of the group of all others."""
+    groups = [group for group in (stated.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    named = [group for group in groups if module in (group.get("targets") or ())]
+    if named or stated.get("format") == MIXED:
+        rest = [group for group in groups if "Linear" in (group.get("targets") or ())]
+        return str(next((group.get("format") for group in (*named, *rest)), None))
+    return str(stated.get("format"))
 
 
 def _interleaved(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
