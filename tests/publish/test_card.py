@@ -416,7 +416,7 @@ def test_no_machine_path_is_shown(release: Release, base: Path) -> None:
         ("C:\\Users\\x\\7", "7"),
         ("key:/etc/keys/release.pem", "key:release.pem"),
         ("folder:/home/x/registry", "folder:registry"),
-        ("file:///models/base", "base"),
+        ("file:///home/x/base", "base"),
         ("runs/7", "runs/7"),
         ("acme/base@main", "acme/base@main"),
         ("https://example.org/a", "https://example.org/a"),
