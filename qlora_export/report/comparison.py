@@ -34,7 +34,7 @@ def comparison_data(found: Comparison) -> dict[str, Any]:
     data = {
         "schema": 1,
         "recipe_digest": found.recipe_digest,
-        "tokens": {"sha256": tokens.sha256, "count": tokens.count, "protocol": tokens.protocol},
+        "tokens": {"sha256": tokens.sha256, "count": tokens.count, "protocol": tokens.protocol.sentence},
         "reference": {
             "perplexity": reference.perplexity,
             "perplexity_stderr": reference.perplexity_stderr,
@@ -104,7 +104,7 @@ def print_comparison(found: Comparison) -> None:
     console = console_for_result()
     console.print(_drift_table(found))
     console.print(_cost_table(found))
-    for line in (LEGEND, f"{found.tokens.count} tokens, {found.tokens.protocol}"):
+    for line in (LEGEND, f"{found.tokens.count} tokens, {found.tokens.protocol.sentence}"):
         console.print(line, highlight=False, soft_wrap=True)
     if found.low_rank is not None:
         _print_low_rank(console, found.low_rank, found)

@@ -125,7 +125,7 @@ def _tokens(run: Run) -> dict[str, Any] | None:
     return {
         "sha256": tokens.sha256,
         "count": tokens.count,
-        "protocol": tokens.protocol,
+        "protocol": tokens.protocol.sentence,
         "window_tokens": drift.window_tokens,
         "limit": drift.tokens,
     }

@@ -78,7 +78,7 @@ def _ledger(ledger: Ledger) -> list[str]:
     ]
     lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", ""]
     lines += ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
-    lines += ["", f"{ledger.tokens.protocol}; tokens `{ledger.tokens.sha256}`."]
+    lines += ["", f"{ledger.tokens.protocol.sentence}; tokens `{ledger.tokens.sha256}`."]
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines
 

@@ -106,7 +106,7 @@ def print_ledger(run: Run) -> None:
         table.add_row(entry.artifact.name, size(entry.artifact.bytes), *_numbers(entry.drift), _verdict(entry))
     console.print(table)
     console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
-    console.print(f"{ledger.tokens.protocol}; float32 activations", highlight=False, soft_wrap=True)
+    console.print(f"{ledger.tokens.protocol.sentence}; float32 activations", highlight=False, soft_wrap=True)
     console.print(LEGEND, highlight=False, soft_wrap=True)
     for entry in ledger.entries:
         for said in (*entry.verdict.reasons, lowest_line(entry)):

@@ -16,11 +16,12 @@ from qlora_export.comparison.speed import (
     speed_of,
 )
 from qlora_export.contracts import Float32
-from qlora_export.drift.tokens import TokenSet, Window
+from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.runtimes.loading import ModelSession, load_causal_lm
 
 LONGEST = tuple(range(40))
-TOKENS = TokenSet((Window((1, 2), (1,)), Window(LONGEST, (1,)), Window((1, 2, 3), (1,))), "test")
+WINDOWS = tuple(Window(ids, (1,), "", block) for block, ids in enumerate([(1, 2), LONGEST, (1, 2, 3)]))
+TOKENS = TokenSet(WINDOWS, Protocol("test", "as the test says", len(LONGEST)))
 
 
 class Prefilling:

@@ -5,12 +5,13 @@ import pytest
 
 from qlora_export.contracts import Measurement
 from qlora_export.drift.statistics import Bootstrap, compare
-from qlora_export.drift.tokens import TokenSet, Window
+from qlora_export.drift.tokens import Protocol, TokenSet, Window
 
 
 def tokens(windows: int, length: int) -> TokenSet:
-    window = Window(tuple(range(length + 1)), tuple(range(1, length + 1)))
-    return TokenSet((window,) * windows, "test")
+    ids, scored = tuple(range(length + 1)), tuple(range(1, length + 1))
+    made = tuple(Window(ids, scored, f"window {number}", number) for number in range(windows))
+    return TokenSet(made, Protocol("test", "as the test says", length + 1))
 
 
 def measurement(nll: np.ndarray, top1: np.ndarray | None = None, kl: np.ndarray | None = None) -> Measurement:

@@ -63,7 +63,7 @@ def test_the_hash_is_of_tokens_and_scoring() -> None:
     assert one.sha256 == token_set(DriftText(text="abcd"), Letters(), 50, None).sha256
     assert one.sha256 != token_set(DriftText(text="abce"), Letters(), 5, None).sha256
     assert one.sha256 != token_set(DriftText(text="abcd"), Letters(), 4, None).sha256
-    assert "windows of 5 tokens" in one.protocol
+    assert "windows of 5 tokens" in one.protocol.sentence
     # Reports of earlier releases hold such numbers.
     kept = "9fe24df76217d7759819c4078e97c07f5d409b00c336fefaf09e9dbb86fd58b6"
     assert token_set(DriftText(text="abcdefghij" * 9), Letters(), 7, None).sha256 == kept
