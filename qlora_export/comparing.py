@@ -18,12 +18,21 @@ from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
 from qlora_export.comparison.speed import Speed, speed_of
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, References, make_ledger
-from qlora_export.drift.measure import ReferenceProbabilities, reference_probabilities
 from qlora_export.drift.reference import require_reference
+from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
 from qlora_export.engine.building import locked
 from qlora_export.engine.trials import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
-from qlora_export.measuring import drift_text, drift_tokens, limits_of, measure_artifact, measure_references
+from qlora_export.measuring import (
+    drift_text,
+    drift_tokens,
+    judged,
+    limits_of,
+    measure_artifact,
+    measure_references,
+    reference_key,
+    reference_store,
+)
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import ArtifactRecipe, Recipe
@@ -59,9 +68,10 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
         plan = built[0].plan
         require_reference(plan)
         tokens = drift_tokens(plan, [item.artifact for item in built], text)
-        with reference_probabilities(trial.options.out, tokens) as store:
-            references = measure_references(plan, store, options.track)
-            entries = dict(trial.measure(built, references, store))
+        key = reference_key(plan, options.workers)
+        with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
+            references = measure_references(plan, reference, options.track)
+            entries = dict(trial.measure(built, references, reference.rows))
     if not entries:
         raise next(iter(trial.failures.values()))
     items = {item.candidate: item for item in built if item.candidate in entries}
@@ -136,7 +146,7 @@ class _Trial:
             yield _Built(item, run.plan, made[item.name])
 
     def measure(
-        self, built: Sequence[_Built], references: References, store: ReferenceProbabilities
+        self, built: Sequence[_Built], references: References, rows: ReferenceProbabilities
     ) -> Iterator[tuple[Candidate, tuple[Entry, Speed]]]:
         """What each artifact measures, and how fast it runs."""
         for item in built:
@@ -144,11 +154,12 @@ class _Trial:
             try:
                 with open_artifact(item.artifact, item.plan) as opened:
                     track = self.options.track
-                    entry = measure_artifact(item.plan, item.artifact, recipe, opened, references, store, track)
-                    speed = speed_of(opened, store.tokens)
+                    measured = measure_artifact(item.plan, item.artifact, recipe, opened, rows, track)
+                    speed = speed_of(opened, rows.tokens)
             except ExportError as error:
                 self.failures[item.candidate] = error
             else:
+                (entry,) = judged(self.recipe, [measured], references, rows.tokens)
                 yield item.candidate, (entry, speed)
 
 

@@ -26,6 +26,7 @@ OntoChoice = Literal["as-trained", "original", "auto"]
 # training loaded them, and the 4-bit codes of a base that is stored as such.
 MergeBase = Literal["as-trained", "original", "stored", "codes"]
 Rounding = Literal["nearest", "dithered", "search", "calibrated", "tuned"]
+StoredScale = Literal["nested", "F32", "BF16", "F16", "F8_E4M3", "F8_E8M0"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FROM_TORCH_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
@@ -218,19 +219,23 @@ class DitheringFormat(Format, Protocol):
 class LevelGrid:
     """What a format can hold of a weight: ascending `levels` times a scale for each `group` of consecutive columns.
 
-    A scale is stored in the dtype `scales`, or `nested`: as an 8-bit code of bitsandbytes' double quantisation.
+    A scale is stored in the dtype `scales`, or `nested`: as an 8-bit code of bitsandbytes' double quantisation. It is
+    shared by `height` consecutive rows, the last of which may be fewer; one in e4m3 is divided by `global_scale`.
     """
 
     levels: tuple[float, ...]
     group: int
-    scales: Literal["nested", "F32", "BF16", "F16"]
+    scales: StoredScale
+    height: int = 1
+    global_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What rounding chose for a weight: numbers of levels, uint8 [rows, columns], and scales float32 [rows, groups].
+    """What rounding chose for a weight: numbers of levels, uint8 [rows, columns], and scales float32 [blocks, groups].
 
-    The scales are such as can be stored; nested ones with their `offset` and `nested_absmax`, float32 [blocks].
+    A block is the rows that share a scale, most often one. The scales are such as can be stored; nested ones with their
+    `offset` and `nested_absmax`, float32, one for each 256.
     """
 
     codes: NDArray[np.uint8]
@@ -334,8 +339,17 @@ class Tokenizer(Protocol):
         """The token that starts a text, if the model has one."""
         ...
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, if the model has one."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens of the tokenizer's own."""
+        ...
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one by itself."""
         ...
 
     def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
@@ -348,6 +362,36 @@ class Session(Protocol):
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
+        ...
+
+
+@runtime_checkable
+class BatchedSession(Session, Protocol):
+    """A model that can run several windows at once."""
+
+    def rows_at(self, windows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Float32]:
+        """Of each window the log-probabilities [places, vocabulary] of the token that follows each of these places.
+
+        Raises MemoryError where so many windows do not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class NarrowableSession(Session, Protocol):
+    """A model that can also compute in another dtype."""
+
+    def narrowed(self, dtype: str) -> Session:
+        """The same model with linear layers that compute in this dtype."""
+        ...
+
+
+@runtime_checkable
+class GreedySession(Session, Protocol):
+    """A model that goes on with a text."""
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The most likely next tokens, one after the other with a cache."""
         ...
 
 
@@ -365,7 +409,8 @@ class Runtime(Protocol):
 class Measurement:
     """One model on the scored tokens: NLL and KL(reference || model) [tokens] in nats, top-1 token ids [tokens].
 
-    `nonfinite` counts tokens whose distribution held NaN or infinity; such a measurement is never averaged.
+    `confidence` is the probability [tokens] that the model gives its top-1 token. `nonfinite` counts tokens whose
+    distribution held NaN or infinity; such a measurement is never averaged.
     """
 
     name: str
@@ -373,6 +418,7 @@ class Measurement:
     nll: NDArray[np.float64]
     top1: NDArray[np.int64]
     kl: NDArray[np.float64]
+    confidence: Float32
     nonfinite: int = 0
 
 

@@ -5,44 +5,66 @@ The reference is measured once and its distributions kept; every other model is 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qlora_export import catalog
-from qlora_export.contracts import Artifact, Session, Track
+from qlora_export.contracts import Artifact, Measurement, NarrowableSession, Session, Track
+from qlora_export.drift.batches import BATCH_TOKENS
 from qlora_export.drift.gate import DEFAULT_LIMITS
-from qlora_export.drift.ledger import Entry, References, enter
-from qlora_export.drift.measure import ReferenceProbabilities, keep_reference, measure, measure_reference
+from qlora_export.drift.ledger import Entry, Measured, References, enter
+from qlora_export.drift.measure import keep_reference, measure, measure_reference
+from qlora_export.drift.protocols import require_kind, token_set
+from qlora_export.drift.reference_store import (
+    Reference,
+    ReferenceProbabilities,
+    ReferenceStore,
+    columns_of,
+    measurement_in,
+)
+from qlora_export.drift.sizes import protocol_of
 from qlora_export.drift.survival import kept_layers
-from qlora_export.drift.tokens import TokenSet, token_set
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
 from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Limits, Recipe
 from qlora_export.sources.text import DriftText, read_text
+
+if TYPE_CHECKING:
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+# What the noise floor is measured in, on about so many tokens.
+NOISE_DTYPE = "bfloat16"
+NOISE_TOKENS = 512
 
 
 def drift_text(recipe: Recipe) -> DriftText:
     """The text that the recipe measures on; raises UsageError where it names none."""
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
-    return read_text(recipe.drift.text, recipe.folder)
+    text = read_text(recipe.drift.text, recipe.folder)
+    require_kind(text, recipe.drift.protocol)
+    return text
 
 
 def drift_tokens(plan: Plan, artifacts: Sequence[Artifact], text: DriftText) -> TokenSet:
     """The tokens that every model of the run is measured on, by the tokenizer that the artifacts ship."""
-    from qlora_export.runtimes.loading import FolderTokenizer
-
-    drift = plan.recipe.drift or DriftRecipe(text="")
-    tokenizer = FolderTokenizer(_tokenizer_folder(plan, artifacts))
-    tokens = token_set(text, tokenizer, drift.window_tokens, drift.tokens)
+    limit = plan.recipe.drift.tokens if plan.recipe.drift else None
+    tokens = token_set(text, tokenizer_of(plan, artifacts), protocol_of(plan), limit)
     require_in_vocabulary([max(window.tokens) for window in tokens.windows], plan)
     return tokens
 
 
-def _tokenizer_folder(plan: Plan, artifacts: Sequence[Artifact]) -> Path:
-    """The first artifact that ships a tokenizer, else the base."""
+def tokenizer_of(plan: Plan, artifacts: Sequence[Artifact]) -> FolderTokenizer:
+    """That of the first artifact that ships one, else that of the base."""
+    from qlora_export.runtimes.loading import FolderTokenizer
+
     shipped = (artifact.path for artifact in artifacts if (artifact.path / "tokenizer_config.json").is_file())
-    return next(shipped, plan.checkpoint.folder)
+    return FolderTokenizer(next(shipped, plan.checkpoint.folder))
 
 
 def require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None:
@@ -56,24 +78,82 @@ def require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None
         )
 
 
-def measure_references(plan: Plan, store: ReferenceProbabilities, track: Track) -> References:
-    """Measure the live model of training with the adapter, without it, and merged."""
-    if plan.adapter is None:
-        opening = catalog.load_runtime("transformers").open(plan.checkpoint.folder)
-        with opening as session, track("measure the model") as progress:
-            keep_reference(session, store, progress)
-        return References(measure_reference("the model", store))
+def reference_store(recipe: Recipe, out: Path) -> ReferenceStore:
+    """Where references of this run folder are kept."""
+    return ReferenceStore(out, (recipe.drift or DriftRecipe(text="")).reference_bytes)
 
+
+def reference_key(plan: Plan, workers: int) -> dict[str, Any]:
+    """Everything that decides the numbers of a plan's references, but for the tokens. Cost: reading the base once."""
+    digests = SourceDigests(plan.checkpoint.files)
+    digests.hash_all([path.name for path in digests.paths], workers)
+    training = plan.live_training
+    return {
+        "base": {name: facts["sha256"] for name, facts in digests.sorted().items()},
+        "config": hashlib.sha256((plan.checkpoint.folder / "config.json").read_bytes()).hexdigest(),
+        "adapter": plan.adapter.sha256 if plan.adapter else None,
+        "training": hashlib.sha256(repr(training).encode()).hexdigest() if plan.adapter else None,
+        "vocabulary": plan.model.settings.get("vocab_size"),
+        **computing(),
+    }
+
+
+def computing() -> dict[str, Any]:
+    """What a number depends on beside models and tokens: dtype, device, threads, batches, versions."""
+    import torch
+
+    versions = {name: version(name) for name in ("qlora-export", "torch", "transformers", "peft", "bitsandbytes")}
+    return {
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "batch_tokens": BATCH_TOKENS,
+        "versions": versions,
+    }
+
+
+def measure_references(plan: Plan, reference: Reference, track: Track) -> References:
+    """Measure the live model of training with the adapter, without it, and merged; nothing that was kept before."""
+    if not reference.known:
+        measured = _with_adapter(plan, reference.rows, track) if plan.adapter else _alone(plan, reference.rows, track)
+        reference.keep(columns_of(measured))
+    found = {key: measurement_in(reference.columns, key) for key in ("tuned", "base", "merged", "noise")}
+    tuned = found.pop("tuned")
+    if tuned is None:
+        raise InputError(f"{reference.rows.name}: holds no reference", "remove its folder, and run again")
+    return References(tuned, **found)
+
+
+def _alone(plan: Plan, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:
+    """The base, which is the model itself where there is no adapter."""
+    with catalog.load_runtime("transformers").open(plan.checkpoint.folder) as session:
+        return measure_model("the model", session, rows, track)
+
+
+def _with_adapter(plan: Plan, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:
     from qlora_export.runtimes.as_trained import open_as_trained
 
+    if plan.adapter is None:
+        raise ValueError("no adapter")
     live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
-    with track("measure as trained") as progress:
-        keep_reference(live.tuned(), store, progress)
+    found = measure_model("as trained", live.tuned(), rows, track)
     with live.base() as session, track("measure the base") as progress:
-        base = measure("base", "transformers", session, store, progress)
+        found["base"] = measure("base", "transformers", session, rows, progress)
     with live.merged() as session, track("measure merged") as progress:
-        merged = measure("merged", "transformers", session, store, progress)
-    return References(measure_reference("as trained", store), base, merged)
+        found["merged"] = measure("merged", "transformers", session, rows, progress)
+    return found
+
+
+def measure_model(name: str, session: Session, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:
+    """Fill the rows with a model of transformers, and measure it against itself in the dtype of 16-bit serving."""
+    with track(f"measure {name}") as progress:
+        keep_reference(session, rows, progress)
+    found = {"tuned": measure_reference(name, "transformers", rows)}
+    if isinstance(session, NarrowableSession):
+        with track("measure noise") as progress:
+            narrowed = session.narrowed(NOISE_DTYPE)
+            found["noise"] = measure(NOISE_DTYPE, "transformers", narrowed, rows, progress, NOISE_TOKENS)
+    return found
 
 
 def measure_artifact(
@@ -81,17 +161,22 @@ def measure_artifact(
     artifact: Artifact,
     recipe: ArtifactRecipe,
     session: Session,
-    references: References,
-    store: ReferenceProbabilities,
+    rows: ReferenceProbabilities,
     track: Track,
-) -> Entry:
-    """Measure and judge an artifact that is open in its runtime."""
+) -> Measured:
+    """Measure an artifact that is open in its runtime."""
     planned = {item.name: item for item in plan.artifacts}
     with track(f"measure {artifact.name}") as progress:
-        measured = measure(artifact.name, str(artifact.manifest["runtime"]), session, store, progress)
+        measured = measure(artifact.name, str(artifact.manifest["runtime"]), session, rows, progress)
     kept = kept_layers(plan, planned[artifact.name], artifact) if artifact.name in planned else ()
-    limits = recipe.limits.over(limits_of(plan.recipe))
-    return enter(artifact, recipe, measured, kept, references, limits, store.tokens)
+    return Measured(artifact, recipe, measured, kept)
+
+
+def judged(recipe: Recipe, found: Sequence[Measured], references: References, tokens: TokenSet) -> tuple[Entry, ...]:
+    """The entries of a ledger, once everything is measured that limits may speak of."""
+    yardsticks = {item.artifact.name: item.measurement for item in found}
+    usual = limits_of(recipe)
+    return tuple(enter(item, references, item.recipe.limits.over(usual), tokens, yardsticks) for item in found)
 
 
 def limits_of(recipe: Recipe) -> Limits:

@@ -16,18 +16,24 @@ from qlora_export import catalog, engine
 from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import recall
-from qlora_export.drift.ledger import Ledger, References, make_ledger
-from qlora_export.drift.measure import ReferenceProbabilities, reference_probabilities
+from qlora_export.drift.ledger import Ledger, Measured, References, make_ledger
 from qlora_export.drift.reference import require_reference
+from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
+from qlora_export.drift.sizes import protocol_of
+from qlora_export.drift.worst import worst_of
 from qlora_export.engine import Engine
 from qlora_export.engine.building import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
 from qlora_export.measuring import (
     drift_text,
     drift_tokens,
+    judged,
     measure_artifact,
     measure_references,
+    reference_key,
+    reference_store,
     require_in_vocabulary,
+    tokenizer_of,
 )
 from qlora_export.pinned import require_pinned, require_pinned_bytes
 from qlora_export.planning import ArtifactPlan, Plan, make_plan
@@ -132,12 +138,18 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
 def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
     text = drift_text(recipe)
-    run = _build(recipe, options, require)
+
+    def measurable(plan: Plan) -> None:
+        protocol_of(plan)
+        require(plan)
+
+    run = _build(recipe, options, measurable)
     tokens = drift_tokens(run.plan, run.artifacts, text)
-    with reference_probabilities(options.out, tokens) as store:
-        references = measure_references(run.plan, store, options.track)
-        ledger = _measure_artifacts(run, references, store, options)
-    return Run(run.plan, run.artifacts, ledger)
+    store = reference_store(recipe, options.out)
+    with open_reference(store, reference_key(run.plan, options.workers), tokens) as reference:
+        references = measure_references(run.plan, reference, options.track)
+        measured = _measure_artifacts(run, references, reference.rows, options)
+    return Run(run.plan, run.artifacts, make_ledger(tokens, references, judged(recipe, measured, references, tokens)))
 
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
@@ -229,9 +241,13 @@ def _proven(
     return proven
 
 
-def _measure_artifacts(run: Run, references: References, store: ReferenceProbabilities, options: RunOptions) -> Ledger:
-    entries = []
+def _measure_artifacts(
+    run: Run, references: References, rows: ReferenceProbabilities, options: RunOptions
+) -> list[Measured]:
+    decode = tokenizer_of(run.plan, run.artifacts).decode
+    found = []
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
         with open_artifact(artifact, run.plan) as session:
-            entries.append(measure_artifact(run.plan, artifact, recipe, session, references, store, options.track))
-    return make_ledger(store.tokens, references, tuple(entries))
+            measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
+        found.append(replace(measured, worst=worst_of(measured.measurement, references.tuned, rows.tokens, decode)))
+    return found

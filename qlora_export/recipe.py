@@ -20,6 +20,7 @@ from qlora_export.calibration_recipe import CalibrationMethod, CalibrationPart, 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
 from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, Rounding, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
+from qlora_export.protocol_names import FEWEST_TOKENS, USUAL, choose_protocol
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 Combination = Literal[
@@ -35,6 +36,22 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Yardstick(_Facts):
+    """Another artifact of the recipe, and by how much this one may drift further than it.
+
+    `mean_kl` is a difference in nats, `perplexity_ratio` that of the two perplexities.
+    """
+
+    artifact: str
+    mean_kl: float = Field(1e-3, ge=0)
+    perplexity_ratio: float = Field(1.002, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: Any) -> Any:
+        return {"artifact": data} if isinstance(data, str) else data
+
+
 class Limits(_Facts):
     """The gate's limits; None means that a number is reported but not judged."""
 
@@ -43,6 +60,7 @@ class Limits(_Facts):
     same_top1: float | None = Field(None, ge=0, le=1)
     gain_kept: float | None = None
     survival_min: float | None = None
+    no_worse_than: Yardstick | None = None
 
     def over(self, defaults: Limits) -> Limits:
         """These limits, with the gaps filled from `defaults`."""
@@ -135,12 +153,18 @@ class ArtifactRecipe(_Facts):
 
 
 class DriftRecipe(_Facts):
-    """The text that drift is measured on, and the limits for every artifact that has none of its own."""
+    """The text that drift is measured on, and the limits for every artifact that has none of its own.
+
+    The distributions of references are kept in the run folder for the next run, up to `reference_bytes` in all.
+    """
 
     text: str
-    window_tokens: int = Field(1024, ge=8)
+    protocol: str = USUAL
+    window_tokens: int | None = Field(None, ge=FEWEST_TOKENS)
+    stride_tokens: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
     limits: Limits = Limits()
+    reference_bytes: int = Field(20_000_000_000, ge=0)
 
 
 class CardRecipe(_Facts):
@@ -216,6 +240,15 @@ class Recipe(_Facts):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two artifacts are called {name!r}: give one of them a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _yardsticks_are_others(self) -> Recipe:
+        names = {artifact.name for artifact in self.artifacts}
+        stated = [(artifact.limits, names - {artifact.name}) for artifact in self.artifacts]
+        for limits, others in [*stated, *([(self.drift.limits, names)] if self.drift else [])]:
+            if limits.no_worse_than and limits.no_worse_than.artifact not in others:
+                raise ValueError(f"no_worse_than: {limits.no_worse_than.artifact!r} is no other artifact of the recipe")
         return self
 
     @field_validator("training_quantization")
@@ -330,6 +363,8 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
         require_known({**FORMATS, **EXPORTERS, AUTO: ""}, "format", artifact.format)
         for override in artifact.overrides.values():
             require_known(FORMATS, "format", override.format)
+    if recipe.drift is not None:
+        choose_protocol(recipe.drift.protocol, recipe.drift.window_tokens, recipe.drift.stride_tokens)
     return recipe
 
 
@@ -373,6 +408,7 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         "mixture": CalibrationPart,
         "drift": DriftRecipe,
         "limits": Limits,
+        "no_worse_than": Yardstick,
         "publish": PublishRecipe,
     }
     for step in location:

@@ -12,8 +12,13 @@ from quality_models import QualityModel, calibration_ids
 from qlora_export import Run
 from qlora_export.catalog import load_runtime
 from qlora_export.contracts import Drift
-from qlora_export.drift.measure import keep_reference, measure, measure_reference, reference_probabilities
+from qlora_export.drift.measure import measure
+from qlora_export.drift.reference_store import ReferenceStore, open_reference
 from qlora_export.drift.statistics import compare
+from qlora_export.measuring import measure_references, reference_key
+from qlora_export.pipeline import untracked
+
+REFERENCE_BYTES = 8_000_000_000
 
 
 def peer_folder(python: Path, merged: Path, model: QualityModel, sequences: int, out: Path) -> Path:
@@ -35,20 +40,16 @@ def peer_folder(python: Path, merged: Path, model: QualityModel, sequences: int,
 
 def measure_folder(folder: Path, run: Run) -> Drift:
     """The drift of a folder that we did not make, on the tokens of a run and against the same reference."""
-    from qlora_export.runtimes.as_trained import open_as_trained
-
     plan, ledger = run.plan, run.ledger
-    if ledger is None or plan.adapter is None:
+    if ledger is None:
         raise ValueError("nothing to compare with")
 
     def progress(done: int, total: int) -> None:
         del done, total
 
-    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
-    with reference_probabilities(folder, ledger.tokens) as store:
-        keep_reference(live.tuned(), store, progress)
-        with live.base() as session:
-            base = measure("base", "transformers", session, store, progress)
+    store = ReferenceStore(folder.parent, REFERENCE_BYTES)
+    with open_reference(store, reference_key(plan, workers=2), ledger.tokens) as reference:
+        references = measure_references(plan, reference, untracked)
         with load_runtime("transformers").open(folder) as session:
-            measured = measure(folder.name, "transformers", session, store, progress)
-        return compare(measured, measure_reference("as trained", store), base, ledger.tokens)
+            measured = measure(folder.name, "transformers", session, reference.rows, progress)
+    return compare(measured, references.tuned, references.base or references.tuned, ledger.tokens)

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol, runtime_checkable
 
-from qlora_export.contracts import Session
+from qlora_export.contracts import GreedySession, Session
 from qlora_export.drift.tokens import TokenSet
 
 REPEATS = 5
@@ -23,15 +22,6 @@ REPEATS = 5
 LEAST_SECONDS = 0.5
 PROMPT_TOKENS = 16
 DECODED_TOKENS = 16
-
-
-@runtime_checkable
-class GreedySession(Session, Protocol):
-    """A model that goes on with a text."""
-
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The most likely next tokens, one after the other with a cache."""
-        ...
 
 
 @dataclass(frozen=True)

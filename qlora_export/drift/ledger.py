@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
+from qlora_export.drift.distribution import Distribution, distribution_of
 from qlora_export.drift.gate import judge, verify
 from qlora_export.drift.layers import KeptLayer, summarised
-from qlora_export.drift.statistics import compare, sample_of
+from qlora_export.drift.statistics import Beside, beside, compare, sample_of
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.worst import Worst
 from qlora_export.recipe import ArtifactRecipe, Limits
+
+NO_YARDSTICKS: Mapping[str, Measurement] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Entry:
     verdict: Verdict
     verified: Verified | None
     sample: Sample
+    distribution: Distribution
+    worst: Worst | None = None
+    beside: Beside | None = None
 
     @property
     def survival(self) -> Mapping[str, float]:
@@ -55,37 +63,78 @@ class Ledger:
     base: Drift | None
     merged: Drift | None
     entries: tuple[Entry, ...]
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
 class References:
-    """What every artifact is compared with: the tuned model, and where there is an adapter, the model without it."""
+    """What every artifact is compared with: the tuned model, and where there is an adapter, the model without it.
+
+    `noise` is the tuned model in the dtype of 16-bit serving, on the first windows.
+    """
 
     tuned: Measurement
     base: Measurement | None = None
     merged: Measurement | None = None
+    noise: Measurement | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The reference against itself in another dtype: drift below it is that of any 16-bit server, not of weights."""
+
+    dtype: str
+    tokens: int
+    mean_kl: float
+    same_top1: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An artifact, what it measured, and its layers; those are none when its weights cannot be read back."""
+
+    artifact: Artifact
+    recipe: ArtifactRecipe
+    measurement: Measurement
+    layers: Sequence[KeptLayer]
+    worst: Worst | None = None
 
 
 def enter(
-    artifact: Artifact,
-    recipe: ArtifactRecipe,
-    measured: Measurement,
-    layers: Sequence[KeptLayer],
+    found: Measured,
     references: References,
     limits: Limits,
     tokens: TokenSet,
+    yardsticks: Mapping[str, Measurement] = NO_YARDSTICKS,
 ) -> Entry:
-    """Judge one measured artifact; `layers` is empty when its weights cannot be read back."""
+    """Judge one measured artifact; `yardsticks` are measurements by name of artifacts that limits speak of."""
+    artifact, recipe, measured, layers = found.artifact, found.recipe, found.measurement, found.layers
     drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
     drift = summarised(drift, layers)
     if not layers and recipe.limits.survival_min is None:
         limits = limits.model_copy(update={"survival_min": None})
     if references.base is None:
         limits = limits.model_copy(update={"gain_kept": None})
-    verdict = judge(drift, limits, tokens.count, measured.nonfinite)
+    wanted = limits.no_worse_than.artifact if limits.no_worse_than else artifact.name
+    yardstick = yardsticks.get(wanted) if wanted != artifact.name else None
+    further = beside(measured, yardstick, tokens) if yardstick is not None else None
+    verdict = judge(drift, limits, tokens.count, measured.nonfinite, further)
     verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
     sample = sample_of(measured, references.tuned, tokens)
-    return Entry(artifact, recipe, measured.runtime, drift, tuple(layers), limits, verdict, verified, sample)
+    return Entry(
+        artifact,
+        recipe,
+        measured.runtime,
+        drift,
+        tuple(layers),
+        limits,
+        verdict,
+        verified,
+        sample,
+        distribution_of(measured, references.tuned, tokens),
+        found.worst,
+        further,
+    )
 
 
 def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:
@@ -95,4 +144,14 @@ def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, 
     def drift(measured: Measurement | None) -> Drift | None:
         return compare(measured, tuned, base or tuned, tokens) if measured else None
 
-    return Ledger(tokens, compare(tuned, tuned, base or tuned, tokens), drift(base), drift(references.merged), entries)
+    reference = compare(tuned, tuned, base or tuned, tokens)
+    return Ledger(tokens, reference, drift(base), drift(references.merged), entries, _noise(references))
+
+
+def _noise(references: References) -> Noise | None:
+    found = references.noise
+    if found is None:
+        return None
+    count = len(found.kl)
+    same = float((found.top1 == references.tuned.top1[:count]).mean())
+    return Noise(found.name, count, float(found.kl.mean()), same)

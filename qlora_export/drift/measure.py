@@ -1,120 +1,102 @@
-"""One model on the token set: per token the NLL, the top-1 token and KL(reference || model).
+"""One model on the token set: per token the NLL, the top-1 token with its probability, and KL(reference || model).
 
-    KL_t = sum_v p_ref(v) * (ln p_ref(v) - ln p(v)),   summed in float64 over the vocabulary
+    KL_t = sum_v p_ref(v) * (d(v) + exp(-d(v)) - 1),   d(v) = ln p_ref(v) - ln p(v),   summed in float64
 
-The reference's log-probabilities [tokens, vocabulary] lie in a float32 scratch file, 4 bytes an entry, so that models
-are opened one after the other.
+which is sum p_ref * d for distributions that sum to one, has no negative term, and does not take the rounding of
+float32 in their normalisation, some 1e-7, for drift.
+
+Windows run in batches of about `BATCH_TOKENS`, the same for every model of a ledger. The reference's log-probabilities
+come from the store (`reference_store.py`), so models are opened one after the other. Memory: the logits of a batch, and
+some 40 bytes a token.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from qlora_export.contracts import Float32, Measurement, Progress, Session
-from qlora_export.drift.tokens import TokenSet, Window
-from qlora_export.errors import EnvironmentProblem, InputError
+from qlora_export.drift.batches import batched_rows
+from qlora_export.drift.reference_store import ReferenceProbabilities
+from qlora_export.drift.tokens import Window, first_windows
+from qlora_export.errors import InputError
 
-ROWS_AT_ONCE = 64
-
-
-class ReferenceProbabilities:
-    """The reference's log-probabilities, written once and read by window."""
-
-    def __init__(self, file: IO[bytes], tokens: TokenSet) -> None:
-        self.tokens = tokens
-        self._file = file
-        counts = [len(window.scored) for window in tokens.windows]
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._rows: np.memmap[tuple[int, int], np.dtype[np.float32]] | None = None
-
-    def put(self, number: int, rows: Float32) -> None:
-        """Store the rows of a window; raises EnvironmentProblem when the disk has no room for all of them."""
-        if self._rows is None:
-            shape = (int(self._starts[-1]), rows.shape[1])
-            try:
-                os.posix_fallocate(self._file.fileno(), 0, 4 * shape[0] * shape[1])
-            except OSError as error:
-                message = f"no room for {4 * shape[0] * shape[1]} bytes of reference probabilities ({error.strerror})"
-                raise EnvironmentProblem(message, "free some disk space, or set drift.tokens lower") from None
-            self._rows = np.memmap(self._file, np.float32, "r+", shape=shape)
-        self._rows[self._starts[number] : self._starts[number + 1]] = rows
-
-    def get(self, number: int) -> Float32:
-        """The rows of a window."""
-        if self._rows is None:
-            raise InputError("no reference was measured")
-        return self._rows[self._starts[number] : self._starts[number + 1]]
-
-
-@contextmanager
-def reference_probabilities(folder: Path, tokens: TokenSet) -> Iterator[ReferenceProbabilities]:
-    """Scratch space for the reference, a file without a name beside the artifacts: gone however the process ends."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        yield ReferenceProbabilities(file, tokens)
+# So many values of a distribution are widened to float64 at once: they fit the cache.
+VALUES_AT_ONCE = 1 << 17
 
 
 def keep_reference(session: Session, store: ReferenceProbabilities, progress: Progress) -> None:
-    """Run the reference and keep its distributions."""
-    for number, window in enumerate(store.tokens.windows):
-        store.put(number, _scored_rows(session, window))
-        progress(number + 1, len(store.tokens.windows))
+    """Run the reference and keep its distributions; raises InputError where they hold NaN or infinity."""
+    windows = store.tokens.windows
+    for number, rows in enumerate(batched_rows(session, windows)):
+        if not np.isfinite(rows).all():
+            raise InputError(
+                f"the reference gives NaN or infinity in window {number + 1} of {len(windows)}",
+                "there is nothing to compare with: does the model itself work in this dtype?",
+            )
+        store.put(number, rows)
+        progress(number + 1, len(windows))
 
 
-def measure_reference(name: str, store: ReferenceProbabilities) -> Measurement:
+def measure_reference(name: str, runtime: str, store: ReferenceProbabilities) -> Measurement:
     """The kept reference as a measurement of its own."""
-    rows = (store.get(number) for number in range(len(store.tokens.windows)))
-    return _compare(name, "transformers", store, rows)
+    windows = store.tokens.windows
+    return _compare(name, runtime, store, windows, (store.get(number) for number in range(len(windows))))
 
 
 def measure(
-    name: str, runtime: str, session: Session, store: ReferenceProbabilities, progress: Progress
+    name: str,
+    runtime: str,
+    session: Session,
+    store: ReferenceProbabilities,
+    progress: Progress,
+    at_least: int | None = None,
 ) -> Measurement:
-    """Measure a model against the kept reference."""
+    """Measure a model against the kept reference; on the first windows with `at_least` so many tokens, or on all."""
+    windows = store.tokens.windows if at_least is None else first_windows(store.tokens, at_least).windows
 
     def rows() -> Iterator[Float32]:
-        for number, window in enumerate(store.tokens.windows):
-            yield _scored_rows(session, window)
-            progress(number + 1, len(store.tokens.windows))
+        for number, found in enumerate(batched_rows(session, windows)):
+            yield found
+            progress(number + 1, len(windows))
 
-    return _compare(name, runtime, store, rows())
-
-
-def _scored_rows(session: Session, window: Window) -> Float32:
-    """Log-probabilities of the scored tokens' places: row t - 1 predicts token t."""
-    rows = session.log_probabilities(window.tokens)
-    scored: Float32 = rows[np.array(window.scored) - 1]
-    return scored
+    return _compare(name, runtime, store, windows, rows())
 
 
-def _compare(name: str, runtime: str, store: ReferenceProbabilities, found: Iterator[Float32]) -> Measurement:
-    nll, top1, kl = [], [], []
+def _compare(
+    name: str, runtime: str, store: ReferenceProbabilities, windows: Sequence[Window], found: Iterator[Float32]
+) -> Measurement:
+    """The numbers of the leading windows."""
+    parts: list[tuple[np.ndarray[tuple[int], np.dtype[np.generic]], ...]] = []
     nonfinite = 0
-    for number, (window, rows) in enumerate(zip(store.tokens.windows, found, strict=True)):
+    for number, (window, rows) in enumerate(zip(windows, found, strict=True)):
         reference = store.get(number)
         if rows.shape[1] != reference.shape[1]:
             raise InputError(
                 f"{name}: {rows.shape[1]} tokens in the vocabulary, the reference has {reference.shape[1]}",
-                "base, adapter and artifact must share one vocabulary",
+                "both must share one vocabulary",
             )
         nonfinite += int((~np.isfinite(rows).all(axis=1)).sum())
-        targets = np.array(window.tokens)[list(window.scored)]
-        nll.append(-rows[np.arange(len(targets)), targets].astype(np.float64))
-        top1.append(rows.argmax(axis=1))
-        kl.append(_divergence(reference, rows))
-    return Measurement(name, runtime, np.concatenate(nll), np.concatenate(top1), np.concatenate(kl), nonfinite)
+        parts.append((*_of_tokens(window, rows), _divergence(reference, rows)))
+    nll, top1, confidence, kl = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Measurement(name, runtime, nll, top1, kl, confidence, nonfinite)
+
+
+def _of_tokens(window: Window, rows: Float32) -> tuple[np.ndarray[tuple[int], np.dtype[np.generic]], ...]:
+    """NLL of the scored tokens, the most likely ones, and the probability of these."""
+    every = np.arange(len(rows))
+    targets = np.array(window.tokens)[list(window.scored)]
+    top1 = rows.argmax(axis=1)
+    return -rows[every, targets].astype(np.float64), top1, np.exp(rows[every, top1])
 
 
 def _divergence(reference: Float32, rows: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     out = np.empty(len(rows))
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    step = max(1, VALUES_AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
         wide = reference[part].astype(np.float64)
-        out[part] = (np.exp(wide) * (wide - rows[part])).sum(axis=1)
+        difference = wide - rows[part]
+        out[part] = np.einsum("tv,tv->t", np.exp(wide), difference + np.expm1(-difference))
     return out

@@ -1,7 +1,8 @@
 """From per-token numbers to drift with standard errors.
 
-Tokens of one window depend on each other, so errors come from a bootstrap over windows (1,000 resamples, fixed seed);
-the perplexity ratio is paired, token by token, which makes its error several times smaller than that of either
+Tokens of one window depend on each other, and windows of one document do, so errors come from a bootstrap over blocks:
+documents or windows, cut into pieces where they are fewer than 32 (1,000 resamples, fixed seed). The perplexity ratio
+is paired, token by token, which makes its error several times smaller than that of either
 perplexity. The share of the gain kept is (NLL_base - NLL_artifact) / (NLL_base - NLL_reference). Source of the
 statistics: llama.cpp's perplexity tool with --kl-divergence.
 """
@@ -9,6 +10,7 @@ statistics: llama.cpp's perplexity tool with --kl-divergence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from qlora_export.contracts import Drift, Measurement, Sample
 from qlora_export.drift.tokens import TokenSet, first_windows
 
 RESAMPLES = 1000
+FEWEST_BLOCKS = 32
+LEAST_PIECE = 16
 SEED = 0
 SAMPLE_TOKENS = 256
 SMALLEST_GAIN_NATS = 1e-3
@@ -25,12 +29,10 @@ Values = NDArray[np.float64]
 
 
 class Bootstrap:
-    """Means of per-token columns over resampled windows."""
+    """Means of per-token columns over resampled blocks."""
 
     def __init__(self, tokens: TokenSet) -> None:
-        counts = np.array([len(window.scored) for window in tokens.windows])
-        if len(counts) == 1:
-            counts = np.ones(counts[0], dtype=np.int64)
+        counts = np.array(block_counts(tokens))
         self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         rng = np.random.default_rng(SEED)
         self._weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
@@ -45,6 +47,22 @@ class Bootstrap:
     def stderr(self, statistic: Callable[..., Values], *columns: Values) -> float:
         """Standard error of a statistic of the columns' means."""
         return float(np.std(statistic(*(self.means(column) for column in columns)), ddof=1))
+
+
+def block_counts(tokens: TokenSet) -> list[int]:
+    """Scored tokens of each block, in order; where there are few blocks, of pieces of at least `LEAST_PIECE` tokens."""
+    found: list[int] = []
+    last: int | None = None
+    for window in tokens.windows:
+        if window.block == last:
+            found[-1] += len(window.scored)
+        else:
+            found.append(len(window.scored))
+        last = window.block
+    if len(found) >= FEWEST_BLOCKS:
+        return found
+    piece = max(LEAST_PIECE, -(-tokens.count // FEWEST_BLOCKS))
+    return [min(piece, count - first) for count in found for first in range(0, count, piece)]
 
 
 def compare(candidate: Measurement, reference: Measurement, base: Measurement, tokens: TokenSet) -> Drift:
@@ -73,6 +91,30 @@ def compare(candidate: Measurement, reference: Measurement, base: Measurement, t
         same_top1_stderr=max(bootstrap.stderr(_itself, same), _binomial_stderr(same)),
         gain_kept=gain,
         gain_kept_stderr=gain_stderr,
+    )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """How much further an artifact drifts than another one: paired differences, errors are standard errors."""
+
+    artifact: str
+    mean_kl: float
+    mean_kl_stderr: float
+    ln_ppl_ratio: float
+    ln_ppl_ratio_stderr: float
+
+
+def beside(candidate: Measurement, yardstick: Measurement, tokens: TokenSet) -> Beside:
+    """A candidate next to another, both measured on the same tokens."""
+    bootstrap = Bootstrap(tokens)
+    further, ratio = candidate.kl - yardstick.kl, candidate.nll - yardstick.nll
+    return Beside(
+        yardstick.name,
+        mean_kl=float(further.mean()),
+        mean_kl_stderr=bootstrap.stderr(_itself, further),
+        ln_ppl_ratio=float(ratio.mean()),
+        ln_ppl_ratio_stderr=bootstrap.stderr(_itself, ratio),
     )
 
 

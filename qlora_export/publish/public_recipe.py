@@ -17,6 +17,8 @@ from qlora_export.sources.text_tables import HUB_PREFIX
 
 OF_THE_RUN = ("published", "exit_code")
 OF_THE_MACHINE = ("path", "reused")
+# What quotes the texts that drift was measured on.
+OF_THE_TEXTS = ("worst",)
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -44,10 +46,10 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def public_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report without where it was made: no paths, no receipts, nothing about this run alone."""
+    """The report without where it was made, and without the texts: no paths, no receipts, nothing of this run alone."""
     kept = {key: value for key, value in report.items() if key not in OF_THE_RUN}
     kept["artifacts"] = [
-        {key: value for key, value in artifact.items() if key not in OF_THE_MACHINE}
+        {key: value for key, value in artifact.items() if key not in (*OF_THE_MACHINE, *OF_THE_TEXTS)}
         for artifact in report.get("artifacts", ())
     ]
     reduced: dict[str, Any] = without_machine_paths(kept)

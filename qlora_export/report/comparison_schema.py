@@ -8,8 +8,8 @@ from typing import get_args
 from qlora_export.catalog import EXPORTERS, FORMATS, RUNTIMES
 from qlora_export.comparison.costs import Arithmetic, LowRankCost
 from qlora_export.contracts import Drift, Onto, Rounding
-from qlora_export.recipe import Limits
 from qlora_export.report.comparison import MEASURED_KEYS
+from qlora_export.report.findings import limits_schema
 from qlora_export.report.schema_words import (
     COUNT,
     DIGEST,
@@ -25,6 +25,7 @@ from qlora_export.report.schema_words import (
     object_of,
     or_null,
 )
+from qlora_export.report.tokens import TOKENS_SCHEMA
 
 
 def compare_schema() -> Schema:
@@ -34,9 +35,9 @@ def compare_schema() -> Schema:
     keys = {
         "schema": {"const": 1},
         "recipe_digest": DIGEST,
-        "tokens": object_of({"sha256": DIGEST, "count": COUNT, "protocol": TEXT}),
+        "tokens": object_of(TOKENS_SCHEMA),
         "reference": object_of(reference),
-        "limits": object_of(dict.fromkeys(Limits.model_fields, MAYBE_NUMBER)),
+        "limits": limits_schema(),
         "linear_weights": COUNT,
         "fp32": object_of({"bytes": COUNT, "flops_per_token": COUNT, "bytes_per_token": COUNT}),
         "low_rank": or_null(_low_rank()),

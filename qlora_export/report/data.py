@@ -15,8 +15,10 @@ from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan
 from qlora_export.predicting import Predicted
 from qlora_export.report.calibration import calibration_of
+from qlora_export.report.findings import findings_of
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Run
+from qlora_export.report.tokens import tokens_data
 
 REPORT_NAME = "report.json"
 
@@ -121,14 +123,7 @@ def _tokens(run: Run) -> dict[str, Any] | None:
     """The tokens of the ledger, and what makes them again from the same text."""
     if run.ledger is None or run.plan.recipe.drift is None:
         return None
-    tokens, drift = run.ledger.tokens, run.plan.recipe.drift
-    return {
-        "sha256": tokens.sha256,
-        "count": tokens.count,
-        "protocol": tokens.protocol.sentence,
-        "window_tokens": drift.window_tokens,
-        "limit": drift.tokens,
-    }
+    return {**tokens_data(run.ledger.tokens), "limit": run.plan.recipe.drift.tokens}
 
 
 def _reference(run: Run) -> dict[str, Any] | None:
@@ -144,6 +139,8 @@ def _reference(run: Run) -> dict[str, Any] | None:
         "perplexity_stderr": run.ledger.reference.perplexity_stderr,
         "base": asdict(run.ledger.base) if run.ledger.base else None,
         "merged": asdict(run.ledger.merged) if run.ledger.merged else None,
+        "noise_floor": asdict(run.ledger.noise) if run.ledger.noise else None,
+        "device": "cpu",
     }
 
 
@@ -171,6 +168,7 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
         "survival": dict(entry.survival),
         "layers": [asdict(layer) for layer in entry.layers],
         "sample": asdict(entry.sample),
+        **findings_of(entry),
     }
 
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from qlora_export.contracts import MAY_LACK, Drift
 from qlora_export.drift.gate import Check, checks
+from qlora_export.drift.statistics import Beside
 from qlora_export.errors import ExitCode
 from qlora_export.recipe import Limits
 
@@ -104,7 +105,8 @@ def _checks(artifact: Mapping[str, Any]) -> list[Check]:
     drift = {key: artifact["drift"].get(key) for key in DRIFT_NUMBERS}
     if any(value is None for key, value in drift.items() if key not in MAY_LACK):
         return []
-    return checks(Drift(**drift), Limits(**artifact["limits"]))
+    further = Beside(**artifact["beside"]) if artifact.get("beside") else None
+    return checks(Drift(**drift), Limits(**artifact["limits"]), further)
 
 
 def _of_check(group: str, check: Check, tokens: int) -> Case:

@@ -38,5 +38,7 @@ def map_of(values: Schema) -> Schema:
 
 
 def numbers_of(facts: type) -> Schema:
-    """An object of the dataclass's numbers and names; any may be null, where it was not finite or does not apply."""
-    return object_of({field.name: MAYBE_TEXT if "str" in str(field.type) else MAYBE_NUMBER for field in fields(facts)})
+    """An object of a dataclass's or model's numbers and names; any may be null: not finite, or it does not apply."""
+    types = {name: str(item.annotation) for name, item in getattr(facts, "model_fields", {}).items()}
+    types = types or {item.name: str(item.type) for item in fields(facts)}
+    return object_of({name: MAYBE_TEXT if "str" in kind else MAYBE_NUMBER for name, kind in types.items()})

@@ -12,8 +12,9 @@ from typing import get_args
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
 from qlora_export.contracts import Drift, Proof, Rounding, Sample
 from qlora_export.drift.layers import WeightedOf
-from qlora_export.recipe import AUTO, Limits, Recipe
+from qlora_export.recipe import AUTO, Recipe
 from qlora_export.report.comparison_schema import compare_schema
+from qlora_export.report.findings import findings_schema, limits_schema, noise_schema
 from qlora_export.report.schema_words import (
     COUNT,
     DIGEST,
@@ -30,6 +31,7 @@ from qlora_export.report.schema_words import (
     object_of,
     or_null,
 )
+from qlora_export.report.tokens import MAYBE_COUNT, TOKENS_SCHEMA
 
 ONTO: Schema = {"enum": ["as-trained", "original"]}
 
@@ -110,8 +112,7 @@ SCHEMAS = {"recipe": recipe_schema, "report": report_schema, "plan": plan_schema
 
 
 def _tokens() -> Schema:
-    limit = {"type": ["integer", "null"], "minimum": 1}
-    return object_of({"sha256": DIGEST, "count": COUNT, "protocol": TEXT, "window_tokens": COUNT, "limit": limit})
+    return object_of({**TOKENS_SCHEMA, "limit": MAYBE_COUNT})
 
 
 def _reference() -> Schema:
@@ -126,12 +127,12 @@ def _reference() -> Schema:
             "perplexity_stderr": MAYBE_NUMBER,
             "base": drift,
             "merged": drift,
-        }
+        },
+        {"noise_floor": noise_schema(), "device": TEXT},
     )
 
 
 def _artifact() -> Schema:
-    limits = object_of(dict.fromkeys(Limits.model_fields, MAYBE_NUMBER))
     return object_of(
         {
             "name": TEXT,
@@ -148,10 +149,11 @@ def _artifact() -> Schema:
         {
             "expected": {"enum": ["pass", "fail"]},
             "calibration": _calibration(),
-            "limits": limits,
+            "limits": limits_schema(),
             "survival": map_of(NUMBER),
             "layers": {"type": "array", "items": _layer()},
             "sample": or_null(numbers_of(Sample)),
+            **findings_schema(),
         },
     )
 

@@ -18,6 +18,7 @@ from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.run import Run
+from qlora_export.report.tokens import protocol_line, tokens_data
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 TABLE_COLUMNS = 112
@@ -106,8 +107,12 @@ def print_ledger(run: Run) -> None:
         table.add_row(entry.artifact.name, size(entry.artifact.bytes), *_numbers(entry.drift), _verdict(entry))
     console.print(table)
     console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
-    console.print(f"{ledger.tokens.protocol.sentence}; float32 activations", highlight=False, soft_wrap=True)
+    rules = protocol_line(tokens_data(ledger.tokens))
+    console.print(f"{rules}; float32 activations", highlight=False, soft_wrap=True)
     console.print(LEGEND, highlight=False, soft_wrap=True)
+    if (noise := ledger.noise) is not None:
+        floor = f"mean KL {noise.mean_kl:.2g}, top-1 {noise.same_top1:.1%}, on {noise.tokens} tokens"
+        console.print(f"noise floor, the reference against itself in {noise.dtype}: {floor}", highlight=False)
     for entry in ledger.entries:
         for said in (*entry.verdict.reasons, lowest_line(entry)):
             if said is not None:

@@ -11,7 +11,7 @@ import copy
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,27 +122,67 @@ def _forward(layer: Any, roundings: Sequence[torch.dtype], inputs: torch.Tensor)
 
 
 class ModelSession:
-    """A loaded causal language model."""
+    """A loaded causal language model; with a `dtype`, linear layers compute in that one."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         self._model = model
+        self._dtype = dtype
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
-        with torch.no_grad():
-            logits = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-            result: Float32 = torch.log_softmax(logits.float(), dim=-1).numpy()
-        return result
+        return self.rows_at([tokens], [range(len(tokens))])[0]
+
+    def rows_at(self, windows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Float32]:
+        """Of each window the log-probabilities [places, vocabulary] of the token that follows each of these places."""
+        inputs = _filled(windows, self._model.device)
+        with torch.no_grad(), _out_of_memory(), self._computing():
+            logits = self._model(**inputs, use_cache=False).logits
+            chosen = [logits[row, torch.tensor(list(at), device=logits.device)] for row, at in enumerate(places)]
+            del logits
+            return [torch.log_softmax(rows.float(), dim=-1).cpu().numpy() for rows in chosen]
+
+    def narrowed(self, dtype: str) -> ModelSession:
+        """The same model with linear layers that compute in this dtype."""
+        return ModelSession(self._model, getattr(torch, dtype))
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._model.device.type, self._dtype)
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The most likely next tokens, one after the other with a cache."""
-        cache, found, inputs = None, list[int](), torch.tensor([list(tokens)])
+        cache, found, inputs = None, list[int](), torch.tensor([list(tokens)], device=self._model.device)
         with torch.no_grad():
             for _ in range(count):
                 output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache, inputs = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
                 found.append(int(inputs))
         return found
+
+
+def _filled(windows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Windows side by side, short ones filled up at their end, where no token looks."""
+    longest = max(map(len, windows))
+    tokens = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
+    if all(len(window) == longest for window in windows):
+        return {"input_ids": tokens}
+    lengths = torch.tensor([len(window) for window in windows], device=device)
+    mask = torch.arange(longest, device=device)[None] < lengths[:, None]
+    return {"input_ids": tokens, "attention_mask": mask.long()}
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """What torch says where memory is short becomes a MemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(_first_line(error)) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(_first_line(error)) from None
 
 
 class FolderTokenizer:
@@ -166,10 +206,26 @@ class FolderTokenizer:
         token: int | None = self._tokenizer.bos_token_id
         return token
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, if the model has one."""
+        token: int | None = self._tokenizer.eos_token_id
+        return token
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens of the tokenizer's own."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one by itself."""
+        ids: list[int] = self._tokenizer.encode(text, verbose=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
         """A conversation by the chat template; raises InputError when there is no template."""

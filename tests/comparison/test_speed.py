@@ -12,10 +12,9 @@ from qlora_export.comparison.speed import (
     LEAST_SECONDS,
     PROMPT_TOKENS,
     REPEATS,
-    GreedySession,
     speed_of,
 )
-from qlora_export.contracts import Float32
+from qlora_export.contracts import Float32, GreedySession
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.runtimes.loading import ModelSession, load_causal_lm
 

@@ -59,7 +59,7 @@ def test_verdicts(changes: dict[str, Any], outcome: str, says: str) -> None:
 def test_the_number_of_tokens_that_would_decide() -> None:
     drift = Drift(**{**PERFECT, "mean_kl": 0.049, "mean_kl_stderr": 0.001})
     (reason,) = judge(drift, DEFAULT_LIMITS, 1000, 0).reasons
-    assert "about 2842 more tokens" in reason  # 1000 * (1.96 * 0.001 / 0.001)^2 - 1000
+    assert "about 6849 more tokens" in reason  # 1000 * ((1.96 + 0.84) * 0.001 / 0.001)^2 - 1000
 
 
 def test_a_limit_that_is_off_judges_nothing() -> None:

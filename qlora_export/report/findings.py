@@ -1,0 +1,89 @@
+"""What a check found beside the means, as plain data and its schema: the spread over tokens, and where it is worst.
+
+Texts in it are those that drift was measured on; what is published is without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from qlora_export.drift.distribution import Bucket, Distribution
+from qlora_export.drift.ledger import Entry, Noise
+from qlora_export.drift.statistics import Beside
+from qlora_export.drift.worst import WorstToken, WorstWindow
+from qlora_export.recipe import Limits, Yardstick
+from qlora_export.report.schema_words import COUNT, MAYBE_NUMBER, NUMBER, Schema, map_of, numbers_of, object_of, or_null
+
+
+def findings_of(entry: Entry) -> dict[str, Any]:
+    """The findings on one artifact, those that were made."""
+    found: dict[str, Any] = {"distribution": _distribution(entry.distribution)}
+    if entry.beside is not None:
+        found["beside"] = asdict(entry.beside)
+    if entry.worst is not None:
+        found["worst"] = asdict(entry.worst)
+    return found
+
+
+def findings_schema() -> Schema:
+    """Their keys, any of which may be missing."""
+    worst = {"tokens": _list(numbers_of(WorstToken)), "windows": _list(numbers_of(WorstWindow))}
+    return {
+        "distribution": _distribution_schema(),
+        "beside": numbers_of(Beside),
+        "worst": object_of(worst),
+    }
+
+
+def limits_schema() -> Schema:
+    """The limits that a number is judged by; null where it is not."""
+    numbers = {name: MAYBE_NUMBER for name in Limits.model_fields if name != "no_worse_than"}
+    return object_of({**numbers, "no_worse_than": or_null(numbers_of(Yardstick))})
+
+
+def noise_schema() -> Schema:
+    """The reference against itself in another dtype."""
+    return or_null(numbers_of(Noise))
+
+
+def _distribution(found: Distribution) -> dict[str, Any]:
+    return {
+        "kl_quantiles": _by_share(found.kl_quantiles),
+        "kl_histogram": {"edges": list(found.kl_edges), "counts": list(found.kl_counts)},
+        "delta_p_mean": found.delta_p_mean,
+        "delta_p_rms": found.delta_p_rms,
+        "delta_p_quantiles": _by_share(found.delta_p_quantiles),
+        "confidence": [_bucket(bucket) for bucket in found.confidence],
+        "nonfinite": found.nonfinite,
+    }
+
+
+def _by_share(quantiles: dict[float, float]) -> dict[str, float]:
+    return {f"{share:g}": value for share, value in quantiles.items()}
+
+
+def _bucket(bucket: Bucket) -> dict[str, Any]:
+    facts = asdict(bucket)
+    return {"from": facts.pop("low"), "to": facts.pop("high"), **facts}
+
+
+def _distribution_schema() -> Schema:
+    quantiles = map_of(MAYBE_NUMBER)
+    counts = {"type": "array", "items": COUNT}
+    numbers = dict.fromkeys(("mean_kl", "mean_kl_stderr", "same_top1"), MAYBE_NUMBER)
+    return object_of(
+        {
+            "kl_quantiles": quantiles,
+            "kl_histogram": object_of({"edges": _list(NUMBER), "counts": counts}),
+            "delta_p_mean": MAYBE_NUMBER,
+            "delta_p_rms": MAYBE_NUMBER,
+            "delta_p_quantiles": quantiles,
+            "confidence": _list(object_of({"from": NUMBER, "to": NUMBER, "tokens": COUNT, **numbers})),
+            "nonfinite": COUNT,
+        }
+    )
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
