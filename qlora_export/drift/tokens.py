@@ -1,21 +1,15 @@
-"""The fixed, hashed set of tokens that every model of a ledger is measured on.
+"""The fixed, hashed set of tokens that every model of a ledger is measured on, and the rules that made it.
 
-Chats: one window each, by the chat template, and only the assistant's tokens are scored. Running text: joined, cut into
-disjoint windows that each begin with the begin token, all but that one scored. The protocol names these rules, since
-numbers of different protocols do not compare.
+The protocol is part of every number: those of different protocols do not compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, takewhile
 
-from qlora_export.contracts import Tokenizer
-from qlora_export.errors import InputError
-from qlora_export.sources.text import DriftText
-from qlora_export.sources.text_entries import Chat
-from qlora_export.sources.windows import digest_of_tokens, text_windows
+from qlora_export.drift.documents import Documents
+from qlora_export.sources.windows import digest_of_tokens
 
 
 @dataclass(frozen=True)
@@ -49,10 +43,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The windows of a ledger and the rules that made them."""
+    """The windows of a ledger and the rules that made them; `documents` where these score whole ones."""
 
     windows: tuple[Window, ...]
     protocol: Protocol
+    documents: Documents | None = None
 
     @property
     def count(self) -> int:
@@ -68,62 +63,6 @@ class TokenSet:
 
 def first_windows(tokens: TokenSet, at_least: int) -> TokenSet:
     """The leading windows that hold at least so many scored tokens, or all of them."""
-    return TokenSet(tuple(_until(at_least, iter(tokens.windows))), tokens.protocol)
-
-
-def token_set(text: DriftText, tokenizer: Tokenizer, window_tokens: int, limit: int | None) -> TokenSet:
-    """Windows of at most `window_tokens` until `limit` tokens are scored; raises InputError when none are."""
-    found: Iterator[Window]
-    if text.chats:
-        found = (_chat_window(chat, number, tokenizer, window_tokens) for number, chat in enumerate(text.chats))
-        sentence = f"chat template, one window of at most {window_tokens} tokens a chat, assistant tokens scored"
-        protocol = Protocol("windows", sentence, window_tokens, begin="as the chat template has it")
-    else:
-        found = _running_windows(text.text, tokenizer, window_tokens)
-        begin = "each after the begin token" if tokenizer.begin is not None else None
-        sentence = f"joined text, disjoint windows of {window_tokens} tokens, {begin or 'no begin token'}"
-        protocol = Protocol("windows", f"{sentence}, all tokens scored", window_tokens, begin=begin)
-    windows = tuple(_until(limit, (window for window in found if window.scored)))
-    if not windows:
-        raise InputError("the text for drift has no token to score", "give chats with assistant turns, or more text")
-    return TokenSet(windows, protocol)
-
-
-def _running_windows(text: str, tokenizer: Tokenizer, window_tokens: int) -> Iterator[Window]:
-    """Windows over a whole text; all of its tokens are scored, the begin token is not one of them."""
-    first = 0
-    for block, tokens in enumerate(text_windows(tokenizer.encode(text), tokenizer.begin, window_tokens)):
-        own = len(tokens) - (tokenizer.begin is not None)
-        yield Window(tokens, tuple(range(1, len(tokens))), f"tokens {first} to {first + own - 1}", block)
-        first += own
-
-
-def _chat_window(chat: Chat, number: int, tokenizer: Tokenizer, window_tokens: int) -> Window:
-    """A chat's tokens; each assistant turn is what its rendering adds to the rendering of the turns before."""
-    tokens: list[int] = []
-    scored: list[int] = []
-    for turn, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
-        if turn == 0:
-            raise InputError("a chat begins with the assistant", "give each chat the turn that the assistant answers")
-        before = tokenizer.encode(tokenizer.render(chat[:turn], answering=True))
-        after = tokenizer.encode(tokenizer.render(chat[: turn + 1], answering=False))
-        if after[: len(before)] != before:
-            raise InputError(
-                "the chat template renders a turn differently once the next one follows",
-                "assistant tokens cannot be told apart; give plain text for drift",
-            )
-        tokens = after
-        scored += range(len(before), len(after))
-    scored = [position for position in scored if 1 <= position < window_tokens]
-    return Window(tuple(tokens[:window_tokens]), tuple(scored), f"chat {number + 1}", number)
-
-
-def _until(limit: int | None, windows: Iterator[Window]) -> Iterator[Window]:
-    total = 0
-    for window in windows:
-        if limit is not None and total >= limit:
-            return
-        total += len(window.scored)
-        yield window
+    ends = accumulate(len(window.scored) for window in tokens.windows)
+    count = sum(1 for _ in takewhile(lambda total: total < at_least, ends)) + 1
+    return TokenSet(tokens.windows[:count], tokens.protocol)

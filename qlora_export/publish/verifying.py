@@ -21,7 +21,9 @@ from typing import Any
 
 from qlora_export import catalog
 from qlora_export.contracts import Artifact, Proof
-from qlora_export.drift.tokens import TokenSet, token_set
+from qlora_export.drift.protocols import token_set
+from qlora_export.drift.sizes import recorded_protocol
+from qlora_export.drift.tokens import TokenSet
 from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.publish.checksums import read_checksums
@@ -214,7 +216,7 @@ def _tokens(text: Path, artifact: Artifact, report: Mapping[str, Any]) -> TokenS
     from qlora_export.runtimes.loading import FolderTokenizer
 
     told = report["tokens"]
-    tokens = token_set(read_text(text), FolderTokenizer(artifact.path), told["window_tokens"], told["limit"])
+    tokens = token_set(read_text(text), FolderTokenizer(artifact.path), recorded_protocol(told), told["limit"])
     if tokens.sha256 != told["sha256"]:
         raise UsageError(
             f"{text}: gives tokens of sha256 {tokens.sha256[:12]}, the release was measured on {told['sha256'][:12]}",

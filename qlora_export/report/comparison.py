@@ -19,6 +19,7 @@ from qlora_export.comparison.rows import Comparison, Measured, Row
 from qlora_export.contracts import Drift
 from qlora_export.report.data import finite
 from qlora_export.report.terminal import COLOURS, console_for_result, new_table, size
+from qlora_export.report.tokens import protocol_line, tokens_data
 
 LEGEND = (
     "bits: stored for a linear weight, with scales and a kept adapter · FLOPs, bytes read: of one token, against the "
@@ -34,7 +35,7 @@ def comparison_data(found: Comparison) -> dict[str, Any]:
     data = {
         "schema": 1,
         "recipe_digest": found.recipe_digest,
-        "tokens": {"sha256": tokens.sha256, "count": tokens.count, "protocol": tokens.protocol.sentence},
+        "tokens": tokens_data(tokens),
         "reference": {
             "perplexity": reference.perplexity,
             "perplexity_stderr": reference.perplexity_stderr,
@@ -104,7 +105,7 @@ def print_comparison(found: Comparison) -> None:
     console = console_for_result()
     console.print(_drift_table(found))
     console.print(_cost_table(found))
-    for line in (LEGEND, f"{found.tokens.count} tokens, {found.tokens.protocol.sentence}"):
+    for line in (LEGEND, f"{found.tokens.count} tokens, {protocol_line(tokens_data(found.tokens))}"):
         console.print(line, highlight=False, soft_wrap=True)
     if found.low_rank is not None:
         _print_low_rank(console, found.low_rank, found)

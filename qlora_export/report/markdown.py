@@ -11,7 +11,8 @@ from qlora_export.contracts import Drift
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import layer_table
-from qlora_export.report.run import Run
+from qlora_export.report.run import Reported
+from qlora_export.report.tokens import protocol_line, tokens_data
 
 MARKDOWN_NAME = "report.md"
 HEAD = (
@@ -30,30 +31,33 @@ class ArtifactRow:
     verdict: str
 
 
-def markdown(run: Run) -> str:
+def markdown(run: Reported) -> str:
     """The whole report as one Markdown text."""
-    lines = ["# Release report", "", f"Recipe `{run.plan.recipe.digest[:12]}`", ""]
+    facts = run.facts
+    lines = [f"# {'Release' if facts.recipe_digest else 'Drift'} report", ""]
+    if facts.recipe_digest:
+        lines += [f"Recipe `{facts.recipe_digest[:12]}`", ""]
     if run.ledger is None:
         lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
     else:
-        lines += [*_ledger(run.ledger), *layer_table(run.ledger, run.plan)]
+        lines += [*_ledger(run.ledger), *layer_table(run.ledger, facts.rounded)]
     lines += _calibrated(run)
     if run.receipts:
         lines += ["", "## Published", ""]
         lines += [f"- `{r.artifact}` to `{r.destination}`, {len(r.files)} files read back" for r in run.receipts]
-    if run.plan.assumptions:
-        lines += ["", "## Assumed", "", *(f"- {assumption}" for assumption in run.plan.assumptions)]
+    if facts.assumptions:
+        lines += ["", "## Assumed", "", *(f"- {assumption}" for assumption in facts.assumptions)]
     return "\n".join(lines) + "\n"
 
 
-def _calibrated(run: Run) -> list[str]:
+def _calibrated(run: Reported) -> list[str]:
     """What was rounded by calibration, and what was not."""
     items = ((artifact.name, calibration_lines(artifact.manifest)) for artifact in run.artifacts)
     lines = [f"- `{name}`: {line}" for name, found in items for line in found]
     return ["", "## Calibration", "", *lines] if lines else []
 
 
-def write_markdown(run: Run, folder: Path) -> Path:
+def write_markdown(run: Reported, folder: Path) -> Path:
     """Write report.md into the run folder, whole or not at all."""
     path = folder / MARKDOWN_NAME
     partial = path.with_suffix(".md.partial")
@@ -78,7 +82,7 @@ def _ledger(ledger: Ledger) -> list[str]:
     ]
     lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", ""]
     lines += ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
-    lines += ["", f"{ledger.tokens.protocol.sentence}; tokens `{ledger.tokens.sha256}`."]
+    lines += ["", f"{protocol_line(tokens_data(ledger.tokens))}; tokens `{ledger.tokens.sha256}`."]
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines
 

@@ -11,16 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.errors import InputError
-from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, content_of
+from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, entry_of
 from qlora_export.sources.text_tables import HUB_PREFIX, PARQUET_SUFFIX, hub_entries, parquet_entries
 
 
 @dataclass(frozen=True)
 class DriftText:
-    """Chats, or running text; never both."""
+    """Chats, or pieces of running text; never both."""
 
-    chats: tuple[Chat, ...] = ()
-    text: str = ""
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def chats(self) -> tuple[Chat, ...]:
+        """The conversations; none where the text is running text."""
+        return tuple(entry.content for entry in self.entries if not isinstance(entry.content, str))
+
+    @property
+    def text(self) -> str:
+        """The pieces with an empty line between them; empty where the text is conversations."""
+        return "\n\n".join(entry.content for entry in self.entries if isinstance(entry.content, str))
 
 
 def read_text(name: str | Path, folder: Path = Path()) -> DriftText:
@@ -30,8 +39,7 @@ def read_text(name: str | Path, folder: Path = Path()) -> DriftText:
 
 def joined(entries: tuple[Entry, ...]) -> DriftText:
     """Entries as chats, or as running text with an empty line between the pieces."""
-    chats = tuple(entry.content for entry in entries if not isinstance(entry.content, str))
-    return DriftText(chats, "\n\n".join(entry.content for entry in entries if isinstance(entry.content, str)))
+    return DriftText(entries)
 
 
 def read_entries(name: str, folder: Path) -> tuple[Entry, ...]:
@@ -66,9 +74,9 @@ def _lines(path: Path) -> tuple[Entry, ...]:
 
 def _entry(path: Path, number: int, line: str) -> Entry:
     try:
-        content = content_of(json.loads(line))
+        entry = entry_of(json.loads(line), f"line {number}")
     except ValueError:
         raise InputError(f"{path}: line {number} is not valid JSON", ROW_HINT) from None
-    if content is None:
+    if entry is None:
         raise InputError(f"{path}: line {number} has neither messages nor text", ROW_HINT)
-    return Entry(content, f"line {number}")
+    return entry

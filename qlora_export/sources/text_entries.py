@@ -13,31 +13,49 @@ ROW_HINT = 'give {"messages": [{"role": ..., "content": ...}]}, {"text": ...}, o
 class Entry:
     """A conversation or a piece of running text, and where it stands, as in `line 3` or `row 3`.
 
-    `is_file` is said of running text whose lines are those of its file.
+    `is_file` is said of running text whose lines are those of its file. The first `prompt_messages` of a conversation
+    only lead to the others: whatever learns from it or is measured on it is not asked for them.
     """
 
     content: Chat | str
     place: str
     is_file: bool = False
+    prompt_messages: int = 0
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation; no message for running text."""
+        return () if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """The running text; empty for a conversation."""
+        return self.content if isinstance(self.content, str) else ""
 
 
-def content_of(row: object) -> Chat | str | None:
+def entry_of(row: object, place: str) -> Entry | None:
     """What a line of JSON or a row of a table holds; None where it is none of the known shapes.
 
-    A prompt and its completion are a user's turn and the answer to it.
+    A prompt and its completion are a user's turn and the answer to it, or conversations that follow each other.
     """
     if not isinstance(row, Mapping):
         return None
     if isinstance(row.get("text"), str):
-        return str(row["text"])
+        return Entry(str(row["text"]), place)
     if row.get("messages") is not None:
-        return _chat(row["messages"])
+        return _chat_entry(row["messages"], place)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _chat_entry(turns, place, prompt_messages=1)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat([*prompt, *completion])
+        return _chat_entry([*prompt, *completion], place, len(prompt))
     return None
+
+
+def _chat_entry(messages: object, place: str, prompt_messages: int = 0) -> Entry | None:
+    chat = _chat(messages)
+    return None if chat is None else Entry(chat, place, prompt_messages=prompt_messages)
 
 
 def _chat(messages: object) -> Chat | None:

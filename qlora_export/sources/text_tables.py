@@ -25,7 +25,7 @@ from qlora_export.errors import (
     RemoteProblem,
     UsageError,
 )
-from qlora_export.sources.text_entries import ROW_HINT, Entry, content_of
+from qlora_export.sources.text_entries import ROW_HINT, Entry, entry_of
 
 HUB_PREFIX = "hub:"
 PARQUET_SUFFIX = ".parquet"
@@ -85,10 +85,10 @@ def hub_entries(name: str) -> tuple[Entry, ...]:
 
 def _entries(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:
     for number, row in enumerate(rows, 1):
-        content = content_of(row)
-        if content is None:
+        entry = entry_of(row, f"row {number}")
+        if entry is None:
             raise InputError(f"{name}: row {number} has neither messages nor text", ROW_HINT)
-        yield Entry(content, f"row {number}")
+        yield entry
 
 
 def _known(name: str, columns: Iterable[str]) -> list[str]:

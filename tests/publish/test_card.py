@@ -122,7 +122,7 @@ def test_evaluation_results_are_our_numbers(release: Release) -> None:
     assert onnx.metric_args == {
         "artifact": "onnx-int4",
         "runtime": "onnxruntime",
-        "protocol": tokens["protocol"],
+        "protocol": f"protocol windows: {tokens['protocol']} ({tokens['windows']} windows)",
         "tokens": tokens["count"],
         "tokens_sha256": tokens["sha256"],
     }

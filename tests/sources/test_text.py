@@ -27,7 +27,7 @@ def test_a_prompt_and_its_completion_are_a_chat(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     lines = [{"prompt": "x", "completion": "y"}, {"prompt": turns[:1], "completion": turns[1:]}]
     found = read_entries("a.jsonl", write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, lines))).parent)
-    assert found == (Entry(tuple(turns), "line 1"), Entry(tuple(turns), "line 3"))
+    assert found == tuple(Entry(tuple(turns), place, prompt_messages=1) for place in ("line 1", "line 3"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from qlora_export.publish.card.facts import CardFacts, CardItem, drift_from
 from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.markdown import ArtifactRow, ledger_table
+from qlora_export.report.tokens import protocol_line
 
 NOTICE = (
     "<!-- Written by qlora-export. A new release replaces what stands between these two lines, and nothing else. -->"
@@ -133,7 +134,7 @@ def _drift(facts: CardFacts) -> Iterator[str]:
     rows = [_row(facts, item) for item in facts.items]
     yield "\n".join(ledger_table(float(reference["perplexity"]), base, merged, rows))
     yield (
-        f"{escape(str(tokens['protocol']))}; {escape(str(reference['activations']))} activations; "
+        f"{escape(protocol_line(tokens))}; {escape(str(reference['activations']))} activations; "
         f"tokens {code(str(tokens['sha256']))}. {LEGEND}"
     )
     yield from _limits(facts)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_export.publish.card.facts import CardFacts, CardItem
+from qlora_export.report.tokens import protocol_line
 
 DATASET_NAME = "held-out text (sha256 "
 DIGITS = 6
@@ -50,7 +51,7 @@ def _result(facts: CardFacts, item: CardItem, task: str) -> dict[str, Any]:
     drift, tokens, name = facts.drift(item), facts.report["tokens"], item.artifact.name
     reference = "the model as trained" if item.has_adapter else "the base"
     tokens_known = {
-        "protocol": str(tokens["protocol"]),
+        "protocol": protocol_line(tokens),
         "tokens": int(tokens["count"]),
         "tokens_sha256": str(tokens["sha256"]),
     }

@@ -1,0 +1,72 @@
+"""How long the windows of a protocol are for a model: as named, as the recipe says, or as long as its context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_export.errors import UsageError
+from qlora_export.planning import Plan
+from qlora_export.protocol_names import USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
+from qlora_export.recipe import DriftRecipe
+from qlora_export.sources.context import context_tokens
+
+USUAL_WINDOW_TOKENS = 1024
+# What transformers' page on perplexity takes, and lm-evaluation-harness for a model that states no context.
+USUAL_STRIDE_TOKENS = 512
+UNSTATED_CONTEXT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SizedProtocol:
+    """A protocol whose sizes are settled."""
+
+    name: str
+    kind: Kind
+    window_tokens: int
+    stride_tokens: int | None = None
+
+
+def protocol_of(plan: Plan) -> SizedProtocol:
+    """The protocol that the recipe asks for, on the base's context; raises UsageError where they do not fit."""
+    drift = plan.recipe.drift or DriftRecipe(text="")
+    choice = choose_protocol(drift.protocol, drift.window_tokens, drift.stride_tokens)
+    return sized(choice, context_tokens(plan.checkpoint.text_config))
+
+
+def sized(choice: ProtocolChoice, context: int | None) -> SizedProtocol:
+    """A chosen protocol for a model of this context; raises UsageError where its windows exceed that."""
+    window = choice.window_tokens or _usual_window(choice, context)
+    if context is not None and window > context:
+        raise UsageError(
+            f"protocol {choice.name}: windows of {window} tokens, and the model's context is {context}",
+            f"take {choice.kind}-{context} or less"
+            if choice.kind in ("disjoint", "llama.cpp")
+            else f"set drift.window_tokens to at most {context}",
+        )
+    if choice.kind != "strided":
+        return SizedProtocol(choice.name, choice.kind, window)
+    stride = choice.stride_tokens or USUAL_STRIDE_TOKENS
+    if stride > window:
+        raise UsageError(
+            f"protocol strided: a stride of {stride} tokens skips some after every window of {window}",
+            f"set drift.stride_tokens to at most {window}",
+        )
+    return SizedProtocol(choice.name, choice.kind, window, stride)
+
+
+def recorded_protocol(tokens: Mapping[str, Any]) -> SizedProtocol:
+    """The protocol that a report's `tokens` were made by; those without a name were by the usual one."""
+    name = str(tokens.get("name", USUAL))
+    return SizedProtocol(name, protocol_of_name(name)[0], int(tokens["window_tokens"]), tokens.get("stride_tokens"))
+
+
+def _usual_window(choice: ProtocolChoice, context: int | None) -> int:
+    if choice.kind == "windows":
+        return min(USUAL_WINDOW_TOKENS, context or USUAL_WINDOW_TOKENS)
+    if choice.kind == "strided" and context is None:
+        raise UsageError(
+            "protocol strided: config.json does not state the model's context", "state it as drift.window_tokens"
+        )
+    return context or UNSTATED_CONTEXT_TOKENS
