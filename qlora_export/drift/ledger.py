@@ -119,7 +119,9 @@ def enter(
     yardstick = yardsticks.get(wanted) if wanted != artifact.name else None
     further = beside(measured, yardstick, tokens) if yardstick is not None else None
     verdict = judge(drift, limits, tokens.count, measured.nonfinite, further)
-    verified = verify(artifact, verdict, drift) if verdict.outcome == "pass" else None
+    # A folder without a manifest of ours is measured, and never published.
+    passes = verdict.outcome == "pass" and artifact.manifest_sha256
+    verified = verify(artifact, verdict, drift) if passes else None
     sample = sample_of(measured, references.tuned, tokens)
     return Entry(
         artifact,

@@ -17,13 +17,13 @@ from qlora_export.predicting import Predicted
 from qlora_export.report.calibration import calibration_of
 from qlora_export.report.findings import findings_of
 from qlora_export.report.markdown import write_markdown
-from qlora_export.report.run import Run
+from qlora_export.report.run import Reported
 from qlora_export.report.tokens import tokens_data
 
 REPORT_NAME = "report.json"
 
 
-def exit_code(run: Run) -> ExitCode:
+def exit_code(run: Reported) -> ExitCode:
     """OK when every verdict is the expected one, or the artifact is withheld and another passed."""
     if run.failure is not None:
         return run.failure
@@ -36,15 +36,15 @@ def exit_code(run: Run) -> ExitCode:
     return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
 
 
-def report(run: Run) -> dict[str, Any]:
+def report(run: Reported) -> dict[str, Any]:
     """The report of a run as plain data; numbers that are not finite become null."""
     entries = {entry.artifact.name: entry for entry in (run.ledger.entries if run.ledger else ())}
     data = {
         "schema": 1,
-        "recipe_digest": run.plan.recipe.digest,
+        "recipe_digest": run.facts.recipe_digest,
         "tokens": _tokens(run),
         "reference": _reference(run),
-        "assumptions": list(run.plan.assumptions),
+        "assumptions": list(run.facts.assumptions),
         "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
         "published": [asdict(receipt) for receipt in run.receipts],
         "exit_code": int(exit_code(run)),
@@ -53,7 +53,7 @@ def report(run: Run) -> dict[str, Any]:
     return cleaned
 
 
-def publication(run: Run) -> dict[str, Any]:
+def publication(run: Reported) -> dict[str, Any]:
     """What was published, as plain data."""
     return {"schema": 1, "published": [asdict(receipt) for receipt in run.receipts], "exit_code": 0}
 
@@ -109,7 +109,7 @@ def _predicted(found: Predicted | None) -> dict[str, Any] | None:
     return {"median": found.median, **lowest}
 
 
-def write_report(run: Run, folder: Path) -> Path:
+def write_report(run: Reported, folder: Path) -> Path:
     """Write report.json, and report.md beside it, into the run folder; each whole or not at all."""
     path = folder / REPORT_NAME
     partial = path.with_suffix(".json.partial")
@@ -119,22 +119,21 @@ def write_report(run: Run, folder: Path) -> Path:
     return path
 
 
-def _tokens(run: Run) -> dict[str, Any] | None:
+def _tokens(run: Reported) -> dict[str, Any] | None:
     """The tokens of the ledger, and what makes them again from the same text."""
-    if run.ledger is None or run.plan.recipe.drift is None:
+    if run.ledger is None or run.facts.drift is None:
         return None
-    return {**tokens_data(run.ledger.tokens), "limit": run.plan.recipe.drift.tokens}
+    return {**tokens_data(run.ledger.tokens), "limit": run.facts.drift.tokens}
 
 
-def _reference(run: Run) -> dict[str, Any] | None:
+def _reference(run: Reported) -> dict[str, Any] | None:
     if run.ledger is None:
         return None
-    training = run.plan.live_training
     return {
-        "model": "4-bit base with live adapter" if run.plan.adapter else "the model itself",
+        "model": run.facts.reference,
         "runtime": "transformers",
         "activations": "float32",
-        "training_quantization": training.provenance if run.plan.adapter else None,
+        "training_quantization": run.facts.training,
         "perplexity": run.ledger.reference.perplexity,
         "perplexity_stderr": run.ledger.reference.perplexity_stderr,
         "base": asdict(run.ledger.base) if run.ledger.base else None,
@@ -151,7 +150,7 @@ def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
         "path": str(artifact.path),
         "bytes": artifact.bytes,
         "runtime": str(artifact.manifest["runtime"]),
-        "manifest_sha256": artifact.manifest_sha256,
+        "manifest_sha256": artifact.manifest_sha256 or None,
         "reused": artifact.reused,
     }
     if (calibration := calibration_of(artifact.manifest)) is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.layers import KeptLayer, lowest
 from qlora_export.drift.ledger import Entry, Ledger
-from qlora_export.planning import Plan
 
 SHOWN = 5
 NAME = "lowest survival"
@@ -28,13 +28,12 @@ def lowest_line(entry: Entry) -> str | None:
     return f"{NAME} is {layer.survival:.4g} in {layer.tensor}{outputs}"
 
 
-def layer_table(ledger: Ledger, plan: Plan) -> list[str]:
-    """The layers that kept least, of every artifact that holds the delta in quantised weights."""
-    merged = {item.name for item in plan.artifacts if item.form.quantises and not item.form.keeps_adapter}
+def layer_table(ledger: Ledger, rounded: AbstractSet[str]) -> list[str]:
+    """The layers that kept least, of the artifacts of these names, which hold the delta in quantised weights."""
     rows = [
         _row(entry.artifact.name, layer)
         for entry in ledger.entries
-        if entry.artifact.name in merged
+        if entry.artifact.name in rounded
         for layer in lowest(entry.layers, SHOWN)
     ]
     return ["", "## Layers that kept least of the delta", "", HEAD, *rows] if rows else []

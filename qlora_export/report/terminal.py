@@ -17,7 +17,7 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
-from qlora_export.report.run import Run
+from qlora_export.report.run import Reported, Run
 from qlora_export.report.tokens import protocol_line, tokens_data
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -87,7 +87,7 @@ def print_release(run: Run) -> None:
         console_for_result().print("nothing was published", highlight=False)
 
 
-def print_ledger(run: Run) -> None:
+def print_ledger(run: Reported) -> None:
     """The drift of every model from the one that was trained."""
     console, ledger = console_for_result(), run.ledger
     if ledger is None:
@@ -97,9 +97,8 @@ def print_ledger(run: Run) -> None:
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
     table.add_column("verdict", no_wrap=True)
-    name = "as trained" if run.plan.adapter else "the model"
     perplexity = f"{ledger.reference.perplexity:.5g}"
-    table.add_row(name, "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
+    table.add_row(run.facts.reference_name, "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
     for label, drift in (("base alone", ledger.base), ("merged, 16 bit", ledger.merged)):
         if drift is not None:
             table.add_row(label, "", *_numbers(drift), "", style="dim")
@@ -202,7 +201,7 @@ def _numbers(drift: Drift) -> tuple[str, ...]:
     )
 
 
-def _print_calibration(console: Console, run: Run) -> None:
+def _print_calibration(console: Console, run: Reported) -> None:
     for artifact in run.artifacts:
         for line in calibration_lines(artifact.manifest):
             console.print(f"{artifact.name}: {line}", highlight=False, soft_wrap=True)
@@ -213,6 +212,6 @@ def _print_warnings(console: Console, run: Run) -> None:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
-def _print_assumptions(console: Console, run: Run) -> None:
-    for assumption in run.plan.assumptions:
+def _print_assumptions(console: Console, run: Reported) -> None:
+    for assumption in run.facts.assumptions:
         console.print(f"note: {assumption}", highlight=False, soft_wrap=True)
