@@ -22,7 +22,15 @@ from qlora_export.contracts import (
     TensorSpec,
 )
 from qlora_export.quant.rounding.coordinate_descent import row_objective
-from qlora_export.quant.rounding.grid import Grid, NestedScales, ScaleRule, fitted_nested_scales, sixteen_bit_scales
+from qlora_export.quant.rounding.grid import (
+    Grid,
+    NestedScales,
+    ScaleRule,
+    e4m3_scales,
+    fitted_nested_scales,
+    power_of_two_scales,
+    sixteen_bit_scales,
+)
 from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve, target_of
 from qlora_export.quant.rounding.target import retention
 from qlora_export.tensors.served import served_rows
@@ -44,12 +52,13 @@ class RoundedLayer:
 def round_layer(
     form: GridFormat, found: LayerValues, inputs: InputStatistics, method: Method, compute_dtype: str
 ) -> RoundedLayer | str:
-    """Round a layer by its statistics, or say why it cannot be."""
+    """Round a layer by its statistics, or say why it cannot be; raises InputError for what the format refuses."""
     level_grid = form.grid(found.spec)
     if level_grid is None:
         return f"{found.spec.columns} columns are no multiple of the group"
     if not inputs.tokens:
         return "no token reached it"
+    _require_encodable(form, found)
     device = inputs.hessian.device
     base, merged = (torch.from_numpy(values).to(device) for values in (found.base, found.merged))
     layer = Layer(base, merged - base, inputs.hessian, inputs.crossed)
@@ -68,7 +77,7 @@ def round_layer(
 
 
 def assembled(form: GridFormat, spec: TensorSpec, grid: Grid, codes: Tensor, scales: Tensor) -> Parts:
-    """The bytes of every part, from codes [rows, columns] and scales [rows, groups] on a grid."""
+    """The bytes of every part, from codes [rows, columns] and scales [blocks, groups] on a grid."""
     nested = grid.rule if isinstance(grid.rule, NestedScales) else None
     chosen = Chosen(
         codes.to(torch.uint8).cpu().numpy(),
@@ -95,6 +104,14 @@ def stored_grid(level_grid: LevelGrid, chosen: Chosen) -> Grid:
     return _grid(level_grid, NestedScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
 
 
+def _require_encodable(form: GridFormat, found: LayerValues) -> None:
+    """What rounding to nearest refuses, values beyond the format's range, a search would clip without a word."""
+    encoder = form.open(found.spec)
+    for pieces in (encoder.encode(found.merged.reshape(-1).copy(), 0), encoder.seal()):
+        for _ in pieces:
+            pass
+
+
 def _facts(layer: Layer, solution: Solution, values: Tensor) -> dict[str, Any]:
     energy = row_objective(torch.zeros_like(values), layer.hessian, layer.merged).sum(dtype=torch.float64)
     error = row_objective(layer.merged, layer.hessian, values).sum(dtype=torch.float64)
@@ -107,13 +124,17 @@ def _facts(layer: Layer, solution: Solution, values: Tensor) -> dict[str, Any]:
 
 
 def _grid(level_grid: LevelGrid, rule: ScaleRule) -> Grid:
-    return Grid(level_grid.levels, level_grid.group, rule)
+    return Grid(level_grid.levels, level_grid.group, rule, height=level_grid.height)
 
 
 def _rule(level_grid: LevelGrid) -> ScaleRule:
     """What can be stored of a scale that has no second level."""
     if level_grid.scales in ("F16", "BF16"):
         return sixteen_bit_scales(getattr(torch, TORCH_NAMES[level_grid.scales]))
+    if level_grid.scales == "F8_E4M3":
+        return e4m3_scales(level_grid.global_scale)
+    if level_grid.scales == "F8_E8M0":
+        return power_of_two_scales
     return lambda scales: scales
 
 

@@ -37,7 +37,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """A layer whose scales move: grid, codes [rows, columns], scales [rows, groups]; `turned` ones store [in, out]."""
+    """A layer whose scales [blocks, groups] move: grid, codes [rows, columns]; `turned` ones store [in, out]."""
 
     grid: Grid
     codes: Tensor

@@ -25,6 +25,7 @@ VALUES: Float32 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -
 ZERO_SCALE = np.uint8(0x20)  # 0.125, the library's epsilon of e4m3
 VANISHING_BFLOAT16 = np.float32(2.0**-134)
 NOTHING = np.float32(0)
+NEXT_POWER = np.float32(7 / 12)  # a sixth of a mantissa of 1.75, where frexp begins an octave at 1 / 2
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -74,8 +75,13 @@ def fit_nvfp4(values: Float32, group: int, global_scale: float) -> UInt8:
     # A division by 6 in bf16, but no epsilon: a group of zeros is told by the scale that comes out.
     sixths = symmetric(largest, LARGEST, "BF16")
     sixths[largest == 0] = 0
-    scales, ones = np.empty(largest.shape, np.uint8), np.ones(largest.shape, np.float32)
-    float8.encode_e4m3(sixths * np.float32(global_scale), ones, "F32", scales)
+    return nvfp4_scales(sixths, global_scale)
+
+
+def nvfp4_scales(steps: Float32, global_scale: float) -> UInt8:
+    """The e4m3 scales nearest to steps [rows, groups] that are not negative; no scale is zero."""
+    scales, ones = np.empty(steps.shape, np.uint8), np.ones(steps.shape, np.float32)
+    float8.encode_e4m3(steps * np.float32(global_scale), ones, "F32", scales)
     scales[scales == 0] = ZERO_SCALE
     return scales
 
@@ -91,6 +97,13 @@ def fit_mxfp4(values: Float32, group: int) -> UInt8:
     bits = _largest(values, group).view(np.uint32)
     exponents = ((bits + np.uint32(1 << 21)) >> np.uint32(23)).astype(np.int32) - 2
     return np.maximum(exponents, 0).astype(np.uint8)
+
+
+def mxfp4_exponents(steps: Float32) -> UInt8:
+    """The E8M0 exponents of steps of any shape: of a sixth of an absmax, those that `fit_mxfp4` gives the absmax."""
+    mantissas, exponents = np.frexp(steps)
+    rounded = exponents - (mantissas < NEXT_POWER) + 127
+    return np.where(steps > 0, rounded, 0).clip(0, 254).astype(np.uint8)
 
 
 def mxfp4_steps(exponents: UInt8) -> Float32:

@@ -17,9 +17,9 @@ PIECE_COLUMNS = 128
 
 
 def sweep(target: Tensor, hessian: Tensor, grid: Grid, scales: Tensor, codes: Tensor) -> Tensor:
-    """The codes [rows, columns] after each column had its turn; scales [rows, groups] can be stored."""
+    """The codes [rows, columns] after each column had its turn; scales [blocks, groups] can be stored."""
     levels, midpoints = grid.level_tensor(target), grid.midpoints(target)
-    spread = grid.spread(scales).T.contiguous()
+    spread = grid.spread(scales, len(target)).T.contiguous()
     divisors = nonzero(spread)
     codes = codes.T.clone(memory_format=torch.contiguous_format)
     values = levels[codes] * spread

@@ -48,10 +48,10 @@ def invert(hessian: Tensor) -> Inverse | None:
 
 
 def feed_back(target: Tensor, inverse: Inverse, grid: Grid, scales: Tensor) -> Tensor:
-    """Codes [rows, columns] (int64) for a target [rows, columns] and scales [rows, groups] that can be stored."""
+    """Codes [rows, columns] (int64) for a target [rows, columns] and scales [blocks, groups] that can be stored."""
     columns = target.shape[1]
     left = target[:, inverse.order].T.contiguous()
-    spread = nonzero(grid.spread(scales))[:, inverse.order].T.contiguous()
+    spread = nonzero(grid.spread(scales, len(target)))[:, inverse.order].T.contiguous()
     levels, midpoints = grid.level_tensor(target), grid.midpoints(target)
     codes = torch.empty(left.shape, dtype=torch.int64, device=target.device)
     for first in range(0, columns, PIECE_COLUMNS):

@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes [rows, columns] on a grid with scales [rows, groups], the gain g, the damping, and how far it is off."""
+    """Codes [rows, columns] on a grid with scales [blocks, groups], the gain g, the damping, and how far it is off."""
 
     grid: Grid
     codes: Tensor

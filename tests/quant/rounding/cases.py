@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qlora_export.quant import ordered_codes
 from qlora_export.quant.four_bit import FP4, NF4
-from qlora_export.quant.rounding.grid import Grid, fitted_nested_scales, sixteen_bit_scales
+from qlora_export.quant.rounding.grid import (
+    Grid,
+    ScaleRule,
+    e4m3_scales,
+    fitted_nested_scales,
+    power_of_two_scales,
+    sixteen_bit_scales,
+)
 from qlora_export.quant.rounding.scale_search import absmax_scales
 from tests.conftest import random_values
 
@@ -18,6 +27,14 @@ NF4_LEVELS = tuple(float(level) for level in NF4.levels)
 FP4_LEVELS = tuple(float(level) for level in FP4.levels)
 INT4_LEVELS = tuple(float(level) for level in range(-8, 8))
 INT8_LEVELS = tuple(float(level) for level in range(-128, 128))
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "int4": INT4_LEVELS, "int8": INT8_LEVELS}
+LEVELS |= {"e2m1": ordered_codes.E2M1.levels, "e4m3": ordered_codes.E4M3.levels}
+RULES: dict[str, ScaleRule] = {
+    "bf16": sixteen_bit_scales(torch.bfloat16),
+    "fp16": sixteen_bit_scales(torch.float16),
+    "e4m3": e4m3_scales(256),
+    "power": power_of_two_scales,
+}
 # How near to a tie, in parts of a scale, float32 and float64 may decide otherwise.
 MARGIN = 3e-5
 
@@ -38,19 +55,26 @@ def hessian_of(columns: int, seed: int = 0, tokens: int = 400) -> Tensor:
 
 
 def grid_of(name: str, target: Tensor) -> Grid:
-    """A grid by what is said of it; a nested one has the second level that the target's absmax have."""
-    kind, scales, group = name.split("-")
-    levels = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "int4": INT4_LEVELS, "int8": INT8_LEVELS}[kind]
+    """A grid by what is said of it: levels, scales, columns of a group, by rows of a block where they are several.
+
+    A nested one has the second level that the target's absmax have.
+    """
+    kind, scales, shape = name.split("-")
+    group, _, height = shape.partition("x")
     columns = int(group) if group != "row" else target.shape[1]
-    free = Grid(levels, columns, lambda values: values, signed=scales == "signed")
+    free = Grid(LEVELS[kind], columns, lambda values: values, scales == "signed", int(height or 1))
     if scales == "nested":
-        return Grid(levels, columns, fitted_nested_scales(absmax_scales(target, free)))
-    if scales in ("bf16", "fp16"):
-        return Grid(levels, columns, sixteen_bit_scales(torch.bfloat16 if scales == "bf16" else torch.float16))
-    return free
+        return replace(free, rule=fitted_nested_scales(absmax_scales(target, free)))
+    return replace(free, rule=RULES[scales]) if scales in RULES else free
 
 
-GRIDS = ["nf4-nested-64", "nf4-float-32", "int4-bf16-32", "int4-fp16-row", "int8-bf16-row", "int4-signed-64"]
+def of_blocks(grid: Grid, by_rows: Any) -> Any:
+    """Sums over the rows that share their scales."""
+    return np.add.reduceat(by_rows, np.arange(0, len(by_rows), grid.height), axis=0)
+
+
+GRIDS = ["nf4-nested-64", "nf4-float-32", "int4-bf16-32", "int4-fp16-row", "int8-bf16-row"]
+GRIDS += ["e4m3-bf16-row", "e4m3-fp16-64x4", "e2m1-e4m3-16", "e2m1-power-32", "int4-signed-64"]
 
 
 def numbers(tensor: Tensor) -> Any:

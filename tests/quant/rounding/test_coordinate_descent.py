@@ -39,9 +39,8 @@ def test_codes_are_those_of_trying_every_level(name: str, rows: int, columns: in
     scales = grid.rule(absmax_scales(target, grid) * (-0.9 if grid.signed else 0.9))
     start = grid.nearest(target, scales)
     found = sweep(target, hessian, grid, scales, start)
-    expected, closest = every_level(
-        numbers(target), numbers(hessian), np.asarray(grid.levels), numbers(grid.spread(scales)), start.numpy()
-    )
+    spread = numbers(grid.spread(scales, len(target)))
+    expected, closest = every_level(numbers(target), numbers(hessian), np.asarray(grid.levels), spread, start.numpy())
     clear = closest > MARGIN
     assert clear.any()
     np.testing.assert_array_equal(found.numpy()[clear], expected[clear])

@@ -41,12 +41,12 @@ def test_codes_are_those_of_the_plain_loop(name: str, rows: int, columns: int) -
     assert inverse.damping == DAMPINGS[0]
     codes = feed_back(target, inverse, grid, scales).numpy()
     levels = np.asarray(grid.levels)
-    expected, closest = one_by_one(numbers(target), numbers(hessian), levels, numbers(grid.spread(scales)))
+    expected, closest = one_by_one(numbers(target), numbers(hessian), levels, numbers(grid.spread(scales, len(target))))
     clear = closest > MARGIN * (1 + np.abs(levels).max() / 8)
     assert clear.any()
     np.testing.assert_array_equal(codes[clear], expected[clear])
     values, theirs = numbers(grid.decode(torch.from_numpy(codes), scales)), levels[expected]
-    wanted = objective(target, hessian, theirs * numbers(grid.spread(scales)))
+    wanted = objective(target, hessian, theirs * numbers(grid.spread(scales, len(target))))
     np.testing.assert_allclose(objective(target, hessian, values).sum(), wanted.sum(), rtol=0.05)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from qlora_export.quant import nested
 from qlora_export.quant.rounding.grid import Grid, NestedScales, fitted_nested_scales, nonzero
+from qlora_export.quant.rounding.scale_search import absmax_scales
 from tests.conftest import random_values
 from tests.quant.rounding.cases import FP4_LEVELS, GRIDS, INT4_LEVELS, grid_of, nearest_level, weights_of
 
@@ -17,11 +18,11 @@ from tests.quant.rounding.cases import FP4_LEVELS, GRIDS, INT4_LEVELS, grid_of, 
 def test_nearest_is_what_trying_every_level_finds(name: str, rows: int) -> None:
     values = weights_of(rows, 192, seed=rows)
     grid = grid_of(name, values)
-    scales = grid.rule(values.reshape(rows, -1, grid.group).abs().amax(dim=2) / grid.reach * 0.9)
+    scales = grid.rule(absmax_scales(values, grid) * 0.9)
     codes, decoded = grid.nearest(values, scales), grid.decode(grid.nearest(values, scales), scales)
     for row in range(rows):
         for column in range(192):
-            scale = float(scales[row, column // grid.group])
+            scale = float(scales[row // grid.height, column // grid.group])
             best, _ = nearest_level(grid.levels, float(values[row, column]) / scale)
             missed = abs(grid.levels[int(codes[row, column])] * scale - float(values[row, column]))
             assert missed <= abs(grid.levels[best] * scale - float(values[row, column])) * (1 + 1e-5) + 1e-9

@@ -30,15 +30,15 @@ def test_no_candidate_is_better(name: str, rows: int) -> None:
     signs = (1, -1) if grid.signed else (1,)
     candidates = torch.stack([grid.rule(largest * (sign * part)) for part in FRACTIONS for sign in signs])
     reported = group_errors(target, weights, grid, found)
-    for row in range(rows):
+    for block in range(len(found)):
         for group in range(found.shape[1]):
             place = slice(group * grid.group, (group + 1) * grid.group)
-            one, heavy = numbers(target[row, place]), numbers(weights[place])
-            errors = [error_of(grid, one, heavy, float(scale)) for scale in candidates[:, row, group]]
-            assert error_of(grid, one, heavy, float(found[row, group])) <= min(errors) * (1 + 1e-5)
-            assert float(reported[row, group]) == pytest.approx(
-                error_of(grid, one, heavy, float(found[row, group])), rel=1e-3
-            )
+            part = numbers(target[block * grid.height : (block + 1) * grid.height, place])
+            one, heavy = part.reshape(-1), np.tile(numbers(weights[place]), len(part))
+            errors = [error_of(grid, one, heavy, float(scale)) for scale in candidates[:, block, group]]
+            least = error_of(grid, one, heavy, float(found[block, group]))
+            assert least <= min(errors) * (1 + 1e-5)
+            assert float(reported[block, group]) == pytest.approx(least, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["nf4-float-32", "int4-float-32"])
@@ -80,6 +80,16 @@ def test_known_scales_win_where_nothing_is_better(name: str) -> None:
     known = grid.rule(absmax_scales(target, grid) * 1.01)
     exact = grid.decode(grid.nearest(target, known), known)
     assert torch.equal(search_scales(exact, weights, grid, known), known)
+
+
+@pytest.mark.parametrize("piece", [1, 192 * 50])
+def test_blocks_of_rows_stay_whole_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, weights = weights_of(151, 192, seed=5), hessian_of(192).diagonal()
+    grid = grid_of("e4m3-bf16-64x16", target)
+    whole = search_scales(target, weights, grid)
+    assert whole.shape == (10, 3)
+    monkeypatch.setattr(scale_search, "PIECE_WEIGHTS", piece)
+    assert torch.equal(search_scales(target, weights, grid), whole)
 
 
 @pytest.mark.parametrize("piece", [1, 192 * 50])
