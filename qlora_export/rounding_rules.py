@@ -107,8 +107,7 @@ def _uncorrected(recipe: Recipe, item: ArtifactRecipe) -> tuple[str, str] | None
 def _uncalibrated(recipe: Recipe, item: ArtifactRecipe, form: Format) -> tuple[str, str] | None:
     """What keeps a format from being calibrated, and a hint."""
     if not isinstance(form, GridFormat):
-        hint = "nf4, fp4, w4a16, w8a16, w8a8, gptq and awq can"
-        return f"{item.format} cannot be {item.rounding}: it tells no grid", hint
+        return f"{item.format} cannot be {item.rounding}: it tells no grid", SEE
     if recipe.calibration is None:
         return f"{item.rounding} needs a text to calibrate on", ADD_TEXT
     return None

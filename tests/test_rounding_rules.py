@@ -57,14 +57,13 @@ def test_a_training_in_16_bits_has_no_grid_to_fall_back_onto(
     ("artifact", "message"),
     [
         ({"format": "int8", "rounding": "dithered"}, "artifact int8-dithered: int8 is not rounded dithered"),
-        ({"format": "fp8", "rounding": "search"}, "artifact fp8-search: fp8 is not rounded search"),
         ({"format": "awq", "rounding": "search", "options": {"group_size": 32}}, "awq is not rounded search"),
         ({"format": "nf4", "rounding": "dithered", "onto": "original"}, "this is merged onto the original"),
         ({"format": "bf16", "rounding": "nearest"}, "bf16 rounds no merged weight to a grid"),
         ({"format": "nf4-adapter", "rounding": "search"}, "nf4-adapter rounds no merged weight to a grid"),
         ({"format": "onnx-int4", "rounding": "search"}, "onnx-int4 is rounded by its exporter, not search"),
         (CALIBRATED, "calibrated needs a text to calibrate on"),
-        ({"format": "int8", "rounding": "calibrated"}, "int8 cannot be calibrated: it tells no grid"),
+        ({"format": "int8", "rounding": "tuned"}, "artifact int8-tuned: tuned needs a text to calibrate on"),
     ],
 )
 def test_what_a_format_cannot_be_is_refused(

@@ -10,21 +10,33 @@ that reach `llm_int8_threshold`; on a CPU it multiplies with the decoded weights
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    Rounding,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant import row_integers
 from qlora_export.quant.floats import all_finite
+from qlora_export.quant.scales import Int8 as Codes
 from qlora_export.quant.scales import absmax
 from qlora_export.tensors.dtypes import narrow, round_to, widen
 
 THRESHOLD = 6.0
+LAST = 127
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,12 @@ class Int8:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = True
+    searches: bool = False
+    roundings: tuple[Rounding, ...] = ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Int8:
+        """With absmax that a search finds; what is larger has the last code."""
+        return replace(self, searches=rounding == "search")
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """None: bitsandbytes has layers for both orders."""
@@ -56,7 +74,7 @@ class Int8:
 
     def open(self, spec: TensorSpec) -> Int8Encoder:
         """Start encoding a tensor."""
-        return Int8Encoder(spec, self.dense_dtype)
+        return Int8Encoder(spec, self.dense_dtype, self.searches)
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of some rows."""
@@ -65,6 +83,22 @@ class Int8:
         out = np.empty((len(rows), spec.columns), np.float32)
         row_integers.decode(codes.reshape(out.shape), largest.reshape(-1, 1), out)
         return out.reshape(-1)
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """The integers up to 127 in parts of it, and one absmax a row."""
+        return LevelGrid(tuple(float(level) for level in row_integers.LEVELS), spec.columns, "F32")
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes, absmax, and the mark of their order."""
+        encoder = Int8Encoder(spec, self.dense_dtype)
+        yield from encoder.pieces((chosen.codes.astype(np.int16) - LAST).astype(np.int8), chosen.scales, 0)
+        yield from encoder.seal()
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+        """Numbers of levels and the absmax."""
+        codes = (parts[spec.name].view(np.int8).astype(np.int16) + LAST).astype(np.uint8)
+        largest = np.array(parts[f"{spec.module}.SCB"]).view(np.float32)
+        return Chosen(codes.reshape(spec.shape), largest.reshape(-1, 1))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What transformers' bitsandbytes loader reads; `kept` lists every linear module that stays dense."""
@@ -85,6 +119,7 @@ class Int8Encoder:
 
     spec: TensorSpec
     dtype: str
+    searches: bool = False
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and absmax of some rows; raises InputError for a value that fp16 cannot hold."""
@@ -98,7 +133,14 @@ class Int8Encoder:
         rows = rounded.reshape(-1, self.spec.columns)
         largest, codes = np.empty((len(rows), 1), np.float32), np.empty(rows.shape, np.int8)
         absmax(rows, largest)
+        if self.searches:
+            largest = row_integers.searched_absmax(rows, largest)
+            rows = np.clip(rows, -largest, largest)
         row_integers.encode(rows, largest, codes)
+        yield from self.pieces(codes, largest, first_row)
+
+    def pieces(self, codes: Codes, largest: Float32, first_row: int) -> Iterable[Piece]:
+        """Rows of codes and their absmax at their places."""
         yield Piece(self.spec.name, first_row * self.spec.columns, codes.reshape(-1).view(np.uint8))
         yield Piece(f"{self.spec.module}.SCB", 4 * first_row, largest.reshape(-1).view(np.uint8))
 
@@ -108,5 +150,5 @@ class Int8Encoder:
 
 
 def int8(training: TrainingQuantization) -> Int8:
-    """Merged weights in int8, rounded to nearest."""
+    """Merged weights in int8."""
     return Int8(training.storage_dtype)

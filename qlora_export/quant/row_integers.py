@@ -4,7 +4,8 @@
 
 Weights are fp16 there, whatever the model is in, and the arithmetic is float32; a number divided by a tensor is the
 reciprocal times the number in torch, which is another float32 than the quotient. A row of zeros has zero codes, where
-bitsandbytes converts NaN, which is zero on x86 too. Source: bitsandbytes `backends/default/ops.py`, LLM.int8
+bitsandbytes converts NaN, which is zero on x86 too. An absmax may be another than the row's own, where rows are clipped
+to it first. Source: bitsandbytes `backends/default/ops.py`, LLM.int8
 (arXiv 2208.07339). Cost: two passes over a row in the cache to encode, one to decode.
 """
 
@@ -16,8 +17,18 @@ import numpy as np
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.precision import to_int8
 from qlora_export.quant.scales import Int8
+from qlora_export.quant.searched_float_scales import INTEGERS, search_float_groups
 
 STEP = np.float32(7.874015718698502e-3)
+# What codes from -127 to 127 stand for, in parts of the absmax.
+LEVELS: Float32 = np.arange(-127, 128, dtype=np.float32) * STEP
+
+
+def searched_absmax(values: Float32, absmax: Float32) -> Float32:
+    """The absmax [rows, 1] of least squared error of [rows, columns]; the row's own, `absmax`, where none is better."""
+    scales = absmax * STEP
+    found = search_float_groups(values, scales, INTEGERS, lambda tried: tried)
+    return np.where(found == scales, absmax, found * np.float32(127))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -22,9 +22,10 @@ from qlora_export.contracts import (
     TrainingQuantization,
 )
 from qlora_export.quant import nested
+from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
 from tests.conftest import random_values
-from tests.formats.test_compressed import TORCH, decompressed
+from tests.formats.test_compressed import NAMES, decompressed
 from tests.formats.test_contract import encode
 
 SHAPES = [(1, 64), (7, 640), (37, 256), (24, 384), (129, 128), (3, 88), (300, 256)]
@@ -35,6 +36,7 @@ GRID_FORMATS: list[tuple[str, dict[str, Any]]] = [
     and not isinstance(form, CorrectedFormat)
 ]
 CASES: list[tuple[str, Options]] = [*GRID_FORMATS, ("w4a16", {"group_size": 32}), ("w4a16", {"group_size": 64})]
+TWO_ZEROS = ("fp4", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16")
 TRAININGS = {
     "double": TrainingQuantization(),
     "single": TrainingQuantization(double_quant=False, block_size=32),
@@ -46,7 +48,11 @@ def chosen_at_random(spec: TensorSpec, grid: LevelGrid) -> Chosen:
     """Any codes, and scales that can be stored."""
     generator = np.random.default_rng(spec.size)
     codes = generator.integers(0, len(grid.levels), spec.shape).astype(np.uint8)
-    wanted = np.abs(random_values(spec.rows, spec.columns // grid.group, seed=spec.rows)) + np.float32(0.01)
+    blocks = -(-spec.rows // grid.height)
+    wanted = np.abs(random_values(blocks, spec.columns // grid.group, seed=spec.rows)) + np.float32(0.01)
+    if grid.scales in ("F8_E4M3", "F8_E8M0"):
+        rule = power_of_two_scales if grid.scales == "F8_E8M0" else e4m3_scales(grid.global_scale)
+        return Chosen(codes, rule(torch.from_numpy(wanted)).numpy())
     if grid.scales != "nested":
         return Chosen(codes, round_to(wanted.reshape(-1), grid.scales).reshape(wanted.shape))
     flat = wanted.reshape(-1)
@@ -82,8 +88,10 @@ def test_what_was_chosen_is_what_is_shipped(name: str, options: Options, shape: 
     chosen = chosen_at_random(spec, grid)
     raw = assemble(form, spec, chosen)
     levels = np.array(grid.levels, np.float32)
-    expected = levels[chosen.codes] * chosen.scales.repeat(grid.group, axis=1)
-    np.testing.assert_array_equal(form.decode(spec, raw, range(spec.rows)).reshape(shape), expected)
+    scales = chosen.scales.repeat(grid.group, axis=1).repeat(grid.height, axis=0)[: spec.rows]
+    found = form.decode(spec, raw, range(spec.rows)).reshape(shape)
+    # bitsandbytes multiplies codes by the absmax first, and then by what a level is of it.
+    np.testing.assert_allclose(found, levels[chosen.codes] * scales, rtol=2.0**-22 if name == "int8" else 0)
     back = form.chosen(spec, raw)
     np.testing.assert_array_equal(levels[back.codes], levels[chosen.codes])
     assert back.scales.tobytes() == chosen.scales.tobytes()
@@ -102,9 +110,13 @@ def test_what_the_format_itself_rounded_comes_back_to_the_byte(name: str, option
         spec = TensorSpec("x.weight", "BF16", (rows, columns))
         values = random_values(rows, columns, seed=rows)
         raw = encode(form, spec, values.reshape(-1), [0, rows])
-        if name in ("awq", "fp4"):  # has zero points of its own; has two zeros
+        if name == "awq":  # has zero points of its own
             continue
         found = assemble(form, spec, form.chosen(spec, raw))
+        if name in TWO_ZEROS:
+            ours, theirs = (form.decode(spec, parts, range(rows)) for parts in (found, raw))
+            np.testing.assert_array_equal(ours, theirs)
+            continue
         assert {part: raw[part].tobytes() for part in raw} == {part: found[part].tobytes() for part in found}
 
 
@@ -132,17 +144,30 @@ def test_bitsandbytes_reads_the_same_values(name: str, training: str) -> None:
         )
 
 
+def test_a_layer_of_bitsandbytes_reads_the_same_int8() -> None:
+    form: Any = load_format("int8", TrainingQuantization())
+    spec = TensorSpec("x.weight", "BF16", (37, 88))
+    raw = assemble(form, spec, chosen_at_random(spec, form.grid(spec)))
+    codes = torch.from_numpy(raw["x.weight"]).view(torch.int8).reshape(37, 88)
+    theirs = bnb.int8_vectorwise_dequant(codes, torch.from_numpy(raw["x.SCB"]).view(torch.float32))
+    np.testing.assert_array_equal(theirs.numpy(), form.decode(spec, raw, range(37)).reshape(37, 88))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*[("w4a16", {"group_size": size}) for size in (32, 64, 128)], ("w8a16", {}), ("w8a8", {})],
+    [
+        *[("w4a16", {"group_size": size}) for size in (32, 64, 128)],
+        *[(name, {}) for name in ("w8a16", "w8a8", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16")],
+        ("nvfp4a16", {"global_scale": 1024}),
+    ],
     ids=str,
 )
 def test_compressed_tensors_reads_the_same_values(name: str, options: Options) -> None:
     form: Any = load_format(name, TrainingQuantization(), options)
-    for shape in ((9, 128), (33, 384)):
+    for shape in ((9, 128), (33, 384), (300, 256)):
         spec = TensorSpec("x.weight", "BF16", shape)
         raw = assemble(form, spec, chosen_at_random(spec, form.grid(spec)))
-        dtypes = {**TORCH, "I32": torch.int32, "I64": torch.int64, "I8": torch.int8}
+        dtypes = {name: dtype for dtype, name in NAMES.items()}
         state = {
             part.name.removeprefix("x."): torch.from_numpy(raw[part.name]).view(dtypes[part.dtype]).reshape(part.shape)
             for part in form.parts(spec)

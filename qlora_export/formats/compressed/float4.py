@@ -15,16 +15,27 @@ Source: compressed-tensors `compressors/nvfp4`, `compressors/mxfp4`. Cost: 4.5 a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    Rounding,
+    TensorSpec,
+    TrainingQuantization,
+)
 from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, table
-from qlora_export.quant import float4, float8
+from qlora_export.quant import float4, float8, ordered_codes
+from qlora_export.quant.searched_float_scales import E2M1, search_float_groups
 
 GLOBAL_SCALES = tuple(1 << power for power in range(4, 13))
 Raw = NDArray[np.uint8]
@@ -42,6 +53,12 @@ class Float4:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = False
+    searches: bool = False
+    roundings: tuple[Rounding, ...] = ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Float4:
+        """With scales that a search finds."""
+        return replace(self, searches=rounding == "search")
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """Groups are whole, layers are `Linear`."""
@@ -69,15 +86,49 @@ class Float4:
     def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to bf16."""
         codes = _rows_of(parts[f"{spec.module}.weight_packed"], rows, spec.columns // 2)
+        out = np.empty((len(rows), spec.columns), np.float32)
+        float4.decode(codes, self._steps(spec, parts, rows), float4.VALUES, out)
+        return out.reshape(-1)
+
+    def _steps(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+        """Of some rows [rows, groups]."""
         scales = _rows_of(parts[f"{spec.module}.weight_scale"], rows, spec.columns // self.group)
         if self.global_scale is None:
-            steps = float4.mxfp4_steps(scales)
-        else:
-            stored = np.array(parts[f"{spec.module}.weight_global_scale"]).view(np.float32)
-            steps = float4.nvfp4_steps(scales, float(stored[0]))
-        out = np.empty((len(rows), spec.columns), np.float32)
-        float4.decode(codes, steps, float4.VALUES, out)
-        return out.reshape(-1)
+            return float4.mxfp4_steps(scales)
+        stored = np.array(parts[f"{spec.module}.weight_global_scale"]).view(np.float32)
+        return float4.nvfp4_steps(scales, float(stored[0]))
+
+    def scales_of(self, steps: Float32) -> Raw:
+        """The stored scales nearest to steps of any shape."""
+        if self.global_scale is None:
+            return float4.mxfp4_exponents(steps)
+        return float4.nvfp4_scales(steps, self.global_scale)
+
+    def steps_of(self, scales: Raw) -> Float32:
+        """The steps of stored scales of any shape."""
+        if self.global_scale is None:
+            return float4.mxfp4_steps(scales)
+        return float4.nvfp4_steps(scales, self.global_scale)
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """The values of e2m1."""
+        levels = ordered_codes.E2M1.levels
+        if self.global_scale is None:
+            return LevelGrid(levels, self.group, "F8_E8M0")
+        return LevelGrid(levels, self.group, "F8_E4M3", global_scale=self.global_scale)
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes and scales."""
+        encoder, codes = Float4Encoder(spec, self), ordered_codes.E2M1.codes[chosen.codes]
+        yield from encoder.pieces(codes[:, ::2] | (codes[:, 1::2] << np.uint8(4)), self.scales_of(chosen.scales), 0)
+        yield from encoder.seal()
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
+        """Numbers of levels, of either zero the same, and the steps."""
+        packed = parts[f"{spec.module}.weight_packed"]
+        codes = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=1)
+        numbers = ordered_codes.E2M1.numbers[codes.reshape(spec.shape)]
+        return Chosen(numbers, self._steps(spec, parts, range(spec.rows)))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
@@ -99,15 +150,24 @@ class Float4Encoder:
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and scales of some rows at their places; raises InputError beyond the range of the global scale."""
         rows = rows_in(values, self.spec, self.layout.dense_dtype)
-        if self.layout.global_scale is None:
-            scales = float4.fit_mxfp4(rows, self.layout.group)
-            steps, vanishing = float4.mxfp4_steps(scales), float4.VANISHING_BFLOAT16
+        layout = self.layout
+        if layout.global_scale is None:
+            scales, vanishing = float4.fit_mxfp4(rows, layout.group), float4.VANISHING_BFLOAT16
         else:
-            self._require_in_range(rows, self.layout.global_scale)
-            scales = float4.fit_nvfp4(rows, self.layout.group, self.layout.global_scale)
-            steps, vanishing = float4.nvfp4_steps(scales, self.layout.global_scale), float4.NOTHING
+            self._require_in_range(rows, layout.global_scale)
+            scales, vanishing = float4.fit_nvfp4(rows, layout.group, layout.global_scale), float4.NOTHING
+        if layout.searches:
+            steps = layout.steps_of(scales)
+            scales = layout.scales_of(search_float_groups(rows, steps, E2M1, self._stored))
         codes = np.empty((len(rows), self.spec.columns // 2), np.uint8)
-        float4.encode(rows, steps, vanishing, codes)
+        float4.encode(rows, layout.steps_of(scales), vanishing, codes)
+        yield from self.pieces(codes, scales, first_row)
+
+    def _stored(self, steps: Float32) -> Float32:
+        return self.layout.steps_of(self.layout.scales_of(steps))
+
+    def pieces(self, codes: Raw, scales: Raw, first_row: int) -> Iterable[Piece]:
+        """Rows of packed codes and stored scales at their places."""
         yield Piece(f"{self.spec.module}.weight_packed", first_row * codes.shape[1], codes.reshape(-1))
         yield Piece(f"{self.spec.module}.weight_scale", first_row * scales.shape[1], scales.reshape(-1))
 
@@ -135,7 +195,7 @@ def _rows_of(raw: Raw, rows: range, row_bytes: int) -> Raw:
 
 
 def nvfp4a16(training: TrainingQuantization, *, global_scale: int = 256) -> Float4:
-    """Merged weights in NVFP4, rounded to nearest; raises UsageError for another global scale."""
+    """Merged weights in NVFP4; raises UsageError for another global scale."""
     if global_scale not in GLOBAL_SCALES or isinstance(global_scale, bool):
         raise UsageError(
             f"nvfp4a16: global_scale {global_scale!r}; known: {', '.join(str(scale) for scale in GLOBAL_SCALES)}"
@@ -144,5 +204,5 @@ def nvfp4a16(training: TrainingQuantization, *, global_scale: int = 256) -> Floa
 
 
 def mxfp4a16(training: TrainingQuantization) -> Float4:
-    """Merged weights in MXFP4, rounded to nearest."""
+    """Merged weights in MXFP4."""
     return Float4("mxfp4a16", 32, None)

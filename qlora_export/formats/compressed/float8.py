@@ -8,15 +8,36 @@ on. Source: compressed-tensors `compressors/naive_quantized`. Cost: 8 bits a wei
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
-from qlora_export.formats.compressed.stated import INPUT_MAJOR, PER_CHANNEL, PER_TOKEN, arguments, rows_in, table
-from qlora_export.quant import float8
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    Rounding,
+    TensorSpec,
+    TrainingQuantization,
+)
+from qlora_export.formats.compressed.stated import (
+    INPUT_MAJOR,
+    PER_CHANNEL,
+    PER_TOKEN,
+    arguments,
+    rows_in,
+    scale_dtype,
+    scales_in,
+    table,
+)
+from qlora_export.quant import float8, ordered_codes
+from qlora_export.quant.floats import UInt8
+from qlora_export.quant.searched_float_scales import E4M3, search_float_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 
 
@@ -30,6 +51,12 @@ class Float8:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = True
+    searches: bool = False
+    roundings: tuple[Rounding, ...] = ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Float8:
+        """With scales that a search finds."""
+        return replace(self, searches=rounding == "search")
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """Layers are `Linear`."""
@@ -48,7 +75,7 @@ class Float8:
 
     def open(self, spec: TensorSpec) -> Float8Encoder:
         """Start encoding a tensor."""
-        return Float8Encoder(spec, self.dense_dtype)
+        return Float8Encoder(spec, self.dense_dtype, self.searches)
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
@@ -58,6 +85,19 @@ class Float8:
         out = np.empty((len(rows), spec.columns), np.float32)
         float8.decode_e4m3(codes.reshape(out.shape), widen(raw, self.dense_dtype).reshape(-1, 1), out)
         return out.reshape(-1)
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """All finite values of e4m3, one scale a row."""
+        return LevelGrid(ordered_codes.E4M3.levels, spec.columns, scale_dtype(self.dense_dtype))
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes and scales."""
+        return Float8Encoder(spec, self.dense_dtype).pieces(ordered_codes.E4M3.codes[chosen.codes], chosen.scales, 0)
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+        """Numbers of levels, of either zero the same, and the scales."""
+        scales = widen(np.array(parts[f"{spec.module}.weight_scale"]), self.dense_dtype)
+        return Chosen(ordered_codes.E4M3.numbers[parts[spec.name]].reshape(spec.shape), scales.reshape(-1, 1))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
@@ -71,13 +111,20 @@ class Float8Encoder:
 
     spec: TensorSpec
     dtype: str
+    searches: bool = False
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and scales of some rows at their places."""
         rows = rows_in(values, self.spec, self.dtype)
         scales = float8.fit_e4m3(rows, self.dtype)
-        codes = np.empty(rows.shape, np.uint8)
-        float8.encode_e4m3(rows, scales, self.dtype, codes)
+        codes, dtype = np.empty(rows.shape, np.uint8), self.dtype
+        if self.searches:
+            scales, dtype = search_float_groups(rows, scales, E4M3, scales_in(self.dtype)), "F32"
+        float8.encode_e4m3(rows, scales, dtype, codes)
+        yield from self.pieces(codes, scales, first_row)
+
+    def pieces(self, codes: UInt8, scales: Float32, first_row: int) -> Iterable[Piece]:
+        """Rows of codes and scales at their places."""
         yield Piece(self.spec.name, first_row * self.spec.columns, codes.reshape(-1))
         raw = narrow(scales.reshape(-1), self.dtype)
         yield Piece(f"{self.spec.module}.weight_scale", first_row * ITEM_BYTES[self.dtype], raw)
@@ -88,5 +135,5 @@ class Float8Encoder:
 
 
 def fp8(training: TrainingQuantization) -> Float8:
-    """Merged weights in FP8, rounded to nearest."""
+    """Merged weights in FP8."""
     return Float8(training.storage_dtype)

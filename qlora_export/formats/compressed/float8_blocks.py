@@ -9,16 +9,28 @@ FP8_BLOCK, `compressors/naive_quantized`. Cost: 8 bits a weight.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
-from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, table
-from qlora_export.quant import float8
+from qlora_export.contracts import (
+    Chosen,
+    Consumes,
+    Float32,
+    LevelGrid,
+    Part,
+    Piece,
+    Rounding,
+    TensorSpec,
+    TrainingQuantization,
+)
+from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, scale_dtype, scales_in, table
+from qlora_export.quant import float8, ordered_codes
+from qlora_export.quant.floats import UInt8
 from qlora_export.quant.scales import absmax, symmetric
+from qlora_export.quant.searched_float_scales import E4M3, search_float_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 
 BLOCK = 128
@@ -34,6 +46,12 @@ class Float8Blocks:
     quantises: bool = True
     keeps_adapter: bool = False
     beside_experts: bool = True
+    searches: bool = False
+    roundings: tuple[Rounding, ...] = ("search",)
+
+    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Float8Blocks:
+        """With scales that a search finds."""
+        return replace(self, searches=rounding == "search")
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
         """Activations come in whole groups, layers are `Linear`."""
@@ -55,7 +73,7 @@ class Float8Blocks:
 
     def open(self, spec: TensorSpec) -> Float8BlocksEncoder:
         """Start encoding a tensor."""
-        return Float8BlocksEncoder(spec, self.dense_dtype)
+        return Float8BlocksEncoder(spec, self.dense_dtype, self.searches)
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
@@ -65,6 +83,21 @@ class Float8Blocks:
         out = np.empty((len(rows), spec.columns), np.float32)
         float8.decode_e4m3(codes.reshape(out.shape), scales[np.arange(rows.start, rows.stop) // BLOCK], out)
         return out.reshape(-1)
+
+    def grid(self, spec: TensorSpec) -> LevelGrid | None:
+        """All finite values of e4m3; rows share scales, too."""
+        return LevelGrid(ordered_codes.E4M3.levels, BLOCK, scale_dtype(self.dense_dtype), BLOCK)
+
+    def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
+        """Codes and scales."""
+        encoder = Float8BlocksEncoder(spec, self.dense_dtype)
+        return encoder.pieces(ordered_codes.E4M3.codes[chosen.codes], chosen.scales, 0)
+
+    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+        """Numbers of levels, of either zero the same, and the scales."""
+        scales = widen(np.array(parts[f"{spec.module}.weight_scale"]), self.dense_dtype)
+        numbers = ordered_codes.E4M3.numbers[parts[spec.name]]
+        return Chosen(numbers.reshape(spec.shape), scales.reshape(-1, spec.columns // BLOCK))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
@@ -80,6 +113,7 @@ class Float8BlocksEncoder:
 
     spec: TensorSpec
     dtype: str
+    searches: bool = False
 
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes and scales of some rows at their places."""
@@ -88,8 +122,14 @@ class Float8BlocksEncoder:
         absmax(rows, largest)
         of_blocks = np.maximum.reduceat(largest, np.arange(0, len(rows), BLOCK), axis=0)
         scales = symmetric(of_blocks, float8.LARGEST, self.dtype)
-        codes = np.empty(rows.shape, np.uint8)
-        float8.encode_e4m3(rows, scales[np.arange(len(rows)) // BLOCK], self.dtype, codes)
+        codes, dtype = np.empty(rows.shape, np.uint8), self.dtype
+        if self.searches:
+            scales, dtype = search_float_groups(rows, scales, E4M3, scales_in(self.dtype), BLOCK), "F32"
+        float8.encode_e4m3(rows, scales[np.arange(len(rows)) // BLOCK], dtype, codes)
+        yield from self.pieces(codes, scales, first_row)
+
+    def pieces(self, codes: UInt8, scales: Float32, first_row: int) -> Iterable[Piece]:
+        """Blocks of rows of codes, and their scales, at their places."""
         yield Piece(self.spec.name, first_row * self.spec.columns, codes.reshape(-1))
         place = first_row // BLOCK * scales.shape[1] * ITEM_BYTES[self.dtype]
         yield Piece(f"{self.spec.module}.weight_scale", place, narrow(scales.reshape(-1), self.dtype))
@@ -100,5 +140,5 @@ class Float8BlocksEncoder:
 
 
 def fp8_block(training: TrainingQuantization) -> Float8Blocks:
-    """Merged weights in FP8 by blocks, rounded to nearest."""
+    """Merged weights in FP8 by blocks."""
     return Float8Blocks(training.storage_dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,15 @@ from qlora_export.contracts import (
     TrainingQuantization,
 )
 from qlora_export.errors import UsageError
-from qlora_export.formats.compressed.stated import INPUT_MAJOR, PER_CHANNEL, PER_TOKEN, arguments, rows_in, table
+from qlora_export.formats.compressed.stated import (
+    INPUT_MAJOR,
+    PER_CHANNEL,
+    PER_TOKEN,
+    arguments,
+    rows_in,
+    scale_dtype,
+    table,
+)
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
 from qlora_export.quant.packing import words
@@ -115,8 +123,8 @@ class Integers:
         """All integers of so many bits; without groups, a row is one."""
         half = 1 << (self.integers.bits - 1)
         group = self.integers.group or spec.columns
-        scales = cast(Literal["F32", "BF16", "F16"], self.integers.dtype)
-        return LevelGrid(tuple(float(level) for level in range(-half, half)), group, scales)
+        levels = tuple(float(level) for level in range(-half, half))
+        return LevelGrid(levels, group, scale_dtype(self.integers.dtype))
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Codes, scales and the shape."""

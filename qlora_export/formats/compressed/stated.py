@@ -7,8 +7,8 @@ Source: compressed-tensors `quantization/quant_config.py`, `quant_scheme.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from qlora_export.contracts import Float32, TensorSpec
 from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import all_finite
-from qlora_export.tensors.dtypes import narrow, widen
+from qlora_export.tensors.dtypes import narrow, round_to, widen
 
 VERSION = "0.20.0"
 PER_CHANNEL = {"group_size": None, "strategy": "channel", "dynamic": False}
@@ -53,6 +53,16 @@ def table(
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def scale_dtype(dtype: str) -> Literal["F32", "BF16", "F16"]:
+    """The dtype of a model, as that of scales."""
+    return cast(Literal["F32", "BF16", "F16"], dtype)
+
+
+def scales_in(dtype: str) -> Callable[[Float32], Float32]:
+    """Rounds scales of any shape to the dtype."""
+    return lambda scales: round_to(scales.reshape(-1).copy(), dtype).reshape(scales.shape)
 
 
 def rows_in(values: Float32, spec: TensorSpec, dtype: str) -> Float32:
