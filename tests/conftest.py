@@ -135,11 +135,13 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of a CUDA device run where there is one, those of vLLM where its Python is named."""
+    """Tests of a CUDA device run where there is one, those of vLLM and lm-eval where their Python is named."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if item.get_closest_marker("vllm") and "QLORA_EXPORT_VLLM_PYTHON" not in os.environ:
         pytest.skip("QLORA_EXPORT_VLLM_PYTHON names no environment of vLLM")
+    if item.get_closest_marker("lm_eval") and "QLORA_EXPORT_LM_EVAL_PYTHON" not in os.environ:
+        pytest.skip("QLORA_EXPORT_LM_EVAL_PYTHON names no environment of lm-evaluation-harness")
 
 
 @pytest.fixture(scope="session")

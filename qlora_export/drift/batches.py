@@ -40,7 +40,7 @@ def _rows(session: Session, batch: Sequence[Window]) -> list[Float32]:
     try:
         if isinstance(session, BatchedSession):
             places = [[place - 1 for place in window.scored] for window in batch]
-            return session.rows_at([window.tokens for window in batch], places)
+            return session.rows_at([window.fed for window in batch], places)
         return [_scored_rows(session, window) for window in batch]
     except MemoryError as error:
         if len(batch) == 1:
@@ -54,6 +54,6 @@ def _rows(session: Session, batch: Sequence[Window]) -> list[Float32]:
 
 def _scored_rows(session: Session, window: Window) -> Float32:
     """Row t - 1 predicts token t."""
-    rows = session.log_probabilities(window.tokens)
+    rows = session.log_probabilities(window.fed)
     scored: Float32 = rows[np.array(window.scored) - 1]
     return scored

@@ -25,6 +25,11 @@ class Window:
     place: str
     block: int
 
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """What a model reads of it: everything before the last scored token."""
+        return self.tokens[: self.scored[-1]]
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -55,7 +55,7 @@ def mean_nll(session: Session, tokens: TokenSet) -> float:
     """Mean NLL of the scored tokens in nats."""
     losses: list[float] = []
     for window in tokens.windows:
-        rows = session.log_probabilities(window.tokens)
+        rows = session.log_probabilities(window.fed)
         places = np.array(window.scored)
         losses += (-rows[places - 1, np.array(window.tokens)[places]]).astype(np.float64).tolist()
     return float(np.mean(losses))

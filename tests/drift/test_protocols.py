@@ -64,9 +64,9 @@ def test_strided_windows_score_every_token_once(ids: list[int], size: int, data:
 def test_rolling_windows_score_every_token_once(ids: list[int], size: int) -> None:
     windows = list(rolling_windows(ids, 0, size, 3, "line 4"))
     assert [window.tokens[place] for window in windows for place in window.scored] == ids
-    assert all(len(window.tokens) - 1 <= size and window.block == 3 for window in windows)
+    assert all(len(window.fed) <= size and window.block == 3 for window in windows)
     assert windows[0].tokens[0] == 0
-    assert all(len(window.tokens) - 1 == size for window in windows[1:]), "the last reaches back"
+    assert all(len(window.fed) == size for window in windows[1:]), "the last reaches back"
     assert windows[0].place == ("line 4" if len(ids) <= size else f"line 4, tokens 0 to {size - 1}")
 
 
