@@ -17,6 +17,7 @@ from qlora_export.cli.options import (
     OntoName,
     Out,
     Output,
+    ProtocolName,
     Settings,
     Text,
     Training,
@@ -51,6 +52,7 @@ def compare(
     onto: OntoName = None,
     training: Training = None,
     text: Text = None,
+    protocol: ProtocolName = None,
     calibration: Calibration = None,
     settings: Settings = None,
     out: Out = None,
@@ -80,6 +82,7 @@ def compare(
         "--onto": onto,
         "--training-quantization": training,
         "--text": text,
+        "--protocol": protocol,
         "--calibration": calibration,
     }
     facts = recipe_from(recipe, flags, settings or [])

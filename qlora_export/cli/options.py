@@ -37,6 +37,13 @@ Training = Annotated[
 Formats = Annotated[list[str] | None, typer.Option("--format", help="A format to make; repeat for several.")]
 OntoName = Annotated[str | None, typer.Option("--onto", help="Merge base: as-trained (default), original or auto.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text to measure drift on: .jsonl or .txt.")]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="How --text is cut and scored: windows (default), disjoint-2048, strided, llama.cpp-512, lm-eval-rolling.",
+    ),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Text to calibrate rounding on, another one than --text.")
 ]
@@ -86,6 +93,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         onto: OntoName = None,
         training: Training = None,
         text: Text = None,
+        protocol: ProtocolName = None,
         calibration: Calibration = None,
         settings: Settings = None,
         out: Out = None,
@@ -106,6 +114,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             "--onto": onto,
             "--training-quantization": training,
             "--text": text,
+            "--protocol": protocol,
             "--calibration": calibration,
         }
         if prove is not None:
@@ -240,9 +249,19 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
         data["merge"] = {"onto": flags["--onto"]}
     if flags["--calibration"]:
         data["calibration"] = {"text": flags["--calibration"]}
-    if flags["--text"]:
-        data["drift"] = {"text": flags["--text"]}
+    if (drift := drift_from(flags)) is not None:
+        data["drift"] = drift
     return make_recipe(data, Path(), "flags", settings)
+
+
+def drift_from(flags: dict[str, Any]) -> dict[str, Any] | None:
+    """A recipe's section on drift; raises UsageError for a protocol without a text."""
+    text, protocol = flags["--text"], flags["--protocol"]
+    if protocol and not text:
+        raise UsageError(f"--protocol {protocol} without a text to measure on", "add --text FILE")
+    if not text:
+        return None
+    return {"text": text, "protocol": protocol} if protocol else {"text": text}
 
 
 def _kept_plan(

@@ -97,7 +97,8 @@ def test_check_reports_every_key_of_schema_1(recipe: Path, tmp_path: Path) -> No
     assert data == json.loads((tmp_path / "out/report.json").read_text())
     assert {"schema", "recipe_digest", "tokens", "reference", "artifacts", "published", "exit_code"} <= set(data)
     assert set(data["tokens"]) == {
-        "sha256", "count", "windows", "name", "protocol", "window_tokens", "stride_tokens", "begin", "documents", "limit",
+        "sha256", "count", "windows", "name", "protocol", "window_tokens", "stride_tokens", "begin", "documents",
+        "limit",
     }  # fmt: skip
     verdicts = {artifact["name"]: artifact["verdict"] for artifact in data["artifacts"]}
     assert verdicts == {"bf16": "pass", "nf4": "fail", "nf4-adapter": "pass"}
