@@ -36,6 +36,6 @@ def demo(
     def tell() -> None:
         show()
         print(STORY)
-        print(f"report: {options.out / 'report.json'} and report.md")
+        print(f"report: {options.out / 'report.html'}, report.md and report.json")
 
     finish((data, tell, code), as_json)

@@ -16,6 +16,7 @@ from qlora_export.planning import Plan
 from qlora_export.predicting import Predicted
 from qlora_export.report.calibration import calibration_of
 from qlora_export.report.findings import findings_of
+from qlora_export.report.html.page import write_page
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Reported
 from qlora_export.report.tokens import tokens_data
@@ -110,12 +111,13 @@ def _predicted(found: Predicted | None) -> dict[str, Any] | None:
 
 
 def write_report(run: Reported, folder: Path) -> Path:
-    """Write report.json, and report.md beside it, into the run folder; each whole or not at all."""
-    path = folder / REPORT_NAME
+    """Write report.json, and report.md and report.html beside it, into the run folder; each whole or not at all."""
+    path, data = folder / REPORT_NAME, report(run)
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(report(run), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
     write_markdown(run, folder)
+    write_page(data, folder)
     return path
 
 
