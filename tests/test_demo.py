@@ -102,7 +102,7 @@ def test_its_rehearsal_keeps_what_was_built_and_publishes_it_to_a_hub(out: Path)
     for item in data["published"]:
         assert item["proof"]["nll"] == pytest.approx(item["proof"]["nll_released"], abs=1e-6)
     after = {name: raw for name, raw in folder_bytes(out).items() if not name.startswith(".publication/")}
-    for name in ("report.json", "report.md"):
+    for name in ("report.json", "report.md", "report.html"):
         before.pop(name)
         after.pop(name)
     assert after == before
