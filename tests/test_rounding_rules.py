@@ -57,7 +57,7 @@ def test_a_training_in_16_bits_has_no_grid_to_fall_back_onto(
     ("artifact", "message"),
     [
         ({"format": "int8", "rounding": "dithered"}, "artifact int8-dithered: int8 is not rounded dithered"),
-        ({"format": "awq", "rounding": "search", "options": {"group_size": 32}}, "awq is not rounded search"),
+        ({"format": "awq", "rounding": "dithered", "options": {"group_size": 32}}, "awq is not rounded dithered"),
         ({"format": "nf4", "rounding": "dithered", "onto": "original"}, "this is merged onto the original"),
         ({"format": "bf16", "rounding": "nearest"}, "bf16 rounds no merged weight to a grid"),
         ({"format": "nf4-adapter", "rounding": "search"}, "nf4-adapter rounds no merged weight to a grid"),

@@ -72,8 +72,8 @@ class Interleaved:
 
     @property
     def roundings(self) -> tuple[Rounding, ...]:
-        """Scales are searched on symmetric grids alone."""
-        return ("search",) if self.integers.symmetric else ()
+        """Search."""
+        return ("search",)
 
     def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Interleaved:
         """With scales that a search finds."""
@@ -192,7 +192,8 @@ class InterleavedEncoder:
         rows = self._rounded(values)
         scales, zeros = integers.fit(rows, grid)
         if self._layout.searches:
-            scales = search_groups(rows, scales, grid)
+            stored = replace(grid, dtype="F16" if grid.dtype == "F32" else grid.dtype)
+            scales = search_groups(rows, self._in_half(scales), zeros, stored)
         scales = self._in_half(scales)
         codes = np.empty(rows.shape, np.int8)
         held, last_row = self._held, first_row + len(rows)

@@ -112,9 +112,19 @@ def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[st
     """The formats in one folder; raises UsageError for those that do not go together."""
     for form in (main, *others.values()):
         stated = form.quantization_config(())
+        if others and stated is not None and _has_zero_points(stated):
+            raise UsageError(
+                f"{form.name} with zero points does not mix with other formats in one folder",
+                "transformers opens no such folder, and what is decoded here is of one kind; leave out `symmetric`",
+            )
         if stated is None or stated.get("quant_method") != METHOD:
             raise UsageError(
                 f"{form.name} does not mix with other formats in one folder",
                 "w4a16, w8a16, w8a8, fp8, fp8-block, nvfp4a16 and mxfp4a16 do; `keep` leaves modules dense",
             )
     return Mixed(main, others, names) if others else main
+
+
+def _has_zero_points(stated: Mapping[str, Any]) -> bool:
+    groups = stated.get("config_groups") or {}
+    return any(group["weights"]["symmetric"] is False for group in groups.values())

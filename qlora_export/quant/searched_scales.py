@@ -5,7 +5,8 @@
 Candidates are the 43 fractions 0.70, 0.71 ... 1.12 of the scale that brings the largest magnitude to the outermost
 level, then two least-squares refits `s = sum x l / sum l^2` of the best, with `l` the levels it chooses. The scale that
 rounding to nearest has comes first and wins ties, so that the error of a group is never above that of nearest. What is
-stored of a scale, a 16-bit float, is what is tried. The same search on torch tensors, with weights for the columns, is
+stored of a scale, a 16-bit float, is what is tried. With zero points the fractions are those of the scale of nearest,
+and codes count from the zero point. The same search on torch tensors, with weights for the columns, is
 `rounding/scale_search.py`.
 
 Errors of all candidates are summed side by side, in the order of the columns, so they do not depend on the width of a
@@ -23,6 +24,7 @@ from qlora_export.quant.floats import Float32
 from qlora_export.quant.four_bit import FourBitGrid, fifteen, nearest_number
 from qlora_export.quant.integers import Grid
 from qlora_export.quant.precision import DROPPED_BITS, ROUNDER, round_any
+from qlora_export.quant.scales import Int8
 
 Float64 = NDArray[np.float64]
 FRACTIONS = np.array([0.70 + 0.01 * step for step in range(43)], np.float32)
@@ -40,10 +42,13 @@ def search_blocks(values: Float32, absmax: Float32, block: int, grid: FourBitGri
     return best
 
 
-def search_groups(values: Float32, scales: Float32, grid: Grid) -> Float32:
-    """Scales [rows, groups] of values [rows, columns] on a symmetric grid, in its dtype; `scales` are of nearest."""
+def search_groups(values: Float32, scales: Float32, zeros: Int8, grid: Grid) -> Float32:
+    """Scales [rows, groups] of values [rows, columns], in the grid's dtype; `scales` and `zeros` are of nearest.
+
+    Zero points stay: to try their neighbours, too, lowers the squared error by a quarter of a per cent.
+    """
     best = scales.copy()
-    _search_integers(values, grid.bits, DROPPED_BITS[grid.dtype], best)
+    _search_integers(values, zeros, grid.bits, grid.symmetric, DROPPED_BITS[grid.dtype], best)
     return best
 
 
@@ -137,20 +142,26 @@ def _sums(part: Float32, scale: np.float32, midpoints: Float32, levels: Float32)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _search_integers(values: Float32, bits: int, dropped: np.uint32, best: Float32) -> None:
+def _search_integers(
+    values: Float32, zeros: Int8, bits: int, symmetric: bool, dropped: np.uint32, best: Float32
+) -> None:
+    """Candidates are fractions of the absmax scale, with zero points of that of nearest."""
     rows, groups = best.shape
     size = values.shape[1] // max(groups, 1)
-    low, high = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
+    half = np.float32(1 << (bits - 1))
     raw, scales, reciprocals = np.empty_like(FRACTIONS), np.empty_like(FRACTIONS), np.empty_like(FRACTIONS)
     sums, totals = np.empty_like(FRACTIONS), np.empty(FRACTIONS.size, np.float64)
     for row in range(rows):
         for group in range(groups):
             part = values[row, group * size : (group + 1) * size]
-            largest = _largest(part) / -low
+            largest = _largest(part) / half
             if largest == 0:
                 continue
+            whole = largest if symmetric else best[row, group]
+            low = np.float32(-half - zeros[row, group])
+            high = np.float32(half - 1 - zeros[row, group])
             for candidate in range(FRACTIONS.size):
-                raw[candidate] = largest * FRACTIONS[candidate]
+                raw[candidate] = whole * FRACTIONS[candidate]
                 scales[candidate] = round_any(raw[candidate], dropped)
                 reciprocals[candidate] = np.float32(1) / scales[candidate]
             totals[:] = 0

@@ -24,7 +24,7 @@ LINES = {
     "nf4": "merged, dithered onto the NF4 grid of training: small; docs/rounding.md has its other roundings",
     "fp4": "merged, rounded to the nearest bitsandbytes FP4 code: as small as nf4, and coarser",
     "int8": "merged, bitsandbytes LLM.int8: one scale a row",
-    "w4a16": "merged, packed 4-bit integers in groups of 128 for vLLM; option group_size 32, 64 or 128",
+    "w4a16": "merged, packed 4-bit integers in groups of 128 for vLLM; options group_size and symmetric",
     "w8a16": "merged, packed 8-bit integers for vLLM, one scale a row; nearly lossless",
     "w8a8": "merged, 8-bit integers for vLLM, activations in 8 bits too: fast on GPUs without FP8",
     "fp8": "merged, float8_e4m3 for vLLM, activations in FP8 too: fast on GPUs with FP8",

@@ -5,23 +5,19 @@
     both   w[out, in] = (nibble - zero) * scale, in float32, then rounded to the model's dtype
 
 transformers has loaders for both that need kernels of GPTQModel, which must be compiled for the machine; a kernel
-computes with these very weights. Written apart from the encoder, so that each checks the other. Memory: the decoded
-model. Sources: AutoGPTQ `qlinear_cuda.unpack`, AutoAWQ `utils/packing_utils.py`.
+computes with these very weights. Sources: AutoGPTQ `qlinear_cuda.unpack`, AutoAWQ `utils/packing_utils.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import load_file
 
 from qlora_export.errors import InputError
-from qlora_export.runtimes.loading import quietly_loading
+from qlora_export.runtimes.decoded import BUILD_AGAIN, Tensors, load_decoded, nibbles, parts_of
 
 METHODS = ("gptq", "awq")
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -31,50 +27,29 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
-def stated_method(folder: Path) -> str | None:
-    """The `quant_method` of config.json, if it has one."""
-    try:
-        stated = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return None  # transformers says what is wrong with it
-    return stated.get("quant_method") if isinstance(stated, dict) else None
-
-
 def load_interleaved(folder: Path) -> Any:
     """The model with dense weights; raises InputError for a folder that is not as it states."""
-    with quietly_loading(folder):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        stated = dict(config.quantization_config)
+
+    def decode(tensors: Tensors, stated: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
         _require_known(folder, stated)
-        del config.quantization_config
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors |= load_file(path)
-        dense = decoded(tensors, stated["quant_method"], config.dtype or torch.float32)
-        with torch.device("meta"):
-            kind = type(transformers.AutoModelForCausalLM.from_config(config))
-        model = kind.from_pretrained(None, config=config, state_dict=dense, dtype="auto", device_map={"": "cpu"})
-    return model.eval()
+        return decoded(tensors, stated["quant_method"], dtype)
+
+    return load_decoded(folder, decode)
 
 
 def _require_known(folder: Path, stated: Mapping[str, Any]) -> None:
     for key, value in EXPECTED[stated["quant_method"]].items():
         if stated.get(key) != value:
             raise InputError(
-                f"{folder}: quantization_config has {key} {stated.get(key)!r}, expected {value!r}",
-                "build the artifact again; config.json and weights do not belong together",
+                f"{folder}: quantization_config has {key} {stated.get(key)!r}, expected {value!r}", BUILD_AGAIN
             )
 
 
-def decoded(tensors: dict[str, torch.Tensor], method: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def decoded(tensors: Tensors, method: str, dtype: torch.dtype) -> Tensors:
     """All tensors, with `x.weight` [out, in] of this dtype for the parts of each `x`; empties what it is given."""
-    dense: dict[str, torch.Tensor] = {}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        missing = [part for part in ("qzeros", "scales") if f"{module}.{part}" not in tensors]
-        if missing:
-            raise InputError(f"{name}: there is no {module}.{missing[0]}", "build the artifact again")
-        parts = {part: tensors.pop(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
+    dense: Tensors = {}
+    for module in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        parts = parts_of(tensors, module, ("qweight", "qzeros", "scales"), "qweight")
         groups = tensors.pop(f"{module}.g_idx", None)
         dense[f"{module}.weight"] = (_gptq(parts, groups) if method == "gptq" else _awq(parts)).to(dtype)
     return {**tensors, **dense}
@@ -83,8 +58,8 @@ def decoded(tensors: dict[str, torch.Tensor], method: str, dtype: torch.dtype) -
 def _gptq(parts: Mapping[str, torch.Tensor], groups: torch.Tensor | None) -> torch.Tensor:
     """Weights [out, in] in float32; `groups` [in] says which scale an input has, by default equal shares in turn."""
     scales = parts["scales"].float()
-    zeros = (_nibbles(parts["qzeros"]) + 1) & 15
-    codes = _nibbles(parts["qweight"].T.contiguous()).T
+    zeros = (nibbles(parts["qzeros"]) + 1) & 15
+    codes = nibbles(parts["qweight"].T.contiguous()).T
     if groups is None:
         groups = torch.arange(len(codes)) // (len(codes) // len(scales))
     return ((codes - zeros[groups.long()]) * scales[groups.long()]).T.contiguous()
@@ -93,16 +68,11 @@ def _gptq(parts: Mapping[str, torch.Tensor], groups: torch.Tensor | None) -> tor
 def _awq(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Weights [out, in] in float32."""
     scales = parts["scales"].float()
-    codes, zeros = _in_order(_nibbles(parts["qweight"])), _in_order(_nibbles(parts["qzeros"]))
+    codes, zeros = _in_order(nibbles(parts["qweight"])), _in_order(nibbles(parts["qzeros"]))
     size = len(codes) // len(scales)
     return ((codes - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T.contiguous()
 
 
-def _nibbles(words: torch.Tensor) -> torch.Tensor:
-    """[n, m] words as [n, 8 m] nibbles, the lowest first."""
-    return ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).reshape(len(words), -1)
-
-
-def _in_order(nibbles: torch.Tensor) -> torch.Tensor:
+def _in_order(of_words: torch.Tensor) -> torch.Tensor:
     """Nibbles of AWQ's words in the order of the outputs."""
-    return nibbles.reshape(len(nibbles), -1, 8)[:, :, AWQ_PLACES].reshape(len(nibbles), -1)
+    return of_words.reshape(len(of_words), -1, 8)[:, :, AWQ_PLACES].reshape(len(of_words), -1)

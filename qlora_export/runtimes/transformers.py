@@ -3,7 +3,8 @@
 The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
 be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
 folder's compute dtype, the values that serving multiplies with; those of compressed-tensors are decoded in the model's
-dtype, and activations are rounded where the folder says so. `interleaved` decodes GPTQ and AWQ.
+dtype, and activations are rounded where the folder says so. `interleaved` decodes GPTQ and AWQ, `asymmetric` groups of
+compressed-tensors with zero points.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qlora_export.contracts import Session
 from qlora_export.runtimes.adapted import pin_dora
-from qlora_export.runtimes.interleaved import METHODS, load_interleaved, stated_method
+from qlora_export.runtimes.asymmetric import is_asymmetric, load_asymmetric
+from qlora_export.runtimes.decoded import stated_quantization
+from qlora_export.runtimes.interleaved import METHODS, load_interleaved
 from qlora_export.runtimes.loading import (
     ModelSession,
     attach_adapter,
@@ -35,8 +39,7 @@ class TransformersRuntime:
     @contextmanager
     def open(self, folder: Path) -> Iterator[Session]:
         """Load the folder; raises InputError when it does not load."""
-        decodes = stated_method(folder) in METHODS
-        model = load_interleaved(folder) if decodes else load_causal_lm(folder, dtype="auto")
+        model = _loaded(folder)
         if (folder / ADAPTER_FOLDER).is_dir():
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         decompress(model)
@@ -44,3 +47,10 @@ class TransformersRuntime:
         pin_weights(model)
         pin_dora(model)
         yield ModelSession(model)
+
+
+def _loaded(folder: Path) -> Any:
+    stated = stated_quantization(folder)
+    if stated.get("quant_method") in METHODS:
+        return load_interleaved(folder)
+    return load_asymmetric(folder) if is_asymmetric(stated) else load_causal_lm(folder, dtype="auto")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -558,6 +559,24 @@ def test_a_classifier_is_loaded_as_one(release: Release, tmp_path: Path) -> None
     assert metadata_of(card)["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification.from_pretrained" in card
     assert "vllm" not in card
+
+
+@pytest.mark.parametrize("prefix", ["", "w4a16/"])
+def test_groups_with_zero_points_are_for_vllm(release: Release, tmp_path: Path, prefix: str) -> None:
+    """vLLM is not here to run it: that it is Python, and what it opens, can still be told."""
+    groups = {"group_0": {"weights": {"symmetric": False}}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = {"config.json": {"bytes": 1, "sha256": ""}}
+    artifact = _with_files(replace(release.items["fp8"].artifact, path=tmp_path), files)
+    item = replace(release.items["fp8"], artifact=artifact, prefix=prefix)
+    assert item.kind.packages == ("vllm",)
+    text = snippet(release.facts("fp8"), item)
+    compile(text, "snippet", "exec")
+    assert "transformers" not in text
+    assert (f'LLM("{REPOSITORY}")' in text) == (not prefix)
+    assert ('LLM(f"{folder}/w4a16")' in text) == bool(prefix)
+    assert not release.items["fp8"].has_zero_points
 
 
 def _with_files(artifact: Artifact, files: dict[str, Any]) -> Artifact:

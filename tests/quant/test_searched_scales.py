@@ -14,6 +14,7 @@ from qlora_export.quant.rounding import scale_search
 from qlora_export.quant.rounding.grid import Grid as TensorGrid
 from qlora_export.quant.rounding.grid import sixteen_bit_scales
 from qlora_export.quant.searched_scales import FRACTIONS, UNCHANGED, search_blocks, search_groups
+from qlora_export.tensors.dtypes import round_to
 from tests.conftest import random_values
 
 GRIDS = [Grid(4, 32), Grid(4, 128, dtype="F16"), Grid(8, None), Grid(4, 64, dtype="F32")]
@@ -44,8 +45,8 @@ def test_the_fractions_are_those_of_the_search_on_tensors() -> None:
 def test_scales_of_integers(grid: Grid) -> None:
     values = random_values(24, 384)
     values[3, :128] = 0
-    nearest, _ = integers.fit(values, grid)
-    found = search_groups(values, nearest, grid)
+    nearest, zeros = integers.fit(values, grid)
+    found = search_groups(values, nearest, zeros, grid)
     half = 1 << (grid.bits - 1)
     levels = np.arange(-half, half, dtype=np.float64)
     expected = by_tensors(values, levels, grid.group or 384, nearest, DTYPES[grid.dtype])
@@ -54,7 +55,34 @@ def test_scales_of_integers(grid: Grid) -> None:
     assert least.sum() < (0.9 if grid.bits == 4 else 0.99) * plain.sum()
     assert np.isclose(found, expected, rtol=1e-6).mean() > 0.97
     assert least.sum() == pytest.approx(errors(values, expected, levels).sum(), rel=1e-4)
-    assert np.array_equal(search_groups(values[:5], nearest[:5], grid), found[:5])
+    assert np.array_equal(search_groups(values[:5], nearest[:5], zeros[:5], grid), found[:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [32, 128])
+def test_scales_of_integers_with_zero_points(size: int, dtype: str) -> None:
+    """Against every fraction with its refits, group by group, in float64."""
+    grid = Grid(4, size, False, dtype)
+    values = random_values(24, 384) + np.float32(0.01)
+    values[3, :128] = 0
+    values[4] = np.abs(values[4])
+    nearest, zeros = integers.fit(values, grid)
+    found = search_groups(values, nearest, zeros, grid)
+    assert np.array_equal(round_to(found.reshape(-1).copy(), dtype), found.reshape(-1)), "as it can be stored"
+    plain, least = asymmetric_errors(values, nearest, zeros), asymmetric_errors(values, found, zeros)
+    tried = [round_to((nearest * part).reshape(-1), dtype).reshape(nearest.shape) for part in FRACTIONS]
+    best = np.min([asymmetric_errors(values, scales, zeros) for scales in tried], axis=0)
+    assert (least <= np.minimum(plain, best) * (1 + 1e-4)).all()
+    assert least.sum() < min(0.97 * plain.sum(), best.sum())
+    assert np.array_equal(found[3, : 128 // size], nearest[3, : 128 // size])
+    assert np.array_equal(search_groups(values[:5], nearest[:5], zeros[:5], grid), found[:5])
+
+
+def asymmetric_errors(values: Any, scales: Any, zeros: Any) -> Any:
+    """Squared error [rows, groups] of the nearest of 16 integers with a zero point, in float64."""
+    groups, point = values.astype(np.float64).reshape(*scales.shape, -1), zeros[..., None].astype(np.float64)
+    codes = np.clip(np.rint(groups / scales[..., None]), -8 - point, 7 - point)
+    return np.square(groups - codes * scales[..., None]).sum(-1)
 
 
 @pytest.mark.parametrize("levels", [four_bit.NF4, four_bit.FP4], ids=lambda levels: levels.name)

@@ -1,12 +1,13 @@
 """compressed-tensors integers: `w4a16`, `w8a16` (packed, 16-bit activations) and `w8a8` (8-bit activations, too).
 
 For a linear `x.weight` of shape [out, in], scales in the model's dtype:
-packed: `x.weight_packed` int32 [out, ceil(in * bits / 32)]; `x.weight_scale` [out, groups]; `x.weight_shape` int64 [2].
+packed: `x.weight_packed` int32 [out, ceil(in * bits / 32)]; `x.weight_scale` [out, groups]; `x.weight_shape` int64 [2];
+        with zero points `x.weight_zero_point` int32 [ceil(out / 8), groups], eight rows a word
 plain: `x.weight` int8 [out, in]; `x.weight_scale` [out, 1].
 `w4a16` has groups of 128 columns (option `group_size`: 32, 64 or 128), the others one scale a row. `w8a8` has its
-activations rounded to int8 token by token while it runs. All grids are symmetric. Equations: `quant/integers.py`.
-Source: compressed-tensors `compressors/pack_quantized`, `naive_quantized`. Cost: 4.125 bits a weight for `w4a16`, 8 for
-the others.
+activations rounded to int8 token by token while it runs. Grids are symmetric but for `w4a16` with `symmetric: false`.
+Equations: `quant/integers.py`. Source: compressed-tensors `compressors/pack_quantized`, `naive_quantized`. Cost: 4.125
+bits a weight for `w4a16`, 4.156 with zero points, 8 for the others.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from qlora_export.formats.compressed.stated import (
 )
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
-from qlora_export.quant.packing import words
+from qlora_export.quant.packing import CODES_PER_WORD, words
 from qlora_export.quant.scales import Int8
 from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
@@ -85,30 +86,44 @@ class Integers:
         return INPUT_MAJOR if input_major else None
 
     def row_multiple(self, spec: TensorSpec) -> int:
-        """Any row stands alone."""
-        return 1
+        """Any row stands alone, but for the zero points of a word."""
+        return 1 if self.integers.symmetric else CODES_PER_WORD[self.integers.bits]
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
-        """Codes, scales, and what unpacking needs."""
+        """Codes, scales, zero points, and what unpacking needs."""
         groups = self.integers.groups(spec.columns)
         scales = Part(f"{spec.module}.weight_scale", self.integers.dtype, (spec.rows, groups))
         if not self.packed:
             return (Part(spec.name, "I8", spec.shape), scales)
         packed = Part(f"{spec.module}.weight_packed", "I32", (spec.rows, words(spec.columns, self.integers.bits)))
-        return (packed, scales, Part(f"{spec.module}.weight_shape", "I64", (2,)))
+        shape = Part(f"{spec.module}.weight_shape", "I64", (2,))
+        if self.integers.symmetric:
+            return (packed, scales, shape)
+        zeros = Part(f"{spec.module}.weight_zero_point", "I32", (words(spec.rows, self.integers.bits), groups))
+        return (packed, scales, zeros, shape)
 
     def open(self, spec: TensorSpec) -> IntegerEncoder:
         """Start encoding a tensor."""
         return IntegerEncoder(spec, self)
 
     def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
-        """Flat float32 values of some rows, before rounding to the dtype."""
+        """Flat float32 values of whole words of rows, before rounding to the dtype."""
         groups, item = self.integers.groups(spec.columns), ITEM_BYTES[self.integers.dtype]
         raw = _rows_of(parts[f"{spec.module}.weight_scale"], rows, groups * item)
         scales = widen(raw, self.integers.dtype).reshape(len(rows), groups)
         out = np.empty((len(rows), spec.columns), np.float32)
-        integers.decode(self._codes(spec, parts, rows), scales, np.zeros(scales.shape, np.int8), out)
+        integers.decode(self._codes(spec, parts, rows), scales, self._zeros(spec, parts, rows), out)
         return out.reshape(-1)
+
+    def _zeros(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Int8:
+        """Of some rows [rows, groups], whose words begin with the first."""
+        groups, bits = self.integers.groups(spec.columns), self.integers.bits
+        if self.integers.symmetric:
+            return np.zeros((len(rows), groups), np.int8)
+        height = CODES_PER_WORD[bits]
+        words_of_rows = range(rows.start // height, -(-rows.stop // height))
+        packed = _rows_of(parts[f"{spec.module}.weight_zero_point"], words_of_rows, 4 * groups).view(np.int32)
+        return packing.unpack_down(packed.reshape(-1, groups), bits, len(rows))
 
     def _codes(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Int8:
         if not self.packed:
@@ -131,7 +146,7 @@ class Integers:
         half = 1 << (self.integers.bits - 1)
         codes = (chosen.codes.astype(np.int16) - half).astype(np.int8)
         encoder = IntegerEncoder(spec, self)
-        yield from encoder.pieces(codes, chosen.scales, 0)
+        yield from encoder.pieces(codes, chosen.scales, np.zeros(chosen.scales.shape, np.int8), 0)
         yield from encoder.seal()
 
     def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
@@ -145,7 +160,8 @@ class Integers:
         """The table of compressed-tensors."""
         bits = self.integers.bits
         grouped = {"group_size": self.integers.group, "strategy": "group", "dynamic": False}
-        weights = arguments(bits, "int", True, grouped if self.integers.group else PER_CHANNEL)
+        cut = grouped if self.integers.group else PER_CHANNEL
+        weights = arguments(bits, "int", self.integers.symmetric, cut)
         activations = arguments(bits, "int", True, PER_TOKEN) if self.activations else None
         return table("pack-quantized" if self.packed else "int-quantized", weights, activations, kept)
 
@@ -163,14 +179,17 @@ class IntegerEncoder:
         rows = rows_in(values, self.spec, grid.dtype)
         scales, zeros = integers.fit(rows, grid)
         if self.layout.searches:
-            scales = search_groups(rows, scales, grid)
+            scales = search_groups(rows, scales, zeros, grid)
         codes = np.empty(rows.shape, np.int8)
         integers.encode(rows, scales, zeros, grid, codes)
-        yield from self.pieces(codes, scales, first_row)
+        yield from self.pieces(codes, scales, zeros, first_row)
 
-    def pieces(self, codes: Int8, scales: Float32, first_row: int) -> Iterable[Piece]:
-        """Rows of codes and scales at their places."""
+    def pieces(self, codes: Int8, scales: Float32, zeros: Int8, first_row: int) -> Iterable[Piece]:
+        """Rows of codes, scales and zero points at their places."""
         grid, module = self.layout.integers, self.spec.module
+        if not grid.symmetric:
+            place = first_row // CODES_PER_WORD[grid.bits] * zeros.shape[1] * 4
+            yield Piece(f"{module}.weight_zero_point", place, _bytes_of(packing.pack_down(zeros, grid.bits)))
         raw = narrow(scales.reshape(-1), grid.dtype)
         yield Piece(f"{module}.weight_scale", first_row * scales.shape[1] * ITEM_BYTES[grid.dtype], raw)
         if not self.layout.packed:
@@ -195,11 +214,13 @@ def _bytes_of(values: NDArray[Any]) -> Raw:
     return values.reshape(-1).view(np.uint8)
 
 
-def w4a16(training: TrainingQuantization, *, group_size: int = 128) -> Integers:
-    """Merged weights in 4 bits, packed; raises UsageError for another group size."""
+def w4a16(training: TrainingQuantization, *, group_size: int = 128, symmetric: bool = True) -> Integers:
+    """Merged weights in 4 bits, packed, with zero points unless symmetric; raises UsageError for other options."""
     if group_size not in GROUP_SIZES:
         raise UsageError(f"w4a16: group_size {group_size!r}; known: {', '.join(str(size) for size in GROUP_SIZES)}")
-    return Integers("w4a16", Grid(4, group_size, dtype=training.storage_dtype))
+    if not isinstance(symmetric, bool):
+        raise UsageError(f"w4a16: symmetric {symmetric!r}; known: true, false")
+    return Integers("w4a16", Grid(4, group_size, symmetric, training.storage_dtype))
 
 
 def w8a16(training: TrainingQuantization) -> Integers:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import MAY_LACK, Artifact, Drift
-from qlora_export.publish.card.kinds import Kind, kind_of
+from qlora_export.publish.card.kinds import VLLM, Kind, kind_of
 from qlora_export.recipe import CardRecipe
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,8 +27,9 @@ class CardItem:
 
     @property
     def kind(self) -> Kind:
-        """What its format means to those who load it."""
-        return kind_of(self.artifact.format)
+        """What its format means to those who load it; with zero points transformers does not."""
+        kind = kind_of(self.artifact.format)
+        return replace(kind, packages=VLLM) if self.has_zero_points else kind
 
     @property
     def subfolder(self) -> str:
@@ -57,6 +58,14 @@ class CardItem:
         architectures = self._json("config.json").get("architectures") or [""]
         task = self._json("adapter_config.json").get("task_type")
         return str(architectures[0]).endswith("ForSequenceClassification") or task == "SEQ_CLS"
+
+    @cached_property
+    def has_zero_points(self) -> bool:
+        """Whether groups of compressed-tensors have zero points, which vLLM reads and transformers does not."""
+        stated = self._json("config.json").get("quantization_config")
+        groups = stated.get("config_groups") if isinstance(stated, dict) else None
+        found = groups.values() if isinstance(groups, dict) else ()
+        return any(group.get("weights", {}).get("symmetric") is False for group in found if isinstance(group, dict))
 
     @cached_property
     def chats(self) -> bool:

@@ -35,6 +35,7 @@ W8A8_WORDS = "8-bit integers, activations too while it runs"
 FP8_WORDS = "FP8 (e4m3), activations too while it runs"
 FP8_BLOCK_WORDS = "FP8 (e4m3) in blocks of 128 x 128, activations too while it runs"
 INTERLEAVED = (*TRANSFORMERS, "optimum", "gptqmodel")
+VLLM = ("vllm",)
 ONNX = ("onnxruntime-genai", "huggingface_hub")
 NF4_WORDS = "bitsandbytes NF4 (4 bits)"
 KINDS = {

@@ -21,6 +21,8 @@ def snippet(facts: CardFacts, item: CardItem) -> str:
     """The Python code that loads and tries one artifact."""
     if item.kind.library == "onnx":
         return _genai(facts, item)
+    if item.has_zero_points:
+        return _vllm(facts, item)
     if item.artifact.format == "adapter":
         return _adapter_alone(facts, item)
     return _transformers(facts, item)
@@ -116,6 +118,26 @@ def _trial(item: CardItem) -> list[str]:
         f"output = model.generate(**inputs, max_new_tokens={NEW_TOKENS})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
+
+
+def _vllm(facts: CardFacts, item: CardItem) -> str:
+    place = f'"{facts.repository}"'
+    lines = ["from vllm import LLM, SamplingParams", ""]
+    if item.prefix:
+        lines = ["from huggingface_hub import snapshot_download", *lines]
+        lines.append(f'folder = snapshot_download("{facts.repository}", allow_patterns="{item.prefix}*")')
+        place = f'f"{{folder}}/{item.subfolder}"'
+    asked = f'model.generate("{GREETING}", settings)'
+    if item.chats:
+        asked = f'model.chat([{{"role": "user", "content": "{GREETING}"}}], settings)'
+    return "\n".join(
+        [
+            *lines,
+            f"model = LLM({place})",
+            f"settings = SamplingParams(max_tokens={NEW_TOKENS})",
+            f"print({asked}[0].outputs[0].text)",
+        ]
+    )
 
 
 def _genai(facts: CardFacts, item: CardItem) -> str:
