@@ -39,7 +39,14 @@ def documents_of(texts: Sequence[str]) -> Documents:
 
 
 def document_perplexity(mean_nll: float, tokens: int, documents: Documents) -> DocumentPerplexity:
-    """From the mean NLL of the scored tokens, in nats."""
+    """From the mean NLL of the scored tokens, in nats; infinite where no float holds it, as for text without spaces."""
     total = mean_nll * tokens
-    by_byte = total / documents.bytes
-    return DocumentPerplexity(math.exp(total / documents.words), math.exp(by_byte), by_byte / math.log(2))
+    by_word, by_byte = total / documents.words, total / documents.bytes if documents.bytes else math.inf
+    return DocumentPerplexity(_exponential(by_word), _exponential(by_byte), by_byte / math.log(2))
+
+
+def _exponential(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

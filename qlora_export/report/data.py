@@ -19,7 +19,7 @@ from qlora_export.report.findings import findings_of
 from qlora_export.report.html.page import write_page
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Reported
-from qlora_export.report.tokens import tokens_data
+from qlora_export.report.tokens import document_data, tokens_data
 
 REPORT_NAME = "report.json"
 
@@ -45,6 +45,7 @@ def report(run: Reported) -> dict[str, Any]:
         "recipe_digest": run.facts.recipe_digest,
         "tokens": _tokens(run),
         "reference": _reference(run),
+        "document_perplexity": document_data(run.ledger),
         "assumptions": list(run.facts.assumptions),
         "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
         "published": [asdict(receipt) for receipt in run.receipts],

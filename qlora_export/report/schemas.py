@@ -31,7 +31,7 @@ from qlora_export.report.schema_words import (
     object_of,
     or_null,
 )
-from qlora_export.report.tokens import MAYBE_COUNT, TOKENS_SCHEMA
+from qlora_export.report.tokens import DOCUMENT_SCHEMA, MAYBE_COUNT, TOKENS_SCHEMA
 
 ONTO: Schema = {"enum": ["as-trained", "original"]}
 
@@ -66,6 +66,7 @@ def report_schema() -> Schema:
         "recipe_digest": or_null(DIGEST),
         "tokens": or_null(_tokens()),
         "reference": or_null(_reference()),
+        "document_perplexity": DOCUMENT_SCHEMA,
         "assumptions": TEXTS,
         "artifacts": {"type": "array", "items": _artifact()},
         "published": {"type": "array", "items": _receipt()},

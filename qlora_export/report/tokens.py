@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from qlora_export.drift.documents import DocumentPerplexity, document_perplexity
+from qlora_export.drift.ledger import Ledger
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.protocol_names import USUAL
-from qlora_export.report.schema_words import COUNT, DIGEST, MAYBE_TEXT, TEXT, Schema, object_of, or_null
+from qlora_export.report.schema_words import (
+    COUNT,
+    DIGEST,
+    MAYBE_TEXT,
+    TEXT,
+    Schema,
+    map_of,
+    numbers_of,
+    object_of,
+    or_null,
+)
 
 MAYBE_COUNT: Schema = {"type": ["integer", "null"], "minimum": 1}
 TOKENS_SCHEMA: Schema = {
@@ -22,6 +35,10 @@ TOKENS_SCHEMA: Schema = {
     "begin": MAYBE_TEXT,
     "documents": or_null(object_of({"count": COUNT, "words": COUNT, "bytes": COUNT})),
 }
+
+DOCUMENT_SCHEMA: Schema = or_null(
+    object_of({"reference": numbers_of(DocumentPerplexity), "artifacts": map_of(numbers_of(DocumentPerplexity))})
+)
 
 
 def tokens_data(tokens: TokenSet) -> dict[str, Any]:
@@ -38,6 +55,19 @@ def tokens_data(tokens: TokenSet) -> dict[str, Any]:
         "begin": rules.begin,
         "documents": asdict(tokens.documents) if tokens.documents else None,
     }
+
+
+def document_data(ledger: Ledger | None) -> dict[str, Any] | None:
+    """Perplexity by word and by byte of every model, where a protocol scores whole documents."""
+    if ledger is None or ledger.tokens.documents is None:
+        return None
+    documents, count = ledger.tokens.documents, ledger.tokens.count
+
+    def of(perplexity: float) -> dict[str, float]:
+        return asdict(document_perplexity(math.log(perplexity), count, documents))
+
+    artifacts = {entry.artifact.name: of(entry.drift.perplexity) for entry in ledger.entries}
+    return {"reference": of(ledger.reference.perplexity), "artifacts": artifacts}
 
 
 def protocol_line(tokens: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def test_documents_are_told_with_their_words_and_bytes(pico_base: Path, prose: P
     found = check(pico_base, tmp_path / "out", "--text", prose, "--protocol", "lm-eval-rolling", "--json")
     assert found.returncode in (0, 11), found.stderr
     report = json.loads(found.stdout)
+    by_document = report["document_perplexity"]
+    assert set(by_document["artifacts"]) == {"bf16"}
+    nll = math.log(report["reference"]["perplexity"]) * report["tokens"]["count"]
+    bits = nll / report["tokens"]["documents"]["bytes"] / math.log(2)
+    assert by_document["reference"]["bits_per_byte"] == pytest.approx(bits)
     assert report["tokens"]["documents"] == {
         "count": 9,
         "words": 63,

@@ -17,3 +17,8 @@ def test_by_word_and_by_byte() -> None:
     assert found.word_perplexity == pytest.approx(math.exp(20 / 2))
     assert found.byte_perplexity == pytest.approx(math.exp(20 / 5))
     assert found.bits_per_byte == pytest.approx(20 / 5 / math.log(2))
+
+
+def test_what_no_float_holds() -> None:
+    assert document_perplexity(5.0, 1000, documents_of(["\u6f22" * 1000])).word_perplexity == math.inf
+    assert document_perplexity(5.0, 1, documents_of([""])).byte_perplexity == math.inf
