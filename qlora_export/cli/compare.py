@@ -42,6 +42,7 @@ Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the rows to 
 Plot = Annotated[
     Path | None, typer.Option("--plot", help="Also draw size against drift: .svg or .png; needs the extra [report].")
 ]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write a page with everything to this file.")]
 
 
 def compare(
@@ -62,12 +63,13 @@ def compare(
     output: Output = None,
     csv: Csv = None,
     plot: Plot = None,
+    html: Html = None,
 ) -> None:
     """Build and measure an artifact of every bit width and rounding, and say which is the smallest that is good enough.
 
     The artifacts stay in compare-trial of the run folder, for the next comparison; `clean` removes them.
     """
-    require_folders(output, csv, plot)
+    require_folders(output, csv, plot, html)
     if plot is not None:
         from qlora_export.report.comparison_plot import require_plot
 
@@ -94,4 +96,9 @@ def compare(
         from qlora_export.report.comparison_plot import write_comparison_plot
 
         write_comparison_plot(found, plot)
-    finish((comparison_data(found), lambda: print_comparison(found), 0), as_json, output)
+    data = comparison_data(found)
+    if html is not None:
+        from qlora_export.report.html.comparison_page import write_comparison_page
+
+        write_comparison_page(data, html)
+    finish((data, lambda: print_comparison(found), 0), as_json, output)

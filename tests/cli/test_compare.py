@@ -14,7 +14,7 @@ __all__ = ["recipe"]
 def test_a_comparison_in_words_as_json_as_csv_and_as_a_plot(recipe: Path, tmp_path: Path) -> None:
     words = ("compare", recipe, "--out", tmp_path / "out", "--formats", "bf16,nf4:nearest", "--formats", "w4a16")
     files = ("--csv", tmp_path / "rows.csv", "--plot", tmp_path / "rows.svg", "-o", tmp_path / "rows.json")
-    found = started(*words, *files)
+    found = started(*words, *files, "--html", tmp_path / "rows.html")
     assert found.returncode == 0, found.stderr
     assert found.stderr == ""
     assert "take bf16: the smallest that keeps the recipe's limits" in found.stdout
@@ -24,6 +24,7 @@ def test_a_comparison_in_words_as_json_as_csv_and_as_a_plot(recipe: Path, tmp_pa
     assert (data["recommended"], data["exit_code"]) == ("bf16", 0)
     assert (tmp_path / "rows.csv").read_text().startswith("name,format,")
     assert "<svg" in (tmp_path / "rows.svg").read_text()
+    assert "<title>Comparison: take bf16</title>" in (tmp_path / "rows.html").read_text(encoding="utf-8")
     again = command(*words, "--json")
     assert again.returncode == 0, again.stderr
     same = json.loads(again.stdout)

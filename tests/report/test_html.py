@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_export.comparison.rows import Comparison
 from qlora_export.pipeline import RunOptions, build, check
+from qlora_export.report.comparison import comparison_data
 from qlora_export.report.data import report, write_report
 from qlora_export.report.html.assets import script, style
+from qlora_export.report.html.comparison_page import comparison_page, write_comparison_page
 from qlora_export.report.html.elements import Markup, element, escaped, quoted
 from qlora_export.report.html.figures import fixed, share, significant
 from qlora_export.report.html.page import PAGE_NAME, page, write_page
@@ -318,6 +321,26 @@ def test_a_run_writes_its_page(pico_recipe: RecipeMaker, pico_text: Path, tmp_pa
     said = Outline(written).said()
     assert "1 pass; 1 fail, as expected" in said
     assert report(run)["tokens"]["sha256"] in said
+
+
+def test_a_comparison_has_a_page(compared: Comparison, tmp_path: Path) -> None:
+    data = comparison_data(compared)
+    path = write_comparison_page(data, tmp_path / "rows.html")
+    outline = Outline(path.read_text(encoding="utf-8"))
+    assert path.read_text(encoding="utf-8") == comparison_page(json.loads(json.dumps(data)))
+    found = [attributes["id"] for attributes in outline.of("section")]
+    assert found == ["ledger", "size", "costs", "not-made", "provenance"]
+    said = outline.said()
+    assert f"Take {data['recommended']}: the smallest" in said or "No artifact keeps the recipe's limits." in said
+    for row in data["rows"]:
+        assert row["name"] in said
+        assert row["reason"] is None or row["reason"] in said
+
+
+@pytest.mark.parametrize("comparison", [{}, {"rows": [{}]}, {"rows": [{"name": HOSTILE, "drift": {"mean_kl": 1}}]}])
+def test_a_comparison_that_lacks_keys_has_a_page_too(comparison: dict[str, Any]) -> None:
+    outline = Outline(comparison_page(comparison))
+    assert {tag for tag, _, _ in outline.elements} <= TAGS
 
 
 def test_a_build_writes_a_page_that_says_so(pico_recipe: RecipeMaker, tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_export.report.html.assets import policy, script, style
 from qlora_export.report.html.choices import choices
 from qlora_export.report.html.distribution import distribution
+from qlora_export.report.html.document import document, write_whole
 from qlora_export.report.html.drift_and_size import drift_and_size
-from qlora_export.report.html.elements import Markup, element, joined
 from qlora_export.report.html.generation import generation
 from qlora_export.report.html.head import head, title
 from qlora_export.report.html.layers import layers
@@ -36,40 +35,9 @@ ABOUT = "Written by qlora-export from report.json beside it. This page loads not
 def page(report: Mapping[str, Any]) -> str:
     """The whole page of a report, as `report.data.report` gives it or report.json holds it."""
     sections = [found for make in SECTIONS if (found := make(report)) is not None]
-    return f"<!doctype html>\n{element('html', _head(report), _body(report, sections), lang='en')}\n"
+    return document(title(report), head(report), sections, ABOUT)
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html into the run folder, whole or not at all."""
-    path = folder / PAGE_NAME
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(page(report), encoding="utf-8", newline="\n")
-    partial.rename(path)
-    return path
-
-
-def _head(report: Facts) -> Markup:
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy()),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", title(report)),
-        element("style", Markup(style())),
-    )
-
-
-def _body(report: Facts, sections: list[Section]) -> Markup:
-    links = [element("li", element("a", section.heading, href=f"#{section.place}")) for section in sections]
-    contents = element("nav", element("ul", links), aria_label="Contents")
-    return element(
-        "body",
-        element("a", "Skip to the numbers", href="#numbers", class_="skip"),
-        head(report),
-        contents,
-        element("main", joined(section.html() for section in sections), id="numbers", tabindex="-1"),
-        element("footer", element("p", ABOUT)),
-        element("script", Markup(script())),
-    )
+    return write_whole(page(report), folder / PAGE_NAME)

@@ -125,6 +125,7 @@ def _assumptions(found: list[str]) -> Markup | None:
 
 
 def _manifests(found: list[Facts]) -> Markup | None:
+    found = [artifact for artifact in found if text(artifact, "path")]
     if not found:
         return None
     names = ("artifact", "format", "runtime", "size", "manifest sha256", "folder")
