@@ -6,7 +6,7 @@ A door is a Protocol; what stands behind it is named in `catalog.py`. Values are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -357,6 +357,22 @@ class Tokenizer(Protocol):
         ...
 
 
+class ServedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can be compared with another."""
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens, added ones included."""
+        ...
+
+    def served(self, text: str) -> list[int]:
+        """Token ids of a text as a server makes them, with the tokenizer's own special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+
 class Session(Protocol):
     """A model opened in a runtime."""
 
@@ -390,8 +406,41 @@ class NarrowableSession(Session, Protocol):
 class GreedySession(Session, Protocol):
     """A model that goes on with a text."""
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The most likely next tokens, one after the other with a cache."""
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text, as the model's own settings for generation say."""
+        ...
+
+    def greedy(self, tokens: Sequence[int], count: int, ends: Collection[int] = ()) -> list[int]:
+        """The most likely next tokens, one after the other with a cache, up to and with the first one of `ends`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """A layer of a live model, and its class; `block` is the decoder block that it is, or is part of."""
+
+    name: str
+    kind: str
+    block: str | None = None
+
+
+# Told a layer, its inputs [rows, columns] where they are floating-point, and its outputs [rows, width]; and what knows
+# inputs to put in their place.
+See = Callable[[str, Float32 | None, Float32], None]
+Give = Callable[[str], Float32 | None]
+
+
+@runtime_checkable
+class TracedSession(Session, Protocol):
+    """A model whose layers can be looked at."""
+
+    def layers(self) -> tuple[TracedLayer, ...]:
+        """The decoder blocks, and every innermost module with values of its own."""
+        ...
+
+    def trace(self, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None = None) -> None:
+        """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
         ...
 
 

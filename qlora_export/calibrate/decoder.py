@@ -24,6 +24,7 @@ from qlora_export.contracts import TORCH_NAMES
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning import Plan
 from qlora_export.sources.architecture import live_config
+from qlora_export.sources.live_model import decoder_place
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,14 @@ def open_decoder(plan: Plan) -> Decoder:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 module.register_buffer(name, buffer.float(), name not in module._non_persistent_buffers_set)
-    count = config.get_text_config().num_hidden_layers
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = [name for name in found if len(model.get_submodule(name)) == count]
-    if not found:
+    place = decoder_place(model)
+    if place is None:
+        count = config.get_text_config().num_hidden_layers
         raise Refused(
             f"{plan.checkpoint.folder}: {type(model).__name__} has no row of {count} decoder blocks",
             "calibrated rounding works block by block; round without calibration",
         )
-    return Decoder(model, min(found, key=lambda name: name.count(".")))
+    return Decoder(model, place)
 
 
 def give(module: Any, prefix: str, parameters: Parameters, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ import torch
 import transformers
 from jinja2 import TemplateError
 
-from qlora_export.contracts import Float32
+from qlora_export.contracts import Float32, Give, See, TracedLayer
 from qlora_export.errors import InputError
+from qlora_export.runtimes.tracing import run_traced, traced_layers
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -150,15 +151,31 @@ class ModelSession:
             return nullcontext()
         return torch.autocast(self._model.device.type, self._dtype)
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The most likely next tokens, one after the other with a cache."""
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text, by the model's generation_config.json."""
+        stated = getattr(self._model, "generation_config", None) or self._model.config
+        ends = stated.eos_token_id
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def greedy(self, tokens: Sequence[int], count: int, ends: Collection[int] = ()) -> list[int]:
+        """The most likely next tokens, one after the other with a cache, up to and with the first one of `ends`."""
         cache, found, inputs = None, list[int](), torch.tensor([list(tokens)], device=self._model.device)
-        with torch.no_grad():
-            for _ in range(count):
+        with torch.no_grad(), _out_of_memory(), self._computing():
+            while len(found) < count and not (found and found[-1] in ends):
                 output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache, inputs = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
                 found.append(int(inputs))
         return found
+
+    def layers(self) -> tuple[TracedLayer, ...]:
+        """The decoder blocks, and every innermost module with values of its own."""
+        return traced_layers(self._model)
+
+    def trace(self, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None = None) -> None:
+        """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
+        with _out_of_memory(), self._computing():
+            run_traced(self._model, tokens, names, see, give)
 
 
 def _filled(windows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -219,6 +236,16 @@ class FolderTokenizer:
 
     def encode_whole(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one by itself."""
+        ids: list[int] = self._tokenizer.encode(text, verbose=False)
+        return ids
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens, added ones included."""
+        found: dict[str, int] = self._tokenizer.get_vocab()
+        return found
+
+    def served(self, text: str) -> list[int]:
+        """Token ids of a text as a server makes them, with the tokenizer's own special tokens."""
         ids: list[int] = self._tokenizer.encode(text, verbose=False)
         return ids
 

@@ -1,6 +1,6 @@
-"""What a live bitsandbytes 4-bit layer holds, as the sidecar records it.
+"""What a live model is made of: where its decoder blocks are, what a bitsandbytes 4-bit layer holds for the sidecar.
 
-Reads attributes of the layer and its tensors; imports neither torch nor bitsandbytes.
+Reads attributes of modules and tensors; imports neither torch nor bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from qlora_export.sources.sidecar import absmax_sha256
 
 class Repacked(UsageError):
     """bitsandbytes has rearranged the codes and rounded the absmax, for inference on a CPU."""
+
+
+def decoder_place(model: Any) -> str | None:
+    """Name of the ModuleList of a causal language model's decoder blocks; None where there is none."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "ModuleList"]
+    found = [name for name, module in lists if len(module) == count]
+    return min(found, key=lambda name: name.count("."), default=None)
 
 
 def trained_module(name: str, layer: Any) -> TrainedModule:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
@@ -38,7 +38,11 @@ class Prefilling:
 class Decoding(Prefilling):
     """Takes 10 ms for a prompt."""
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+    @property
+    def ends(self) -> frozenset[int]:
+        return frozenset()
+
+    def greedy(self, tokens: Sequence[int], count: int, ends: Collection[int] = ()) -> list[int]:
         time.sleep(0.01)
         self.asked.append(tokens)
         return [0] * count
