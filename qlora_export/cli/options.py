@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,12 +45,25 @@ ProtocolName = Annotated[
         help="How --text is cut and scored: windows (default), disjoint-2048, strided, llama.cpp-512, lm-eval-rolling.",
     ),
 ]
+ChoicesFile = Annotated[
+    str | None, typer.Option("--choices", help="Questions to choose answers to: .jsonl with question, choices, answer.")
+]
+PromptsFile = Annotated[
+    str | None, typer.Option("--prompts", help="Prompts that every model goes on with: chats or running text.")
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Text to calibrate rounding on, another one than --text.")
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="KEY=VALUE, a recipe key by its path, as in drift.limits.mean_kl=0.1; repeat."),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        help="Check the folder ARTIFACT, given in place of a recipe, against this model: MODEL or BASE+ADAPTER.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: out/RECIPE or out].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads [default: all cores].")]
@@ -74,15 +88,22 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write 
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN")
 
+# Flags that are keys of a recipe's drift, beside its text.
+DRIFT_FLAGS = ("protocol", "choices", "prompts")
+
 # What a verb makes of a recipe: the JSON object, how it prints for people, and its exit code.
 Outcome = tuple[dict[str, Any], Callable[[], None], int]
 Verb = Callable[["Recipe", "RunOptions"], Outcome]
+# A verb on a folder that no recipe made: the folder, the model, the other flags, the settings.
+VerbAgainst = Callable[[Path, str, dict[str, Any], list[str], "RunOptions"], Outcome]
 
 
-def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> Callable[..., None]:
+def command_of(
+    verb: Verb, announces: bool = True, publishes: bool = False, against_verb: VerbAgainst | None = None
+) -> Callable[..., None]:
     """A typer command with the shared flags, which runs `verb`, prints what it came to, and tells a CI job.
 
-    Where it `publishes`, the proof can be left out.
+    Where it `publishes`, the proof can be left out. With --against it runs `against_verb`.
     """
 
     def command(
@@ -94,6 +115,8 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         training: Training = None,
         text: Text = None,
         protocol: ProtocolName = None,
+        choices: ChoicesFile = None,
+        prompts: PromptsFile = None,
         calibration: Calibration = None,
         settings: Settings = None,
         out: Out = None,
@@ -105,6 +128,7 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         output: Output = None,
         junit_xml: JunitXml = None,
         prove: Prove = None,
+        against: Against = None,
     ) -> None:
         require_folders(output, junit_xml)
         flags = {
@@ -115,6 +139,8 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             "--training-quantization": training,
             "--text": text,
             "--protocol": protocol,
+            "--choices": choices,
+            "--prompts": prompts,
             "--calibration": calibration,
         }
         if prove is not None:
@@ -126,12 +152,18 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
             engine=engine_name(engine),
             accelerator=accelerator_name(device),
         )
-        if recipe is not None and recipe.suffix == ".json":
+        run: Callable[[], Outcome]
+        if against is not None and against_verb is not None:
+            folder = _artifact(recipe)
+            options = options if out else replace(options, out=Path("out") / f"check-{folder.resolve().name}")
+            run = partial(against_verb, folder, against, flags, settings or [], options)
+        elif recipe is not None and recipe.suffix == ".json":
             facts, options = _kept_plan(recipe, flags, settings or [], options)
+            run = partial(verb, facts, options)
         else:
-            facts = recipe_from(recipe, flags, settings or [])
+            run = partial(verb, recipe_from(recipe, flags, settings or []), options)
         try:
-            outcome = verb(facts, options)
+            outcome = run()
         except ExportError as error:
             tell_ci(failure_data(error), options.out, junit_xml)
             raise
@@ -140,11 +172,18 @@ def command_of(verb: Verb, announces: bool = True, publishes: bool = False) -> C
         finish(outcome, as_json, output)
 
     command.__doc__ = verb.__doc__
-    if not publishes:
-        signature = inspect.signature(command, eval_str=True)
-        words = [word for name, word in signature.parameters.items() if name != "prove"]
-        command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
+    unused = {"prove": not publishes, "against": against_verb is None}
+    signature = inspect.signature(command, eval_str=True)
+    words = [word for name, word in signature.parameters.items() if not unused.get(name)]
+    command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
     return command
+
+
+def _artifact(path: Path | None) -> Path:
+    """The folder that --against is about."""
+    if path is None:
+        raise UsageError("--against without an artifact", "as in check ARTIFACT --against MODEL --text FILE")
+    return path
 
 
 def require_folders(*files: Path | None) -> None:
@@ -255,13 +294,13 @@ def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -
 
 
 def drift_from(flags: dict[str, Any]) -> dict[str, Any] | None:
-    """A recipe's section on drift; raises UsageError for a protocol without a text."""
-    text, protocol = flags["--text"], flags["--protocol"]
-    if protocol and not text:
-        raise UsageError(f"--protocol {protocol} without a text to measure on", "add --text FILE")
-    if not text:
-        return None
-    return {"text": text, "protocol": protocol} if protocol else {"text": text}
+    """A recipe's section on drift; raises UsageError for what goes with a text where there is none."""
+    stated = {name: flags[f"--{name}"] for name in DRIFT_FLAGS if flags.get(f"--{name}")}
+    if flags["--text"]:
+        return {"text": flags["--text"], **stated}
+    for name, value in stated.items():
+        raise UsageError(f"--{name} {value} without a text to measure on", "add --text FILE")
+    return None
 
 
 def _kept_plan(

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,11 +98,10 @@ class ReferenceProbabilities:
         """Where the rows lie."""
         return str(self._file.name)
 
-    def flush(self) -> int:
-        """Bring everything to the disk, and say how many bytes it is."""
+    def flush(self) -> None:
+        """Bring everything to the disk."""
         if isinstance(self._rows, np.memmap):
             self._rows.flush()
-        return 0 if self._rows is None else self._rows.nbytes
 
 
 @dataclass
@@ -157,10 +157,10 @@ class _Place:
             kept = json.loads((self.folder / FACTS).read_bytes())
             if kept["facts"] != self.facts or len(kept["checksums"]) != len(tokens.windows):
                 return None
-            with np.load(self.folder / MEASURED) as columns:
+            with (self.folder / MEASURED).open("rb") as raw, np.load(raw, allow_pickle=False) as columns:
                 found = dict(columns)
             file = (self.folder / ROWS).open("rb")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
             return None
         try:
             rows = ReferenceProbabilities(file, tokens, dict(enumerate(kept["checksums"])))
@@ -192,9 +192,7 @@ class _Place:
 
     def finish(self, rows: ReferenceProbabilities, columns: Columns) -> None:
         """Give the folder its name, where it may stay."""
-        size = rows.flush()
-        if size > self.store.limit_bytes:
-            return
+        rows.flush()
         np.savez(self.partial / MEASURED, allow_pickle=False, **columns)
         checksums = [rows.checksums[number] for number in range(len(rows.tokens.windows))]
         text = json.dumps({"facts": self.facts, "checksums": checksums})
@@ -202,15 +200,18 @@ class _Place:
         for name in (MEASURED, FACTS):
             with (self.partial / name).open("rb") as file:
                 os.fsync(file.fileno())
+        size = _folder_bytes(self.partial)
+        if size > self.store.limit_bytes:
+            return
         self._make_room(self.store.limit_bytes - size)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.partial.rename(self.folder)
 
     def _make_room(self, limit_bytes: int) -> None:
-        kept = sorted(kept_references(self.store.out), key=lambda path: -(path / FACTS).stat().st_mtime_ns)
+        kept = [path for path in kept_references(self.store.out) if path.suffix != PARTIAL]
         total = 0
-        for path in kept:
-            total += sum(file.stat().st_size for file in path.iterdir())
+        for path in sorted(kept, key=lambda path: -(path / FACTS).stat().st_mtime_ns):
+            total += _folder_bytes(path)
             if total > limit_bytes:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -240,6 +241,10 @@ def measurement_in(columns: Columns, key: str) -> Measurement | None:
     words: dict[str, Any] = {word: columns[f"{key}.{word}"].item() for word in WORDS}
     words |= {column: columns[f"{key}.{column}"] for column in COLUMNS}
     return Measurement(**words)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _checksum(rows: Float32) -> int:

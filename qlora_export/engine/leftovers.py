@@ -1,6 +1,7 @@
 """What dead runs left: partial folders with our journal in them, adapters half combined, trials that were measured.
 
-Also blocks that were rounded by calibration for an artifact that was not built. All of it is removed only while no run
+Also blocks that were rounded by calibration for an artifact that was not built, and the distributions of references,
+which a later check would use. All of it is removed only while no run
 holds the run folder.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
+from qlora_export.drift.reference_store import kept_references
 from qlora_export.engine.building import locked
 from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
@@ -35,7 +37,7 @@ def find_leftovers(out: Path) -> list[Leftover]:
         raise UsageError(f"{out}: no such folder", "give the folder that --out named")
     with locked(out):
         found = [path for path in out.glob("*.partial") if is_ours(path) or path.name.startswith(COMBINED_NAME)]
-        found += folders_of_blocks(out)
+        found += [*folders_of_blocks(out), *kept_references(out)]
         found += [out / name for name in TRIALS if (out / name).is_dir() and not (out / name).is_symlink()]
         return [Leftover(path, allocated_bytes(path)) for path in sorted(found)]
 

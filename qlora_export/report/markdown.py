@@ -11,6 +11,7 @@ from qlora_export.contracts import Drift
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import layer_table
+from qlora_export.report.probes import probe_list
 from qlora_export.report.run import Reported
 from qlora_export.report.tokens import protocol_line, tokens_data
 
@@ -40,7 +41,8 @@ def markdown(run: Reported) -> str:
     if run.ledger is None:
         lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
     else:
-        lines += [*_ledger(run.ledger), *layer_table(run.ledger, facts.rounded)]
+        lines += [f"Drift from {facts.compared_with}, on {run.ledger.tokens.count} tokens.", ""]
+        lines += [*_ledger(run.ledger), *probe_list(run.ledger), *layer_table(run.ledger, facts.rounded)]
     lines += _calibrated(run)
     if run.receipts:
         lines += ["", "## Published", ""]
@@ -80,8 +82,7 @@ def _ledger(ledger: Ledger) -> list[str]:
     rows = [
         ArtifactRow(entry.artifact.name, entry.artifact.bytes, entry.drift, _verdict(entry)) for entry in ledger.entries
     ]
-    lines = [f"Drift from the model that was trained, on {ledger.tokens.count} tokens.", ""]
-    lines += ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
+    lines = ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
     lines += ["", f"{protocol_line(tokens_data(ledger.tokens))}; tokens `{ledger.tokens.sha256}`."]
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines

@@ -24,6 +24,11 @@ class RunFacts:
     assumptions: tuple[str, ...]
     rounded: frozenset[str] = field(default_factory=frozenset)
 
+    @property
+    def compared_with(self) -> str:
+        """What drift is measured from, in words."""
+        return "the model" if self.training is None else "the model that was trained"
+
 
 class Reported(Protocol):
     """A run, or a check of a folder that no run of ours made."""

@@ -17,6 +17,7 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
+from qlora_export.report.probes import probe_lines
 from qlora_export.report.run import Reported, Run
 from qlora_export.report.tokens import protocol_line, tokens_data
 
@@ -92,7 +93,7 @@ def print_ledger(run: Reported) -> None:
     console, ledger = console_for_result(), run.ledger
     if ledger is None:
         return
-    table = new_table("Drift from the model that was trained")
+    table = new_table(f"Drift from {run.facts.compared_with}")
     table.add_column("model", no_wrap=True)
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
@@ -113,7 +114,7 @@ def print_ledger(run: Reported) -> None:
         floor = f"mean KL {noise.mean_kl:.2g}, top-1 {noise.same_top1:.1%}, on {noise.tokens} tokens"
         console.print(f"noise floor, the reference against itself in {noise.dtype}: {floor}", highlight=False)
     for entry in ledger.entries:
-        for said in (*entry.verdict.reasons, lowest_line(entry)):
+        for said in (*entry.verdict.reasons, lowest_line(entry), *probe_lines(entry)):
             if said is not None:
                 console.print(f"{entry.artifact.name}: {said}", highlight=False, soft_wrap=True)
     _print_calibration(console, run)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qlora_export.contracts import Artifact, Drift, Verdict
-from qlora_export.drift.gate import DEFAULT_LIMITS, judge, verify
+from qlora_export.drift.gate import DEFAULT_LIMITS, Z_95, deciding_tokens, judge, verify
+from qlora_export.drift.statistics import Beside
 from qlora_export.errors import VerifyMismatch
 from qlora_export.recipe import Limits
 
@@ -64,6 +68,29 @@ def test_the_number_of_tokens_that_would_decide() -> None:
 
 def test_a_limit_that_is_off_judges_nothing() -> None:
     assert judge(Drift(**{**PERFECT, "mean_kl": 9.0}), Limits(), 1000, 0) == Verdict("pass")
+
+
+def test_no_worse_than_another_artifact() -> None:
+    limits = Limits(no_worse_than="bf16")
+    assert limits.no_worse_than is not None
+    assert (limits.no_worse_than.mean_kl, limits.no_worse_than.perplexity_ratio) == (1e-3, 1.002)
+    drift, same = Drift(**PERFECT), Beside("bf16", 0.0, 1e-5, 0.0, 1e-5)
+    assert judge(drift, limits, 1000, 0, same).outcome == "pass"
+    worse = judge(drift, limits, 1000, 0, replace(same, mean_kl=0.002))
+    assert worse.outcome == "fail"
+    assert worse.reasons == ("mean KL above bf16 is 0.002 ± 1e-05, the limit is at most 0.001",)
+    ratio = judge(drift, limits, 1000, 0, replace(same, ln_ppl_ratio=0.01))
+    assert "perplexity ratio to bf16 is 1.01" in ratio.reasons[0]
+    assert judge(drift, limits, 1000, 0, replace(same, mean_kl_stderr=0.01)).outcome == "inconclusive"
+
+
+def test_the_predicted_tokens_decide_four_times_in_five() -> None:
+    rng = np.random.default_rng(0)
+    spread, distance = 0.4, 0.02
+    needed = deciding_tokens(1000, spread / math.sqrt(1000), distance)
+    means = distance + rng.normal(0, spread / math.sqrt(needed), 4000)
+    decided = (np.abs(means) >= Z_95 * spread / math.sqrt(needed)).mean()
+    assert decided == pytest.approx(0.8, abs=0.03)
 
 
 def test_a_handful_of_tokens_decides_nothing() -> None:

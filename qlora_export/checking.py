@@ -1,0 +1,232 @@
+"""Checking a folder that no recipe of ours made, against the model that it should be.
+
+    qlora-export check ARTIFACT --against MODEL[+ADAPTER] --text FILE
+
+The reference is MODEL as transformers loads it, or the live adapter on MODEL as it was quantised in training. What is
+checked is opened as its consumers would: a folder of transformers, of ONNX Runtime GenAI, a PEFT adapter on its base,
+or an artifact of ours. Tokens are the reference's, and the candidate's tokenizer must be the same. There is no
+survival, since nothing is known of how the weights came about, and nothing is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_export import catalog
+from qlora_export.contracts import Artifact, Session, Track
+from qlora_export.drift.ledger import Measured, References, make_ledger
+from qlora_export.drift.measure import measure
+from qlora_export.drift.protocols import token_set
+from qlora_export.drift.reference import require_reference
+from qlora_export.drift.reference_store import Reference, open_reference
+from qlora_export.drift.sizes import sized
+from qlora_export.drift.tokenizers import require_same_tokenizer
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.worst import worst_of
+from qlora_export.errors import UsageError
+from qlora_export.measuring import (
+    drift_text,
+    judged,
+    measure_folder,
+    measure_references,
+    model_key,
+    reference_key,
+    reference_store,
+    require_row,
+)
+from qlora_export.pipeline import RunOptions
+from qlora_export.planning import Plan, make_plan
+from qlora_export.protocol_names import choose_protocol
+from qlora_export.recipe import DriftRecipe, Recipe, make_recipe
+from qlora_export.report.run import Checked, Run, RunFacts
+from qlora_export.runtimes.recognising import recognised
+from qlora_export.sources.adapter import adapter_config
+from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
+from qlora_export.sources.context import context_tokens
+from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
+from qlora_export.sources.text import DriftText
+
+if TYPE_CHECKING:
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+BASE_HINT = "name the base that the adapter was trained on: --base FOLDER"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is checked against what: folders or Hub ids.
+
+    `base` is that of a candidate which is an adapter, `training` how a base was quantised where no sidecar tells.
+    """
+
+    artifact: str
+    against: str
+    base: str | None = None
+    training: str | None = None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model that the candidate should be: as it lies in a folder, or as trained by a plan."""
+
+    checkpoint: Checkpoint
+    plan: Plan | None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """That of the adapter where it has a tokenizer, else that of the model."""
+        adapter = self.plan.adapter.folder if self.plan and self.plan.adapter else None
+        return adapter if adapter and _has_tokenizer(adapter) else self.checkpoint.folder
+
+    def tokens(self, text: DriftText, tokenizer: FolderTokenizer, drift: DriftRecipe) -> TokenSet:
+        """The tokens of the text by the protocol that was asked for."""
+        config = self.checkpoint.text_config
+        choice = choose_protocol(drift.protocol, drift.window_tokens, drift.stride_tokens)
+        found = token_set(text, tokenizer, sized(choice, context_tokens(config)), drift.tokens)
+        rows = config.get("vocab_size")
+        if self.plan is not None:
+            rows = self.plan.model.settings.get("vocab_size", rows)
+        require_row(max(max(window.tokens) for window in found.windows), rows, self.checkpoint.folder)
+        return found
+
+    def key(self, workers: int) -> dict[str, Any]:
+        """What decides its numbers."""
+        return reference_key(self.plan, workers) if self.plan else model_key(self.checkpoint, workers)
+
+    def measure(self, kept: Reference, track: Track) -> References:
+        """Run it, unless that was done before."""
+        if self.plan is not None:
+            return measure_references(self.plan, kept, track)
+        return measure_folder(self.checkpoint.folder, kept, track)
+
+    def facts(self, drift: DriftRecipe | None, notes: Sequence[str]) -> RunFacts:
+        """What the report says of it."""
+        if self.plan is None:
+            return RunFacts(None, "the model itself", "the model", None, drift, tuple(notes))
+        assumptions = (*self.plan.assumptions, *notes)
+        facts = Run(self.plan).facts
+        return replace(facts, recipe_digest=None, drift=drift, assumptions=assumptions, rounded=frozenset())
+
+
+def check_against(
+    question: Question, drift: Mapping[str, Any], settings: Sequence[str], options: RunOptions
+) -> Checked:
+    """Measure one folder and judge it; `drift` is a recipe's section of that name, `settings` are KEY=VALUE of it.
+
+    Raises InputError for a folder that does not load, or whose tokenizer is another one.
+    """
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    candidate = recognised(_folder(question.artifact))
+    base, adapter = _parts(question.against)
+    recipe = _recipe(_folder(base), adapter, question.training, candidate.name, drift, settings)
+    model = _model(recipe, options.out)
+    text = drift_text(recipe)
+    tokenizer = FolderTokenizer(model.tokenizer_folder)
+    notes = _require_same_tokenizer(candidate, tokenizer, text)
+    stated = recipe.drift or DriftRecipe(text="")
+    tokens = model.tokens(text, tokenizer, stated)
+    opening = _opening(candidate, model, question, options.out)
+    with open_reference(reference_store(recipe, options.out), model.key(options.workers), tokens) as kept:
+        references = model.measure(kept, options.track)
+        with opening as session, options.track(f"measure {candidate.name}") as progress:
+            measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
+    worst = worst_of(measured, references.tuned, tokens, tokenizer.decode)
+    found = Measured(candidate, recipe.artifacts[0], measured, (), worst)
+    ledger = make_ledger(tokens, references, judged(recipe, [found], references, tokens))
+    return Checked(model.facts(recipe.drift, notes), (candidate,), ledger)
+
+
+def _folder(text: str) -> Path:
+    """A folder, or the snapshot of a Hub id, downloaded whole."""
+    remote = hub_id(text, Path())
+    if remote is None:
+        return local_folder(text, Path())
+    return fetch_weights(remote[0], fetch_small_files(*remote).name)
+
+
+def _parts(against: str) -> tuple[str, str | None]:
+    """MODEL, or MODEL and ADAPTER; raises UsageError where a part is empty."""
+    if Path(against).exists():
+        return against, None
+    model, plus, adapter = against.partition("+")
+    while plus and not Path(model).exists() and "+" in adapter:
+        more, _, adapter = adapter.partition("+")
+        model = f"{model}+{more}"
+    if not model or (plus and not adapter):
+        raise UsageError(f"--against {against!r} names no model", "as in --against MODEL or --against BASE+ADAPTER")
+    return model, adapter or None
+
+
+def _recipe(
+    base: Path, adapter: str | None, training: str | None, name: str, drift: Mapping[str, Any], settings: Sequence[str]
+) -> Recipe:
+    """The check as a recipe, which is never built."""
+    data: dict[str, Any] = {"base": str(base.absolute()), "drift": dict(drift)}
+    # An artifact that needs no room: what is checked is there already.
+    data["artifacts"] = [{"format": "adapter" if adapter else "bf16", "name": name}]
+    if adapter is not None:
+        data["adapter"] = adapter
+    if training is not None:
+        data["training_quantization"] = training
+    return make_recipe(data, Path(), "flags", settings)
+
+
+def _model(recipe: Recipe, out: Path) -> _Model:
+    if not recipe.adapters:
+        return _Model(open_checkpoint(Path(recipe.base)), None)
+    plan = make_plan(recipe, out)
+    require_reference(plan)
+    return _Model(plan.checkpoint, plan)
+
+
+def _require_same_tokenizer(candidate: Artifact, reference: FolderTokenizer, text: DriftText) -> list[str]:
+    """What is to be said of a candidate's tokenizer; raises InputError for one that is not the reference's."""
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    if not _has_tokenizer(candidate.path):
+        return [f"{candidate.name} ships no tokenizer: tokens are those of the reference"]
+    require_same_tokenizer(str(candidate.path), FolderTokenizer(candidate.path), reference, text)
+    return []
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+@contextmanager
+def _opening(candidate: Artifact, model: _Model, question: Question, out: Path) -> Iterator[Session]:
+    """The candidate in its runtime."""
+    runtime = str(candidate.manifest["runtime"])
+    if runtime != "as-trained":
+        with catalog.load_runtime(runtime).open(candidate.path) as session:
+            yield session
+        return
+    from qlora_export.runtimes.as_trained import open_as_trained
+
+    base = _base_of(candidate, model, question)
+    plan = make_plan(_recipe(base, str(candidate.path), question.training, candidate.name, {"text": ""}, ()), out)
+    if plan.adapter is None:
+        raise UsageError(f"{candidate.path}: no adapter", BASE_HINT)
+    yield open_as_trained(
+        plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size")
+    ).tuned()
+
+
+def _base_of(candidate: Artifact, model: _Model, question: Question) -> Path:
+    """The base that an adapter is opened on: as stated, else that of the reference's adapter, else as it names it."""
+    if question.base is not None:
+        return _folder(question.base)
+    if model.plan is not None:
+        return model.checkpoint.folder
+    stated = adapter_config(candidate.path).get("base_model_name_or_path")
+    if not isinstance(stated, str) or not stated:
+        raise UsageError(f"{candidate.path}: an adapter that names no base", BASE_HINT)
+    if hub_id(stated, Path()) is None and not Path(stated).is_dir():
+        raise UsageError(f"{candidate.path}: trained on {stated!r}, which is not there", BASE_HINT)
+    return _folder(stated)
