@@ -97,13 +97,15 @@ class Browser:
                 return result
             self.events.append(answer)
 
-    def open(self, path: Path, width: int = 1280, height: int = 900) -> None:
-        """Show a file, whole, in a window of this size."""
+    def open(self, path: Path, width: int = 1280, height: int = 900, scripts: bool = True) -> None:
+        """Show a file, whole, in a window of this size; without `scripts` its own do not run."""
+        self.send("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.events.clear()
         self.send("Page.navigate", url=path.absolute().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
+        self.send("Emulation.setScriptExecutionDisabled", value=False)
         self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def value(self, expression: str) -> Any:

@@ -222,6 +222,21 @@ def test_the_bytes_are_a_function_of_the_report(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == [PAGE_NAME]
 
 
+def test_tens_of_thousands_of_experts_do_not_make_a_page_that_no_browser_opens() -> None:
+    layers = [
+        {"tensor": f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "survival": 0.5 + expert / 1000}
+        for layer in range(48)
+        for expert in range(128)
+    ]
+    layers.append({"tensor": "lm_head.weight", "survival": 0.25})
+    outline = Outline(page({"artifacts": [{"name": "moe", "verdict": "pass", "layers": layers}]}))
+    said = outline.said()
+    assert "The 1,000 of 6,145 matrices of moe that kept least" in said
+    assert "experts.up_proj" in said
+    assert "lm_head.weight: 25.0%" in said
+    assert len(outline.of("circle")) + len(outline.of("path")) < 120
+
+
 def test_numbers_to_sort_by_are_beside_those_to_read() -> None:
     values = [
         attributes["data-value"] for attributes in Outline(page(full_report())).of("td") if "data-value" in attributes

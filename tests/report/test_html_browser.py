@@ -130,17 +130,10 @@ def test_paper_has_what_is_folded_and_no_buttons(browser: Browser, path: Path) -
 
 
 def test_it_is_whole_without_scripts(browser: Browser, path: Path) -> None:
-    browser.send("Emulation.setScriptExecutionDisabled", value=True)
-    try:
-        browser.send("Page.navigate", url=path.as_uri())
-        while not browser.told("Page.loadEventFired"):
-            browser.send("Page.getFrameTree")
-        browser.send("Emulation.setScriptExecutionDisabled", value=False)
-        assert browser.value("document.querySelectorAll('thead button').length") == 0
-        assert browser.value(MODELS) == ROWS
-        assert browser.value("document.querySelectorAll('.chart svg').length") > 10
-    finally:
-        browser.send("Emulation.setScriptExecutionDisabled", value=False)
+    browser.open(path, scripts=False)
+    assert browser.value("document.querySelectorAll('thead button').length") == 0
+    assert browser.value(MODELS) == ROWS
+    assert browser.value("document.querySelectorAll('.chart svg').length") > 10
 
 
 # Words whose contrast with the paint behind them is below 4.5, as WCAG's AA asks of small ones.

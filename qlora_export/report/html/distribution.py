@@ -29,7 +29,10 @@ def distribution(report: Facts) -> Section | None:
 
 def _figures(found: Found) -> Markup | None:
     figures = [_figure(place, artifact, facts) for place, artifact, facts in found if _drawn(facts)]
-    return element("div", figures, class_="figures") if figures else None
+    if not figures:
+        return None
+    note = element("p", "Dashed bars at the ends hold all that is beyond the axis.", class_="said")
+    return joined(element("div", figures, class_="figures"), note)
 
 
 def _drawn(facts: Facts) -> bool:

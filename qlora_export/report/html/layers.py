@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from qlora_export.report.html.chart import (
+    SERIES,
     Plane,
     axis_name,
     chart,
@@ -18,7 +19,7 @@ from qlora_export.report.html.chart import (
     words,
 )
 from qlora_export.report.html.elements import Markup, code, element, joined
-from qlora_export.report.html.figures import counted, share
+from qlora_export.report.html.figures import count, counted, share
 from qlora_export.report.html.reading import Facts, artifacts, number, part, parts, text
 from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.section import Section, artifact_heading, name_of
@@ -29,6 +30,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 548.0, 34.0, 214.0
 FLOORS = (0.9, 0.8, 0.5, 0.0)
 # A chart of layers that all kept this much would be a straight line.
 EVEN = (0.99, 1.01)
+# A mixture of experts has tens of thousands of matrices: more than these are for report.json.
+MOST_ROWS, MOST_MARKS = 1000, 2000
 LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})\.")
 PLACES = {"survival": "in the weights", "weighted_survival": "in the layers' outputs"}
 
@@ -104,7 +107,8 @@ def _chart(place: str, artifact: Facts, key: str, kinds: list[str]) -> Markup:
     plane = _plane(spots)
     lowest = min(spots, key=lambda spot: spot.kept)
     limit = number(part(artifact, "limits"), "survival_min")
-    drawn = [_series(plane, [spot for spot in spots if spot.kind == kind], kinds.index(kind)) for kind in kinds]
+    shown = spots if len(spots) <= MOST_MARKS else _lowest(spots)
+    drawn = [_series(plane, [spot for spot in shown if spot.kind == kind], kinds.index(kind)) for kind in kinds]
     return chart(
         place,
         f"Survival {PLACES[key]}, {name_of(artifact)}",
@@ -117,6 +121,16 @@ def _chart(place: str, artifact: Facts, key: str, kinds: list[str]) -> Markup:
         drawn,
         limit_line(plane, limit * 100, f"limit {share(limit, 0)}") if limit and limit * 100 > plane.up.low else None,
     )
+
+
+def _lowest(spots: list[Spot]) -> list[Spot]:
+    """Of every kind in every layer the matrix that kept least."""
+    found: dict[tuple[str, int | None], Spot] = {}
+    for spot in spots:
+        place = (spot.kind, spot.layer)
+        if place not in found or spot.kept < found[place].kept:
+            found[place] = spot
+    return list(found.values())
 
 
 def _plane(spots: list[Spot]) -> Plane:
@@ -148,21 +162,15 @@ def _layer_axis(plane: Plane, spots: list[Spot]) -> Markup:
 
 def _series(plane: Plane, spots: list[Spot], series: int) -> Markup:
     """The points of one kind of matrix, and a line through the lowest of every layer."""
-    lowest: dict[int, float] = {}
-    for spot in spots:
-        if spot.layer is not None:
-            lowest[spot.layer] = min(spot.kept, lowest.get(spot.layer, spot.kept))
-    corners = [(plane.across.place(layer), plane.up.place(100 * kept)) for layer, kept in sorted(lowest.items())]
-    width = plane.across.high - plane.across.low
-    alone = [spot for spot in spots if spot.layer is None]
-    marks = [
-        mark(plane.across.place(spot.layer), plane.up.place(100 * spot.kept), series, _said(spot))
-        for spot in spots
-        if spot.layer is not None
-    ]
-    last = plane.across.place(plane.across.low + width - 0.5)
-    marks += [mark(last, plane.up.place(100 * spot.kept), series, _said(spot)) for spot in alone]
-    return joined(path(corners, f"series-line series-{series % 8}"), marks)
+    lowest = sorted((spot.layer, spot.kept) for spot in _lowest(spots) if spot.layer is not None)
+    corners = [(plane.across.place(layer), plane.up.place(100 * kept)) for layer, kept in lowest]
+    marks = [mark(_pixel(plane, spot), plane.up.place(100 * spot.kept), series, _said(spot)) for spot in spots]
+    return joined(path(corners, f"series-line series-{series % SERIES}"), marks)
+
+
+def _pixel(plane: Plane, spot: Spot) -> float:
+    """Where a matrix is across: at its layer, or at the end where it is in none."""
+    return plane.across.place(plane.across.high - 0.5 if spot.layer is None else spot.layer)
 
 
 def _said(spot: Spot) -> str:
@@ -177,9 +185,13 @@ def _table(artifact: Facts) -> Markup:
         Column("survival in outputs", numeric=True),
         Column("output error", numeric=True),
     )
-    rows = [_row(layer) for layer in parts(artifact, "layers")]
-    drawn = table(f"What every matrix of {name_of(artifact)} kept", columns, rows, sortable=True)
-    if not any(text(layer, "weighted_of") == "before tuning" for layer in parts(artifact, "layers")):
+    found, name = parts(artifact, "layers"), name_of(artifact)
+    caption = f"What every matrix of {name} kept"
+    if len(found) > MOST_ROWS:
+        caption = f"The {count(MOST_ROWS)} of {count(len(found))} matrices of {name} that kept least"
+        found = sorted(found, key=lambda layer: number(layer, "survival") or 0.0)[:MOST_ROWS]
+    drawn = table(caption, columns, [_row(layer) for layer in found], sortable=True)
+    if not any(text(layer, "weighted_of") == "before tuning" for layer in found):
         return drawn
     return joined(drawn, element("p", "* of the weights before they were tuned; those are not shipped.", class_="said"))
 
