@@ -320,6 +320,8 @@ def test_ticks_lie_within_the_axis(low: float, factor: float, logarithmic: bool,
     scale = Scale(low, low * factor, 10.0, 110.0, logarithmic)
     ticks = scale.ticks(most)
     assert ticks == sorted(set(ticks))
+    assert len(ticks) <= most
+    assert not logarithmic or factor < 10 or ticks
     assert all(low * (1 - 1e-6) <= tick <= low * factor * (1 + 1e-6) for tick in ticks)
     assert all(10 <= scale.place(tick) <= 110 for tick in ticks)
     assert scale.place(low) == 10

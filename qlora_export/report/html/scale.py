@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qlora_export.report.html.figures import significant
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+DIGITS = ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Scale:
         return [round(number * step, 12) for number in range(first, last + 1)]
 
     def _powers(self, most: int) -> list[float]:
+        """Powers of ten, with as many digits between them as there is room for."""
         first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-        if last - first >= 2:
-            stride = math.ceil((last - first + 1) / most)
-            return [10.0**power for power in range(first, last + 1, stride)]
-        chosen = (1, 2, 5) if math.log10(self.high / self.low) > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-        values = (digit * 10.0**power for power in range(first - 1, last + 2) for digit in chosen)
-        return [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+        for digits in DIGITS:
+            values = [digit * 10.0**power for power in range(first - 1, last + 1) for digit in digits]
+            found = [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+            if len(found) <= most:
+                return found
+        stride = math.ceil((last - first + 1) / most)
+        return [10.0**power for power in range(first, last + 1, stride)]
 
 
 def tick_text(value: float) -> str:
