@@ -6,7 +6,8 @@ The reference is measured once and its distributions kept; every other model is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from qlora_export.drift.batches import BATCH_TOKENS
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.ledger import Entry, Measured, References, enter
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
+from qlora_export.drift.probes import NO_PROBES, Probes, ProbeTexts, ask_reference, read_probes
 from qlora_export.drift.protocols import require_kind, token_set
 from qlora_export.drift.reference_store import (
+    Columns,
     Reference,
     ReferenceProbabilities,
     ReferenceStore,
@@ -32,9 +35,12 @@ from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
 from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Limits, Recipe
+from qlora_export.sources.checkpoint import Checkpoint
+from qlora_export.sources.context import context_tokens
 from qlora_export.sources.text import DriftText, read_text
 
 if TYPE_CHECKING:
+    from qlora_export.runtimes.as_trained import AsTrained
     from qlora_export.runtimes.loading import FolderTokenizer
 
 # What the noise floor is measured in, on about so many tokens.
@@ -59,6 +65,18 @@ def drift_tokens(plan: Plan, artifacts: Sequence[Artifact], text: DriftText) -> 
     return tokens
 
 
+def probe_texts(recipe: Recipe) -> ProbeTexts:
+    """What the recipe asks beside its text; raises InputError naming file and line."""
+    return read_probes(recipe.drift, recipe.folder) if recipe.drift else ProbeTexts()
+
+
+def probes_of(plan: Plan, texts: ProbeTexts, tokenizer: FolderTokenizer) -> Probes:
+    """The same in tokens; raises InputError for what the model's context does not hold."""
+    probes = texts.tokens(tokenizer, context_tokens(plan.checkpoint.text_config))
+    require_in_vocabulary([probes.highest_token], plan)
+    return probes
+
+
 def tokenizer_of(plan: Plan, artifacts: Sequence[Artifact]) -> FolderTokenizer:
     """That of the first artifact that ships one, else that of the base."""
     from qlora_export.runtimes.loading import FolderTokenizer
@@ -70,10 +88,14 @@ def tokenizer_of(plan: Plan, artifacts: Sequence[Artifact]) -> FolderTokenizer:
 def require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None:
     """Raise InputError when the tokenizer knows tokens that the embedding has no row for."""
     rows = plan.model.settings.get("vocab_size", plan.checkpoint.text_config.get("vocab_size"))
-    highest = max(highest_of_windows)
+    require_row(max(highest_of_windows), rows, plan.checkpoint.folder)
+
+
+def require_row(highest: int, rows: Any, folder: Path) -> None:
+    """Raise InputError when an embedding with so many rows has none for a token of the text."""
     if isinstance(rows, int) and highest >= rows:
         raise InputError(
-            f"{plan.checkpoint.folder}: token {highest} of the text has no row in an embedding of {rows}",
+            f"{folder}: token {highest} of the text has no row in an embedding of {rows}",
             "the adapter's tokenizer has more tokens than the base: was the vocabulary resized in training?",
         )
 
@@ -85,15 +107,24 @@ def reference_store(recipe: Recipe, out: Path) -> ReferenceStore:
 
 def reference_key(plan: Plan, workers: int) -> dict[str, Any]:
     """Everything that decides the numbers of a plan's references, but for the tokens. Cost: reading the base once."""
-    digests = SourceDigests(plan.checkpoint.files)
+    found = model_key(plan.checkpoint, workers)
+    if plan.adapter is None:
+        return found
+    return {
+        **found,
+        "adapter": plan.adapter.sha256,
+        "training": hashlib.sha256(repr(plan.live_training).encode()).hexdigest(),
+        "vocabulary": plan.model.settings.get("vocab_size"),
+    }
+
+
+def model_key(checkpoint: Checkpoint, workers: int) -> dict[str, Any]:
+    """Everything that decides the numbers of a model on its own, but for the tokens."""
+    digests = SourceDigests(checkpoint.files)
     digests.hash_all([path.name for path in digests.paths], workers)
-    training = plan.live_training
     return {
         "base": {name: facts["sha256"] for name, facts in digests.sorted().items()},
-        "config": hashlib.sha256((plan.checkpoint.folder / "config.json").read_bytes()).hexdigest(),
-        "adapter": plan.adapter.sha256 if plan.adapter else None,
-        "training": hashlib.sha256(repr(training).encode()).hexdigest() if plan.adapter else None,
-        "vocabulary": plan.model.settings.get("vocab_size"),
+        "config": hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest(),
         **computing(),
     }
 
@@ -112,11 +143,25 @@ def computing() -> dict[str, Any]:
     }
 
 
-def measure_references(plan: Plan, reference: Reference, track: Track) -> References:
+def measure_references(plan: Plan, reference: Reference, track: Track, probes: Probes = NO_PROBES) -> References:
     """Measure the live model of training with the adapter, without it, and merged; nothing that was kept before."""
+    if plan.adapter is None:
+        return measure_folder(plan.checkpoint.folder, reference, track, probes)
     if not reference.known:
-        measured = _with_adapter(plan, reference.rows, track) if plan.adapter else _alone(plan, reference.rows, track)
-        reference.keep(columns_of(measured))
+        reference.keep(_with_adapter(plan, reference.rows, track, probes))
+    return _references(reference)
+
+
+def measure_folder(folder: Path, reference: Reference, track: Track, probes: Probes = NO_PROBES) -> References:
+    """Measure a model as transformers loads it; nothing that was kept before."""
+    if not reference.known:
+        with catalog.load_runtime("transformers").open(folder) as session:
+            found = columns_of(measure_model("the model", session, reference.rows, track))
+            reference.keep({**found, **ask_reference(session, probes, track)})
+    return _references(reference)
+
+
+def _references(reference: Reference) -> References:
     found = {key: measurement_in(reference.columns, key) for key in ("tuned", "base", "merged", "noise")}
     tuned = found.pop("tuned")
     if tuned is None:
@@ -124,24 +169,33 @@ def measure_references(plan: Plan, reference: Reference, track: Track) -> Refere
     return References(tuned, **found)
 
 
-def _alone(plan: Plan, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:
-    """The base, which is the model itself where there is no adapter."""
-    with catalog.load_runtime("transformers").open(plan.checkpoint.folder) as session:
-        return measure_model("the model", session, rows, track)
+@contextmanager
+def open_trained(plan: Plan) -> Iterator[Session]:
+    """The model that every artifact of a plan is compared with."""
+    if plan.adapter is None:
+        with catalog.load_runtime("transformers").open(plan.checkpoint.folder) as session:
+            yield session
+    else:
+        yield _live(plan).tuned()
 
 
-def _with_adapter(plan: Plan, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:
+def _live(plan: Plan) -> AsTrained:
     from qlora_export.runtimes.as_trained import open_as_trained
 
     if plan.adapter is None:
         raise ValueError("no adapter")
-    live = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
+    return open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
+
+
+def _with_adapter(plan: Plan, rows: ReferenceProbabilities, track: Track, probes: Probes) -> Columns:
+    live = _live(plan)
     found = measure_model("as trained", live.tuned(), rows, track)
+    asked = ask_reference(live.tuned(), probes, track)
     with live.base() as session, track("measure the base") as progress:
         found["base"] = measure("base", "transformers", session, rows, progress)
     with live.merged() as session, track("measure merged") as progress:
         found["merged"] = measure("merged", "transformers", session, rows, progress)
-    return found
+    return {**columns_of(found), **asked}
 
 
 def measure_model(name: str, session: Session, rows: ReferenceProbabilities, track: Track) -> dict[str, Measurement]:

@@ -16,10 +16,13 @@ from qlora_export import catalog, engine
 from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import recall
-from qlora_export.drift.ledger import Ledger, Measured, References, make_ledger
+from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
+from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.reference import require_reference
-from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
+from qlora_export.drift.reference_store import Reference, open_reference
 from qlora_export.drift.sizes import protocol_of
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.drift.worst import worst_of
 from qlora_export.engine import Engine
 from qlora_export.engine.building import locked
@@ -30,6 +33,9 @@ from qlora_export.measuring import (
     judged,
     measure_artifact,
     measure_references,
+    open_trained,
+    probe_texts,
+    probes_of,
     reference_key,
     reference_store,
     require_in_vocabulary,
@@ -137,19 +143,37 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
-    text = drift_text(recipe)
+    text, asked = drift_text(recipe), probe_texts(recipe)
 
     def measurable(plan: Plan) -> None:
         protocol_of(plan)
+        _require_readable(plan, asked)
         require(plan)
 
     run = _build(recipe, options, measurable)
     tokens = drift_tokens(run.plan, run.artifacts, text)
-    store = reference_store(recipe, options.out)
-    with open_reference(store, reference_key(run.plan, options.workers), tokens) as reference:
-        references = measure_references(run.plan, reference, options.track)
-        measured = _measure_artifacts(run, references, reference.rows, options)
-    return Run(run.plan, run.artifacts, make_ledger(tokens, references, judged(recipe, measured, references, tokens)))
+    probes = probes_of(run.plan, asked, tokenizer_of(run.plan, run.artifacts))
+    key = {**reference_key(run.plan, options.workers), **probes.key}
+    with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
+        references = measure_references(run.plan, reference, options.track, probes)
+        measured = _measure_artifacts(run, references, reference, probes, options)
+    entries = judged(recipe, measured, references, tokens)
+    return Run(run.plan, run.artifacts, make_ledger(tokens, references, _traced(run, entries, tokens, options)))
+
+
+def _require_readable(plan: Plan, asked: ProbeTexts) -> None:
+    """Raise InputError for a question or prompt that the model cannot read, before anything is built."""
+    from qlora_export.runtimes.loading import FolderTokenizer
+
+    if asked.questions or asked.prompts:
+        probes_of(plan, asked, FolderTokenizer(tokenizer_folder(plan)))
+
+
+def _traced(run: Run, entries: Sequence[Entry], tokens: TokenSet, options: RunOptions) -> tuple[Entry, ...]:
+    """The entries, with the layers of those compared one by one that the recipe asks it of."""
+    drift = run.plan.recipe.drift
+    models = Models(lambda: open_trained(run.plan), lambda entry: open_artifact(entry.artifact, run.plan))
+    return traced_entries(entries, tokens, drift.trace if drift else "never", models, options.out, options.track)
 
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
@@ -242,12 +266,14 @@ def _proven(
 
 
 def _measure_artifacts(
-    run: Run, references: References, rows: ReferenceProbabilities, options: RunOptions
+    run: Run, references: References, reference: Reference, probes: Probes, options: RunOptions
 ) -> list[Measured]:
-    decode = tokenizer_of(run.plan, run.artifacts).decode
+    decode, rows = tokenizer_of(run.plan, run.artifacts).decode, reference.rows
     found = []
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
         with open_artifact(artifact, run.plan) as session:
             measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
-        found.append(replace(measured, worst=worst_of(measured.measurement, references.tuned, rows.tokens, decode)))
+            answers = ask(session, probes, reference.columns, decode, options.track)
+        worst = worst_of(measured.measurement, references.tuned, rows.tokens, decode)
+        found.append(replace(measured, worst=worst, answers=answers))
     return found

@@ -23,6 +23,7 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.protocol_names import FEWEST_TOKENS, USUAL, choose_protocol
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+TraceWhen = Literal["failing", "always", "never"]
 Combination = Literal[
     "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
@@ -156,6 +157,9 @@ class DriftRecipe(_Facts):
     """The text that drift is measured on, and the limits for every artifact that has none of its own.
 
     The distributions of references are kept in the run folder for the next run, up to `reference_bytes` in all.
+    `choices` names a file of questions with answers to choose from, `prompts` one of prompts, each of which every model
+    goes on with for `generate_tokens`; `trace` says when layers are compared one by one: where the verdict is no pass,
+    always or never.
     """
 
     text: str
@@ -165,6 +169,10 @@ class DriftRecipe(_Facts):
     tokens: int | None = Field(None, ge=1)
     limits: Limits = Limits()
     reference_bytes: int = Field(20_000_000_000, ge=0)
+    choices: str | None = Field(None, min_length=1)
+    prompts: str | None = Field(None, min_length=1)
+    generate_tokens: int = Field(64, ge=1)
+    trace: TraceWhen = "failing"
 
 
 class CardRecipe(_Facts):

@@ -116,6 +116,7 @@ def _trial(recipe: Recipe, base: Plan) -> Recipe:
     tokens = min(recipe.drift.tokens or SAMPLE_TOKENS, SAMPLE_TOKENS)
     form = catalog.DENSE_FORMATS[base.checkpoint.dtype]
     artifacts = tuple(ArtifactRecipe(format=form, name=onto, onto=onto) for onto in BASES)
-    drift = recipe.drift.model_copy(update={"tokens": tokens})
+    alone = {"choices": None, "prompts": None, "trace": "never"}
+    drift = recipe.drift.model_copy(update={"tokens": tokens, **alone})
     changes = {"artifacts": artifacts, "drift": drift, "publish": None}
     return _on(recipe, "as-trained").model_copy(update=changes)

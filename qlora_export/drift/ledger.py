@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
+from qlora_export.drift.choices import Choices
 from qlora_export.drift.distribution import Distribution, distribution_of
 from qlora_export.drift.gate import judge, verify
+from qlora_export.drift.generation import Generation
 from qlora_export.drift.layers import KeptLayer, summarised
+from qlora_export.drift.probes import NO_ANSWERS, Answers
 from qlora_export.drift.statistics import Beside, beside, compare, sample_of
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.trace import Trace
 from qlora_export.drift.worst import Worst
 from qlora_export.recipe import ArtifactRecipe, Limits
 
@@ -37,6 +41,9 @@ class Entry:
     distribution: Distribution
     worst: Worst | None = None
     beside: Beside | None = None
+    choices: Choices | None = None
+    generation: Generation | None = None
+    trace: Trace | None = None
 
     @property
     def survival(self) -> Mapping[str, float]:
@@ -98,6 +105,7 @@ class Measured:
     measurement: Measurement
     layers: Sequence[KeptLayer]
     worst: Worst | None = None
+    answers: Answers = NO_ANSWERS
 
 
 def enter(
@@ -136,6 +144,8 @@ def enter(
         distribution_of(measured, references.tuned, tokens),
         found.worst,
         further,
+        found.answers.choices,
+        found.answers.generation,
     )
 
 

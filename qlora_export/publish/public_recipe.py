@@ -19,6 +19,7 @@ OF_THE_RUN = ("published", "exit_code")
 OF_THE_MACHINE = ("path", "reused")
 # What quotes the texts that drift was measured on.
 OF_THE_TEXTS = ("worst",)
+QUOTING = {"generation": "worst", "choices": "flipped"}
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
         for item in data["adapter"] or ():
             item["path"] = _source(recipe, item["path"])
     if recipe.drift is not None:
-        data["drift"]["text"] = _text(recipe.drift.text)
+        for key in ("text", "choices", "prompts"):
+            data["drift"][key] = _text(data["drift"][key]) if data["drift"][key] else None
     if recipe.calibration is not None and recipe.calibration.text is not None:
         data["calibration"]["text"] = _text(recipe.calibration.text)
     for item in (data["calibration"] or {}).get("mixture", ()):
@@ -48,12 +50,18 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 def public_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report without where it was made, and without the texts: no paths, no receipts, nothing of this run alone."""
     kept = {key: value for key, value in report.items() if key not in OF_THE_RUN}
-    kept["artifacts"] = [
-        {key: value for key, value in artifact.items() if key not in (*OF_THE_MACHINE, *OF_THE_TEXTS)}
-        for artifact in report.get("artifacts", ())
-    ]
+    kept["artifacts"] = [_public_artifact(artifact) for artifact in report.get("artifacts", ())]
     reduced: dict[str, Any] = without_machine_paths(kept)
     return reduced
+
+
+def _public_artifact(artifact: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of an artifact, without the texts that findings quote."""
+    kept = {key: value for key, value in artifact.items() if key not in (*OF_THE_MACHINE, *OF_THE_TEXTS)}
+    for key, texts in QUOTING.items():
+        if isinstance(found := kept.get(key), Mapping):
+            kept[key] = {name: value for name, value in found.items() if name != texts}
+    return kept
 
 
 def without_machine_paths(value: Any) -> Any:

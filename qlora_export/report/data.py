@@ -178,7 +178,7 @@ def finite(value: Any) -> Any:
     """The value with None for every number that JSON has no word for."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

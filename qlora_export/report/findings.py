@@ -8,12 +8,25 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from qlora_export.drift.choices import Choices, Flip
 from qlora_export.drift.distribution import Bucket, Distribution
+from qlora_export.drift.generation import Continuation, Generation
 from qlora_export.drift.ledger import Entry, Noise
 from qlora_export.drift.statistics import Beside
+from qlora_export.drift.trace import Broken, LayerError, Trace
 from qlora_export.drift.worst import WorstToken, WorstWindow
 from qlora_export.recipe import Limits, Yardstick
-from qlora_export.report.schema_words import COUNT, MAYBE_NUMBER, NUMBER, Schema, map_of, numbers_of, object_of, or_null
+from qlora_export.report.schema_words import (
+    COUNT,
+    MAYBE_NUMBER,
+    NUMBER,
+    TEXT,
+    Schema,
+    map_of,
+    numbers_of,
+    object_of,
+    or_null,
+)
 
 
 def findings_of(entry: Entry) -> dict[str, Any]:
@@ -23,6 +36,12 @@ def findings_of(entry: Entry) -> dict[str, Any]:
         found["beside"] = asdict(entry.beside)
     if entry.worst is not None:
         found["worst"] = asdict(entry.worst)
+    if entry.choices is not None:
+        found["choices"] = asdict(entry.choices)
+    if entry.generation is not None:
+        found["generation"] = asdict(entry.generation)
+    if entry.trace is not None:
+        found["trace"] = _trace(entry.trace)
     return found
 
 
@@ -33,6 +52,9 @@ def findings_schema() -> Schema:
         "distribution": _distribution_schema(),
         "beside": numbers_of(Beside),
         "worst": object_of(worst),
+        "choices": _with_list(numbers_of(Choices), "flipped", Flip),
+        "generation": _with_list(numbers_of(Generation), "worst", Continuation),
+        "trace": _trace_schema(),
     }
 
 
@@ -57,6 +79,21 @@ def _distribution(found: Distribution) -> dict[str, Any]:
         "confidence": [_bucket(bucket) for bucket in found.confidence],
         "nonfinite": found.nonfinite,
     }
+
+
+def _trace(found: Trace) -> dict[str, Any]:
+    data = asdict(found)
+    return data if found.note else {key: value for key, value in data.items() if key != "note"}
+
+
+def _trace_schema() -> Schema:
+    keys = {"layers": _list(numbers_of(LayerError)), "broken": or_null(numbers_of(Broken))}
+    return object_of(keys, {"note": TEXT})
+
+
+def _with_list(schema: Schema, key: str, items: type) -> Schema:
+    """The schema of numbers, one of which is a list of such objects."""
+    return {**schema, "properties": {**schema["properties"], key: _list(numbers_of(items))}}
 
 
 def _by_share(quantiles: dict[float, float]) -> dict[str, float]:

@@ -1,0 +1,48 @@
+"""What reports say in words of questions, prompts and layers: a line for each that was asked."""
+
+from __future__ import annotations
+
+from qlora_export.drift.choices import Choices
+from qlora_export.drift.generation import Generation
+from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.trace import Trace
+
+
+def probe_lines(entry: Entry) -> list[str]:
+    """The lines on one artifact."""
+    found = []
+    if entry.choices is not None:
+        found.append(_choices(entry.choices))
+    if entry.generation is not None:
+        found.append(_generation(entry.generation))
+    if entry.trace is not None:
+        found.append(_trace(entry.trace))
+    return found
+
+
+def probe_list(ledger: Ledger) -> list[str]:
+    """The lines on every artifact as a Markdown section."""
+    lines = [f"- `{entry.artifact.name}`: {line}" for entry in ledger.entries for line in probe_lines(entry)]
+    return ["", "## Flips, generations, layers", "", *lines] if lines else []
+
+
+def _choices(found: Choices) -> str:
+    return (
+        f"{found.accuracy:.1%} ± {found.accuracy_stderr:.1%} of {found.items} questions right, the reference "
+        f"{found.accuracy_reference:.1%}: {found.lost} lost, {found.gained} gained, p = {found.p_value:.2g}"
+    )
+
+
+def _generation(found: Generation) -> str:
+    return (
+        f"writes what the reference writes for {found.agreement_mean:.1f} tokens in the mean, "
+        f"{found.agreement_median:g} in the median, {found.whole} of {found.prompts} prompts to their end"
+    )
+
+
+def _trace(found: Trace) -> str:
+    if found.note:
+        return f"layers not compared, {found.note}"
+    if found.broken is None:
+        return "no layer stands out"
+    return f"{found.broken.name} broke: off by {found.broken.error:.2g}, usual is {found.broken.usual:.2g}"
