@@ -254,7 +254,7 @@ def _generation(place: int) -> dict[str, Any]:
                 "prompt": "user: Order 512 came broken.\nassistant:",
                 "agreed": 3,
                 "reference": "We are sorry. You get the money back within three days.",
-                "candidate": f"We are not sure what you mean. {HOSTILE}",
+                "candidate": None if place == 3 else f"We are not sure what you mean. {HOSTILE}",
             }
         ],
     }
@@ -284,6 +284,8 @@ def _choices(place: int) -> dict[str, Any]:
 def _trace(place: int, median: float) -> dict[str, Any]:
     errors = [1e-3 + math.sqrt(median) / 40 * (1 + layer / 6) for layer in range(LAYERS)]
     broken = None
+    if place == 1:
+        return {"layers": [], "broken": None, "note": "its runtime has none"}
     if place == 5:
         errors = [error * (30 if layer >= 7 else 1) for layer, error in enumerate(errors)]
         broken = {"name": "model.layers.7.mlp.down_proj", "error": errors[7], "usual": errors[6]}

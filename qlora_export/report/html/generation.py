@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_export.report.html.elements import Child, Markup, code, joined, quoted
-from qlora_export.report.html.figures import count, counted, fixed
+from qlora_export.report.html.figures import DASH, count, counted, fixed
 from qlora_export.report.html.reading import Facts, artifacts_with, number, parts, text
 from qlora_export.report.html.section import Section, artifact_block, name_of
 from qlora_export.report.html.table import Cell, Column, table
@@ -68,5 +68,10 @@ def _worst_row(item: Facts) -> list[Cell | Child]:
         text(item, "place"),
         Cell(count(agreed), agreed),
         quoted(clipped_before(text(item, "prompt"), LONGEST_PROMPT)),
-        *(quoted(clipped(text(item, key), LONGEST_REPLY)) for key in ("reference", "candidate")),
+        *(_reply(item, key) for key in ("reference", "candidate")),
     ]
+
+
+def _reply(item: Facts, key: str) -> Child:
+    """What was written; a dash where a model wrote nothing because it could not."""
+    return DASH if item.get(key) is None else quoted(clipped(text(item, key), LONGEST_REPLY))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_export.report.html.figures import significant
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-DIGITS = ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
+DIGITS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The error of every layer's output against the reference, from the first layer to the last, and the one that broke."""
+"""How far every layer is from the reference's on the same inputs, in the order they run, and the one that broke."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COLUMNS = (Column("layer"), Column("error", numeric=True))
 def trace(report: Facts) -> Section | None:
     """The section, where layers were traced."""
     found = artifacts_with(report, "trace")
-    figures = [_figure(*item) for item in found if parts(item[2], "layers") or part(item[2], "broken")]
+    figures = [_figure(*item) for item in found if any(item[2].get(key) for key in ("layers", "broken", "note"))]
     if not figures:
         return None
-    lead = "The relative error of hidden states after each layer. It grows slowly where all is well; a step is a fault."
+    lead = "How far each layer is from the reference's where both get the same inputs, so that errors do not add up."
     return Section("trace", "Layer by layer", lead, element("div", figures, class_="figures"))
 
 
@@ -32,18 +32,23 @@ def _figure(place: int, artifact: Facts, facts: Facts) -> Markup:
     return element(
         "figure",
         element("figcaption", artifact_heading(artifact)),
-        _broken(part(facts, "broken")),
+        _verdict(facts),
         _chart(f"trace-{place}", artifact, facts, errors) if len(errors) > 1 else None,
-        folded("The numbers", _table(artifact, known)),
+        folded("The numbers", _table(artifact, known)) if known else None,
     )
 
 
-def _broken(broken: Facts) -> Markup:
+def _verdict(facts: Facts) -> Markup:
+    """In a sentence: which layer broke, that none did, or why they were not compared."""
+    broken, note = part(facts, "broken"), text(facts, "note")
+    if note:
+        return element("p", f"Layers were not compared: {note}.", class_="said")
     if not broken:
         return element("p", "No layer stands out.", class_="said")
     error, usual = (significant(number(broken, key), 2) for key in ("error", "usual"))
-    said = f" has an error of {error}; {usual} is usual here."
-    return element("p", marked("fail", "broke"), " ", code(text(broken, "name")), said)
+    return element(
+        "p", marked("fail", "broke"), " ", code(text(broken, "name")), f" is off by {error}; {usual} is usual."
+    )
 
 
 def _chart(place: str, artifact: Facts, facts: Facts, errors: list[tuple[str, float]]) -> Markup:
@@ -59,7 +64,7 @@ def _chart(place: str, artifact: Facts, facts: Facts, errors: list[tuple[str, fl
         level_axis(plane, "relative error", 5),
         line(plane.left, plane.bottom, plane.right, plane.bottom, "axis"),
         _layer_ticks(plane, len(errors)),
-        axis_name(plane, "layer"),
+        axis_name(plane, "layers, in the order they run"),
         path(points, "series-line series-0"),
         [_spot(x, y, *item, broken) for (x, y), item in zip(points, errors, strict=True)],
     )
