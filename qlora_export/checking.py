@@ -11,8 +11,9 @@ survival, since nothing is known of how the weights came about, and nothing is p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from qlora_export import catalog
 from qlora_export.contracts import Artifact, Session, Track
 from qlora_export.drift.ledger import Measured, References, make_ledger
 from qlora_export.drift.measure import measure
+from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import Reference, open_reference
 from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokenizers import require_same_tokenizer
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.drift.worst import worst_of
 from qlora_export.errors import UsageError
 from qlora_export.measuring import (
@@ -34,6 +37,8 @@ from qlora_export.measuring import (
     measure_folder,
     measure_references,
     model_key,
+    open_trained,
+    probe_texts,
     reference_key,
     reference_store,
     require_row,
@@ -88,21 +93,36 @@ class _Model:
         config = self.checkpoint.text_config
         choice = choose_protocol(drift.protocol, drift.window_tokens, drift.stride_tokens)
         found = token_set(text, tokenizer, sized(choice, context_tokens(config)), drift.tokens)
-        rows = config.get("vocab_size")
+        self._require_row(max(max(window.tokens) for window in found.windows))
+        return found
+
+    def probes(self, texts: ProbeTexts, tokenizer: FolderTokenizer) -> Probes:
+        """The questions and prompts that were asked for."""
+        found = texts.tokens(tokenizer, context_tokens(self.checkpoint.text_config))
+        self._require_row(found.highest_token)
+        return found
+
+    def _require_row(self, highest: int) -> None:
+        rows = self.checkpoint.text_config.get("vocab_size")
         if self.plan is not None:
             rows = self.plan.model.settings.get("vocab_size", rows)
-        require_row(max(max(window.tokens) for window in found.windows), rows, self.checkpoint.folder)
-        return found
+        require_row(highest, rows, self.checkpoint.folder)
 
     def key(self, workers: int) -> dict[str, Any]:
         """What decides its numbers."""
         return reference_key(self.plan, workers) if self.plan else model_key(self.checkpoint, workers)
 
-    def measure(self, kept: Reference, track: Track) -> References:
+    def measure(self, kept: Reference, track: Track, probes: Probes) -> References:
         """Run it, unless that was done before."""
         if self.plan is not None:
-            return measure_references(self.plan, kept, track)
-        return measure_folder(self.checkpoint.folder, kept, track)
+            return measure_references(self.plan, kept, track, probes)
+        return measure_folder(self.checkpoint.folder, kept, track, probes)
+
+    def open(self) -> AbstractContextManager[Session]:
+        """Load it."""
+        if self.plan is not None:
+            return open_trained(self.plan)
+        return catalog.load_runtime("transformers").open(self.checkpoint.folder)
 
     def facts(self, drift: DriftRecipe | None, notes: Sequence[str]) -> RunFacts:
         """What the report says of it."""
@@ -126,19 +146,26 @@ def check_against(
     base, adapter = _parts(question.against)
     recipe = _recipe(_folder(base), adapter, question.training, candidate.name, drift, settings)
     model = _model(recipe, options.out)
-    text = drift_text(recipe)
+    text, asked = drift_text(recipe), probe_texts(recipe)
     tokenizer = FolderTokenizer(model.tokenizer_folder)
     notes = _require_same_tokenizer(candidate, tokenizer, text)
     stated = recipe.drift or DriftRecipe(text="")
     tokens = model.tokens(text, tokenizer, stated)
-    opening = _opening(candidate, model, question, options.out)
-    with open_reference(reference_store(recipe, options.out), model.key(options.workers), tokens) as kept:
-        references = model.measure(kept, options.track)
-        with opening as session, options.track(f"measure {candidate.name}") as progress:
-            measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
+    probes = model.probes(asked, tokenizer)
+    opening = partial(_opening, candidate, model, question, options.out)
+    key = {**model.key(options.workers), **probes.key}
+    with open_reference(reference_store(recipe, options.out), key, tokens) as kept:
+        references = model.measure(kept, options.track, probes)
+        with opening() as session:
+            with options.track(f"measure {candidate.name}") as progress:
+                measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
+            answers = ask(session, probes, kept.columns, tokenizer.decode, options.track)
     worst = worst_of(measured, references.tuned, tokens, tokenizer.decode)
-    found = Measured(candidate, recipe.artifacts[0], measured, (), worst)
-    ledger = make_ledger(tokens, references, judged(recipe, [found], references, tokens))
+    found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers)
+    models = Models(model.open, lambda entry: opening())
+    entries = judged(recipe, [found], references, tokens)
+    entries = traced_entries(entries, tokens, stated.trace, models, options.out, options.track)
+    ledger = make_ledger(tokens, references, entries)
     return Checked(model.facts(recipe.drift, notes), (candidate,), ledger)
 
 

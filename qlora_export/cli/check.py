@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qlora_export.report.run import Reported
 
 # Flags that mean something where no recipe makes the artifact, and what they are of a recipe's drift.
-AGAINST_FLAGS = ("--base", "--training-quantization", "--text", "--protocol")
+AGAINST_FLAGS = ("--base", "--training-quantization", "--text", "--protocol", "--choices", "--prompts")
 
 
 def check(recipe: Recipe, options: RunOptions) -> Outcome:

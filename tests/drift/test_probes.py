@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
+from qlora_export.checking import Question, check_against
 from qlora_export.contracts import Session
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.tracing import Models, traced_entries
@@ -24,7 +24,7 @@ from qlora_export.report.markdown import markdown
 from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
-from tests.conftest import DIALOGUE, RecipeMaker
+from tests.conftest import DIALOGUE, RecipeMaker, edit_tensors
 
 NEAREST = {"format": "nf4", "name": "nf4", "rounding": "nearest", "limits": {"mean_kl": 1e-6}}
 BFLOAT = {"format": "bf16", "limits": {"mean_kl": 0.5, "same_top1": 0.1, "perplexity_ratio": 2.0, "survival_min": None}}
@@ -136,10 +136,8 @@ def test_a_runtime_without_layers_is_left_out_with_a_note(checked: Checks, texts
     run, _ = checked(BFLOAT)
     entry = replace(run.ledger.entries[0], runtime="onnxruntime")
 
-    @contextmanager
-    def none(entry: Entry | None = None) -> Iterator[Session]:
+    def none(entry: Entry | None = None) -> AbstractContextManager[Session]:
         raise AssertionError("no model is opened")
-        yield
 
     tokens = run.ledger.tokens
     (found,) = traced_entries([entry], tokens, "always", Models(none, none), texts, RunOptions(texts).track)
@@ -154,3 +152,19 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_is_built(checked
     with pytest.raises(InputError, match=r"prompts.jsonl: line 1: \d+ tokens and 2048 to generate, .* context is 2048"):
         checked(BFLOAT, prompts="prompts.jsonl", generate_tokens=2048)
     assert not (texts / "out/bf16").exists()
+
+
+def test_a_folder_that_no_recipe_made_is_asked_the_same(
+    pico_base: Path, pico_text: Path, base_copy: Path, texts: Path
+) -> None:
+    name = "model.layers.1.input_layernorm"
+    edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[f"{name}.weight"].mul_(1.2))
+    drift = {"text": str(pico_text), "choices": str(texts / "questions.jsonl"), "prompts": str(pico_text)}
+    question = Question(str(base_copy), str(pico_base))
+    run = check_against(question, drift, ["drift.generate_tokens=4"], RunOptions(texts / "out", workers=1))
+    (found,) = report(run)["artifacts"]
+    assert found["verdict"] == "fail"
+    assert found["trace"]["broken"]["name"] == name
+    assert found["choices"]["items"] == 12
+    assert found["generation"]["prompts"] == 10
+    jsonschema.validate(report(run), report_schema())
