@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from qlora_export.report.html.figures import fixed, share, significant
 from qlora_export.report.html.page import PAGE_NAME, page, write_page
 from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.visible import SHAPELESS, visible, visible_edges
+from qlora_export.report.schemas import report_schema
 from tests.conftest import RecipeMaker
 from tests.report.full_report import HOSTILE, full_report
 
@@ -183,6 +185,7 @@ def test_a_full_report_has_every_section_and_says_what_is_in_it() -> None:
         "model.layers.7.mlp.down_proj is off by 0.25; 0.0078 is usual.",
         "mean KL 3.1\u00d710\u207b\u2075, same top-1 99.8%: the reference in bfloat16 against itself, on 16,384 tokens",
         "none: a folder was checked that no recipe made",
+        "Perplexity of whole documents",
         "Layers were not compared: its runtime has none.",
         "82 layers rounded by 128 sequences, 65,536 tokens, sha256",
         "2 left to the format because its inputs are all zero",
@@ -210,6 +213,12 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert "7 artifacts; nothing was measured." in said
     assert "these artifacts were built, and not checked" in said
     assert "No artifact has weights that an adapter's change could be read from." in said
+
+
+def test_the_report_of_these_tests_is_one_that_could_be() -> None:
+    validator = jsonschema.Draft202012Validator(report_schema())
+    errors = [f"{list(error.path)}: {error.message[:200]}" for error in validator.iter_errors(full_report())]
+    assert errors[:5] == []
 
 
 def test_the_bytes_are_a_function_of_the_report(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_export.report.html.documents import document_table
 from qlora_export.report.html.elements import Child, Markup, code, element, joined
 from qlora_export.report.html.figures import (
     DASH,
@@ -51,6 +52,7 @@ def ledger(report: Facts) -> Section:
         table(caption, COLUMNS, rows, sortable=True) if rows else None,
         folded("What the columns say", described(COLUMN_WORDS)) if checked else None,
         _reasons(report),
+        document_table(report),
         _limits(report),
     )
     return Section("ledger", "Ledger", lead, body)
