@@ -3,7 +3,8 @@
     score(choice) = sum over its tokens of ln p(token | question, tokens before)      the highest is the model's answer
 
 as lm-evaluation-harness' `acc`: question and choice are tokenized together, with a space between them where neither has
-one, and the tokens beyond those of the question alone are the choice's. A conversation is rendered by the chat template
+one and what the tokenizer puts around a text by itself, and the tokens beyond those of the question alone are the
+choice's. A conversation is rendered by the chat template
 up to the answer, and the choice follows it at once. Cost: a window for each choice. Lost and gained answers are told
 from chance by McNemar's exact test, two-sided: each flip is as likely to go either way.
 """
@@ -123,21 +124,17 @@ def mcnemar(lost: int, gained: int) -> float:
 
 def _window(question: Question, choice: str, number: int, tokenizer: Tokenizer, origin: str) -> Window:
     if isinstance(question.content, str):
-        lead = () if tokenizer.begin is None else (tokenizer.begin,)
-        before = question.content.rstrip()
+        before, encode = question.content.rstrip(), tokenizer.encode_whole
         between = question.content[len(before) :] or ("" if choice[0].isspace() else " ")
     else:
-        lead, before, between = (), tokenizer.render(question.content, answering=True), ""
-    known = len(tokenizer.encode(before))
-    ids = tokenizer.encode(before + between + choice)
-    first = len(lead) + known
-    if known >= len(ids) or first == 0:
+        before, encode, between = tokenizer.render(question.content, answering=True), tokenizer.encode, ""
+    first, tokens = len(encode(before)), encode(before + between + choice)
+    if not 0 < first < len(tokens):
         raise InputError(
             f"{origin}: {question.place}: the choice {choice!r} adds no token to its question",
             "write the choices so that the question ends before they begin",
         )
-    tokens = (*lead, *ids)
-    return Window(tokens, tuple(range(first, len(tokens))), question.place, number)
+    return Window(tuple(tokens), tuple(range(first, len(tokens))), question.place, number)
 
 
 def _answers(asked: Sequence[AskedQuestion], scores: Scores) -> list[int | None]:

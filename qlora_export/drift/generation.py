@@ -60,7 +60,7 @@ class Generation:
 def prompts_of(
     entries: Iterable[Entry], tokenizer: Tokenizer, generate_tokens: int, context: int | None, origin: str
 ) -> tuple[Prompt, ...]:
-    """Chats up to the answer that is to come, or pieces of running text; of a file that is one text, its lines.
+    """Chats up to the answer that is to come, or pieces of running text as servers read them; of a .txt its lines.
 
     Raises InputError for a prompt that leaves no room in the model's context.
     """
@@ -147,8 +147,7 @@ def _prompt(entry: Entry, tokenizer: Tokenizer, origin: str) -> Prompt:
         if asked == 0:
             raise InputError(f"{origin}: {entry.place}: only the assistant speaks", "end each chat with a question")
         return Prompt(entry.place, tuple(tokenizer.encode(tokenizer.render(entry.chat[:asked], answering=True))))
-    lead = () if tokenizer.begin is None else (tokenizer.begin,)
-    tokens = (*lead, *tokenizer.encode(entry.text))
+    tokens = tuple(tokenizer.encode_whole(entry.text))
     if not tokens:
         raise InputError(f"{origin}: {entry.place}: an empty prompt", "leave it out")
     return Prompt(entry.place, tokens)

@@ -50,13 +50,11 @@ def test_a_score_is_the_sum_over_the_tokens_of_the_choice(
     found = score_choices(session, asked, lambda done, total: None)
     model = load_causal_lm(DEMO / "base", dtype=torch.float32)
     chat = tokenizer.render(CHAT["messages"], answering=True)  # type: ignore[arg-type]
-    pairs = [("<|begin|>", "The order number is", text) for text in (" 348.", " red.", " 375")]
-    pairs = [(tokenizer.decode([tokenizer.begin or 0]), before, text) for _, before, text in pairs]
-    pairs += [("", chat, text) for text in ANSWERS]
+    pairs = [("The order number is", text) for text in (" 348.", " red.", " 375")]
+    pairs += [(chat, text) for text in ANSWERS]
     expected = []
-    for lead, before, text in pairs:
-        ids = tokenizer.encode(lead + before + text)
-        known = len(tokenizer.encode(lead + before))
+    for before, text in pairs:
+        ids, known = tokenizer.encode(before + text), len(tokenizer.encode(before))
         with torch.no_grad():
             labels = [-100] * known + ids[known:]
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
@@ -155,7 +153,7 @@ def test_a_question_beyond_the_context_is_named(tokenizer: FolderTokenizer) -> N
 
 def test_a_choice_without_a_token_of_its_own_is_named(tokenizer: FolderTokenizer) -> None:
     class Swallowing(FolderTokenizer):
-        def encode(self, text: str) -> list[int]:
+        def encode_whole(self, text: str) -> list[int]:
             return [5]
 
     with pytest.raises(InputError, match="line 1: the choice 'a' adds no token"):
@@ -166,3 +164,32 @@ def test_text_and_chat_are_shown_as_they_were_asked() -> None:
     chat = Question("line 1", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}), (), 0)
     assert chat.text == "Be brief.\nWhy?"
     assert replace(chat, content="Why?").text == "Why?"
+
+
+class Letters(FolderTokenizer):
+    """A token a letter; the tokenizer itself puts 7 before a text."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def encode_whole(self, text: str) -> list[int]:
+        return [7, *self.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("question", "choice", "scored"), [("Is it", "a", " a"), ("Is it ", "a", " a"), ("Is it", "\na", "\na")]
+)
+def test_the_space_before_a_choice_is_the_choices(question: str, choice: str, scored: str) -> None:
+    (asked,) = asked_questions([Question("line 1", question, (choice, "bc"), 0)], Letters(DEMO / "base"), None, "q")
+    window = asked.windows[0]
+    assert "".join(chr(window.tokens[place]) for place in window.scored) == scored
+    assert window.tokens[0] == 7
+    assert len(window.tokens) == 1 + len("Is it") + len(scored)
+
+
+def test_a_chat_is_rendered_up_to_the_answer() -> None:
+    chat = Question("line 1", ({"role": "user", "content": "Why?"},), ("So.", "No."), 0)
+    (asked,) = asked_questions([chat], Letters(DEMO / "base"), None, "q")
+    window = asked.windows[1]
+    assert "".join(map(chr, window.tokens)) == "<|begin|><|user|>\nWhy?<|end|>\n<|assistant|>\nNo."
+    assert "".join(chr(window.tokens[place]) for place in window.scored) == "No."

@@ -147,7 +147,7 @@ def test_the_lines_of_a_text_are_prompts(tokenizer: FolderTokenizer, tmp_path: P
     path.write_text("My order\n\nThe parcel\n")
     found = prompts_of(read_entries(str(path), Path()), tokenizer, 8, None, "prompts.txt")
     assert [prompt.place for prompt in found] == ["line 1", "line 3"]
-    assert found[1].tokens == (tokenizer.begin, *tokenizer.encode("The parcel"))
+    assert found[1].tokens == tuple(tokenizer.encode_whole("The parcel"))
 
 
 @pytest.mark.parametrize(
