@@ -53,8 +53,9 @@ def test_it_renders_without_a_complaint_and_loads_nothing(browser: Browser, path
     assert [event["request"]["url"] for event in browser.told("Network.requestWillBeSent")] == [path.as_uri()]
 
 
-def test_no_word_of_a_drawing_is_cut_off(browser: Browser, path: Path) -> None:
-    browser.open(path)
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_word_of_a_drawing_is_cut_off(browser: Browser, path: Path, width: int) -> None:
+    browser.open(path, width)
     outside = """[...document.querySelectorAll('.chart svg')].flatMap((svg) => {
       const whole = svg.getBoundingClientRect();
       return [...svg.querySelectorAll('text')].filter((text) => {

@@ -12,7 +12,7 @@ from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.table import Cell, Column, table
 
 WIDTH, HEIGHT = 560.0, 260.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 548.0, 46.0, 214.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 548.0, 52.0, 214.0
 
 
 def readable(histogram: Facts) -> bool:
@@ -36,7 +36,7 @@ def histogram_chart(place: str, name: str, distribution: Facts) -> Markup:
     ]
     marks = [
         _quantile(plane, number(quantiles, key), said, height)
-        for key, said, height in (("0.5", "median", 12.0), ("0.99", "99%", 26.0))
+        for key, said, height in (("0.5", "median", 12.0), ("0.99", "99%", 29.0))
     ]
     median, most = (significant(number(quantiles, key), 2) for key in ("0.5", "0.99"))
     description = f"Share of tokens by KL; the median is {median} nats, 99% of tokens are below {most}."

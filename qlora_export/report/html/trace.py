@@ -12,7 +12,7 @@ from qlora_export.report.html.table import Cell, Column, folded, table
 from qlora_export.report.html.verdicts import marked
 
 WIDTH, HEIGHT = 560.0, 260.0
-LEFT, RIGHT, TOP, BOTTOM = 56.0, 548.0, 34.0, 214.0
+LEFT, RIGHT, TOP, BOTTOM = 68.0, 548.0, 34.0, 214.0
 COLUMNS = (Column("layer"), Column("error", numeric=True))
 
 
