@@ -67,9 +67,11 @@ def calibration_options(recipe: Recipe, out: Path, device: str) -> CalibrationOp
 def calibrated(
     plan: Plan, items: Sequence[ArtifactPlan], tokens: CalibrationTokens, options: CalibrationOptions, track: Track
 ) -> Plan:
-    """The plan with the layers of these artifacts decided."""
+    """The plan with the layers of these artifacts decided; raises EnvironmentProblem before where memory is short."""
     from qlora_export.calibrate.running import calibrate
+    from qlora_export.calibrate.tuning_memory import require_memory
 
+    require_memory(plan, items, tokens, options)
     made = {}
     for item in items:
         with track(f"calibrate {item.name}") as progress:

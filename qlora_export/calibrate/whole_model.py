@@ -72,7 +72,7 @@ def _tuned_layer(subject: Subject, raw: Parts, compute_dtype: str, device: torch
         raise ValueError(f"{subject.stored}: decided without a grid")
     return TunedLayer(
         stored_grid(level_grid, chosen),
-        torch.from_numpy(chosen.codes.astype(np.int64)).to(device),
+        torch.from_numpy(chosen.codes.astype(np.int32)).to(device),
         torch.from_numpy(np.array(chosen.scales)).to(device),
         getattr(torch, TORCH_NAMES[compute_dtype]),
         subject.turned,

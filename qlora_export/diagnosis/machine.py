@@ -1,7 +1,6 @@
 """What the machine has: disk, memory and threads as far as this process may use them, a device, a cache to write to.
 
-Linux tells memory in /proc/meminfo and, for a container, in its cgroup: `memory.max`, `memory.current` and `cpu.max` of
-version 2, `memory.limit_in_bytes` of version 1. A container's limit is what kills, so the smaller number counts.
+Of memory see `device/available_memory.py`; a container's share of processors stands in its cgroup's `cpu.max`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from qlora_export.device.available_memory import CGROUP, MEMINFO, container_bytes, machine_bytes, text_of
 from qlora_export.diagnosis.checks import Check
 
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
 LEAST_DISK_BYTES = 5_000_000_000
 LEAST_MEMORY_BYTES = 2_000_000_000
 QUERY_SECONDS = 20
@@ -52,7 +50,7 @@ def disk_check(out: Path, needs: Needs) -> Check:
 
 def memory_check(needs: Needs, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> Check:
     """Memory that this process may still take, the container's limit included."""
-    machine, container = _available(meminfo), _container_memory(cgroup)
+    machine, container = machine_bytes(meminfo), container_bytes(cgroup)
     known = [number for number in (machine, container) if number is not None]
     if not known:
         return Check("memory", "warn", "unknown on this system", "")
@@ -129,29 +127,8 @@ def _can_write(folder: Path) -> bool:
         return False
 
 
-def _available(meminfo: Path) -> int | None:
-    for line in _text(meminfo).splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return None
-
-
-def _container_memory(cgroup: Path) -> int | None:
-    """What the container may still take; None without a limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _text(cgroup / limit_name).strip(), _text(cgroup / used_name).strip()
-        # Version 1 says "no limit" by a number close to 2**63.
-        if limit.isdigit() and used.isdigit() and int(limit) < 2**62:
-            return max(0, int(limit) - int(used))
-    return None
-
-
 def _processors(cgroup: Path) -> float | None:
-    words = _text(cgroup / "cpu.max").split()
+    words = text_of(cgroup / "cpu.max").split()
     if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
         return int(words[0]) / int(words[1])
     return None
@@ -162,11 +139,4 @@ def _torch_build() -> str:
     try:
         return version("torch").partition("+")[2]
     except PackageNotFoundError:
-        return ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
         return ""

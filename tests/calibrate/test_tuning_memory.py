@@ -1,0 +1,94 @@
+"""What tuning takes: compared with what the kernel counts, and refused before anything is calibrated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_export import calibrating
+from qlora_export.calibrate import tuning_memory
+from qlora_export.calibrate.passing import CalibrationOptions
+from qlora_export.calibrate.tuning import Tuning
+from qlora_export.calibrate.tuning_memory import tuning_bytes
+from qlora_export.errors import EnvironmentProblem, ExitCode
+from tests.calibrate.conftest import Pico
+from tests.calibrate.models import windows_of
+from tests.calibrate.test_running import pico_plan
+from tests.conftest import save_base
+
+TUNED = {"format": "w4a16", "rounding": "tuned", "options": {"group_size": 32}}
+CALIBRATED = {**TUNED, "rounding": "calibrated"}
+# Tunes for two steps, and says what that added to the process at its peak, and what was estimated.
+CHILD = """
+import sys
+from pathlib import Path
+from qlora_export.calibrate import running
+from qlora_export.calibrate.passing import CalibrationOptions
+from qlora_export.calibrate.text import CalibrationTokens
+from qlora_export.calibrate.tuning import Tuning
+from qlora_export.calibrate.tuning_memory import tuning_bytes
+from qlora_export.planning import make_plan
+from qlora_export.quant.rounding import scale_search
+from qlora_export.quant.rounding.solving import Method
+from qlora_export.recipe import make_recipe
+
+base, out, length, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+artifact = {"format": "w4a16", "rounding": "tuned", "options": {"group_size": 32}}
+facts = {"base": str(base), "artifacts": [artifact], "calibration": {"text": str(base / "config.json")}}
+plan = make_plan(make_recipe(facts, Path(), "child"), out)
+windows = tuple(tuple((7 * row + place) % 500 for place in range(length)) for row in range(2 * tokens // length))
+real = running.tuned
+
+
+def kernel(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+def tuned(*arguments):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kernel("VmRSS")
+    made = real(*arguments)
+    print(kernel("VmHWM") - before, tuning_bytes(plan, plan.artifacts[0], windows, tokens))
+    return made
+
+
+running.tuned, scale_search.FRACTIONS = tuned, (1.0,)
+options = CalibrationOptions(out, method=Method(0, 0, False, 1), tuning=Tuning(steps=2, batch_tokens=tokens))
+running.calibrate(plan, plan.artifacts[0], CalibrationTokens(windows, (), ()), options)
+"""
+SHAPES = {
+    "weights": ({"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 512}, 64, 128),
+    "vocabulary": ({"intermediate_size": 128, "vocab_size": 20000}, 256, 512),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_is_what_the_kernel_counts(tmp_path: Path, shape: str) -> None:
+    changes, length, tokens = SHAPES[shape]
+    base = save_base(tmp_path / "base", seed=1, **changes)
+    words = [sys.executable, "-c", CHILD, str(base), str(tmp_path / "out"), str(length), str(tokens)]
+    (tmp_path / "out").mkdir()
+    found = subprocess.run(words, check=True, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    peak, estimate = (int(word) for word in found.stdout.split())
+    assert 0.7 * peak < estimate < 1.6 * peak
+
+
+def test_tuning_is_refused_before_anything_is_decided(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = pico_plan(pico, tmp_path, {**CALIBRATED, "name": "first"}, {**TUNED, "name": "second"})
+    needed = tuning_bytes(plan, plan.artifacts[1], windows_of(9).windows, Tuning().batch_tokens)
+    given = plan, plan.artifacts, windows_of(9), CalibrationOptions(tmp_path)
+    monkeypatch.setattr(tuning_memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(EnvironmentProblem, match=r"artifact second: tuning takes about .* this machine has") as caught:
+        calibrating.calibrated(*given, lambda stage: pytest.fail("nothing was to begin"))
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert "rounding: calibrated" in str(caught.value.hint)
+    tuning_memory.require_memory(plan, plan.artifacts[:1], windows_of(9), CalibrationOptions(tmp_path))
+    for enough in (needed, None):
+        monkeypatch.setattr(tuning_memory, "available_bytes", lambda device, enough=enough: enough)
+        tuning_memory.require_memory(*given)
