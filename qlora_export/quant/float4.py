@@ -79,11 +79,12 @@ def fit_nvfp4(values: Float32, group: int, global_scale: float) -> UInt8:
 
 
 def nvfp4_scales(steps: Float32, global_scale: float) -> UInt8:
-    """The e4m3 scales nearest to steps [rows, groups] that are not negative; no scale is zero."""
-    scales, ones = np.empty(steps.shape, np.uint8), np.ones(steps.shape, np.float32)
-    float8.encode_e4m3(steps * np.float32(global_scale), ones, "F32", scales)
+    """The e4m3 scales nearest to steps of any shape that are not negative; no scale is zero."""
+    wanted = (steps * np.float32(global_scale)).reshape(1, -1)
+    scales = np.empty(wanted.shape, np.uint8)
+    float8.encode_e4m3(wanted, np.ones((1, 1), np.float32), "F32", scales)
     scales[scales == 0] = ZERO_SCALE
-    return scales
+    return scales.reshape(steps.shape)
 
 
 def nvfp4_steps(scales: UInt8, global_scale: float) -> Float32:

@@ -26,7 +26,7 @@ from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
 from tests.conftest import random_values
 from tests.formats.test_compressed import NAMES, decompressed
-from tests.formats.test_contract import encode
+from tests.formats.test_contract import cuts, encode
 
 SHAPES = [(1, 64), (7, 640), (37, 256), (24, 384), (129, 128), (3, 88), (300, 256)]
 GRID_FORMATS: list[tuple[str, dict[str, Any]]] = [
@@ -176,3 +176,23 @@ def test_compressed_tensors_reads_the_same_values(name: str, options: Options) -
         }
         ours = torch.from_numpy(form.decode(spec, raw, range(shape[0])).reshape(shape)).bfloat16()
         assert torch.equal(ours, decompressed(form, state))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "nf4-adapter"], ids=str)
+def test_search_leaves_less_than_nearest_whatever_the_cut(name: str, options: Options, dtype: str) -> None:
+    training = TrainingQuantization(storage_dtype=dtype)
+    plain: Any = load_format(name, training, options)
+    assert "search" in plain.roundings
+    searched = plain.rounded("search", training, 0)
+    spec = TensorSpec("x.weight", "BF16", (296, 256))
+    values = round_to(random_values(*spec.shape).reshape(-1), dtype)
+    values[:512] = 0
+    whole = encode(searched, spec, values, [0, spec.rows])
+    pieces = encode(searched, spec, values, cuts(searched, spec, 1))
+    assert {part: raw.tobytes() for part, raw in pieces.items()} == {part: raw.tobytes() for part, raw in whole.items()}
+    least, most = (
+        np.square(form.decode(spec, encode(form, spec, values, [0, spec.rows]), range(spec.rows)) - values).sum()
+        for form in (searched, plain)
+    )
+    assert least < most
