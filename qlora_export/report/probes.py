@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from qlora_export.drift.choices import Choices
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.ledger import Entry, Ledger
@@ -27,8 +29,9 @@ def probe_list(ledger: Ledger) -> list[str]:
 
 
 def _choices(found: Choices) -> str:
+    error = f" ± {found.accuracy_stderr:.1%}" if math.isfinite(found.accuracy_stderr) else ""
     return (
-        f"{found.accuracy:.1%} ± {found.accuracy_stderr:.1%} of {found.items} questions right, the reference "
+        f"{found.accuracy:.1%}{error} of {found.items} questions right, the reference "
         f"{found.accuracy_reference:.1%}: {found.lost} lost, {found.gained} gained, p = {found.p_value:.2g}"
     )
 

@@ -35,7 +35,9 @@ def test_questions_and_prompts_are_told(pico_base: Path, pico_text: Path, questi
     assert artifact["choices"]["items"] == 1
     assert artifact["generation"]["tokens"] == 4
     assert artifact["generation"]["whole"] == artifact["generation"]["prompts"] == 10
-    assert "of 1 questions right" in found.stdout
+    assert artifact["choices"]["accuracy_stderr"] is None
+    assert "% of 1 questions right" in found.stdout
+    assert "nan" not in found.stdout
     assert "10 of 10 prompts to their end" in (out / "report.md").read_text()
 
 

@@ -199,6 +199,10 @@ def test_every_architecture_is_itself(name: str, tmp_path: Path) -> None:
     session = ModelSession(model)
     blocks = {layer.block for layer in session.layers() if layer.block}
     assert len(blocks) == 2
+    within = [f"{layer.name}." for layer in session.layers() if layer.block not in (None, layer.name)]
+    weights = [weight for weight, _ in model.named_parameters() if any(weight.startswith(f"{one}.") for one in blocks)]
+    assert weights
+    assert [weight for weight in weights if not any(weight.startswith(part) for part in within)] == []
     with Recording(tmp_path) as recording:
         record(session, [tuple(TOKENS)], recording)
         found = trace(session, [tuple(TOKENS)], recording)
