@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_export import catalog
-from qlora_export.contracts import Artifact, Session, Track
+from qlora_export.contracts import Artifact, Session
 from qlora_export.drift.ledger import Measured, References, make_ledger
 from qlora_export.drift.measure import measure
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
@@ -108,21 +108,23 @@ class _Model:
             rows = self.plan.model.settings.get("vocab_size", rows)
         require_row(highest, rows, self.checkpoint.folder)
 
-    def key(self, workers: int) -> dict[str, Any]:
+    def key(self, options: RunOptions) -> dict[str, Any]:
         """What decides its numbers."""
-        return reference_key(self.plan, workers) if self.plan else model_key(self.checkpoint, workers)
+        if self.plan is not None:
+            return reference_key(self.plan, options.workers, options.device)
+        return model_key(self.checkpoint, options.workers, options.device)
 
-    def measure(self, kept: Reference, track: Track, probes: Probes) -> References:
+    def measure(self, kept: Reference, probes: Probes, options: RunOptions) -> References:
         """Run it, unless that was done before."""
         if self.plan is not None:
-            return measure_references(self.plan, kept, track, probes)
-        return measure_folder(self.checkpoint.folder, kept, track, probes)
+            return measure_references(self.plan, kept, options.track, probes, options.device)
+        return measure_folder(self.checkpoint.folder, kept, options.track, probes, options.device)
 
-    def open(self) -> AbstractContextManager[Session]:
+    def open(self, device: str) -> AbstractContextManager[Session]:
         """Load it."""
         if self.plan is not None:
-            return open_trained(self.plan)
-        return catalog.load_runtime("transformers").open(self.checkpoint.folder)
+            return open_trained(self.plan, device)
+        return catalog.load_runtime("transformers").open(self.checkpoint.folder, device)
 
     def facts(self, drift: DriftRecipe | None, notes: Sequence[str]) -> RunFacts:
         """What the report says of it."""
@@ -152,20 +154,20 @@ def check_against(
     stated = recipe.drift or DriftRecipe(text="")
     tokens = model.tokens(text, tokenizer, stated)
     probes = model.probes(asked, tokenizer)
-    opening = partial(_opening, candidate, model, question, options.out)
-    key = {**model.key(options.workers), **probes.key}
+    opening = partial(_opening, candidate, model, question, options)
+    key = {**model.key(options), **probes.key}
     with open_reference(reference_store(recipe, options.out), key, tokens) as kept:
-        references = model.measure(kept, options.track, probes)
+        references = model.measure(kept, probes, options)
         with opening() as session:
             with options.track(f"measure {candidate.name}") as progress:
                 measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
             answers = ask(session, probes, kept.columns, tokenizer.decode, options.track)
     worst = worst_of(measured, references.tuned, tokens, tokenizer.decode)
     found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers)
-    models = Models(model.open, lambda entry: opening())
+    models = Models(partial(model.open, options.device), lambda entry: opening())
     entries = judged(recipe, [found], references, tokens)
     entries = traced_entries(entries, tokens, stated.trace, models, options.out, options.track)
-    ledger = make_ledger(tokens, references, entries)
+    ledger = make_ledger(tokens, references, entries, options.device)
     return Checked(model.facts(recipe.drift, notes), (candidate,), ledger)
 
 
@@ -227,22 +229,22 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 @contextmanager
-def _opening(candidate: Artifact, model: _Model, question: Question, out: Path) -> Iterator[Session]:
+def _opening(candidate: Artifact, model: _Model, question: Question, options: RunOptions) -> Iterator[Session]:
     """The candidate in its runtime."""
     runtime = str(candidate.manifest["runtime"])
     if runtime != "as-trained":
-        with catalog.load_runtime(runtime).open(candidate.path) as session:
+        with catalog.load_runtime(runtime).open(candidate.path, options.device) as session:
             yield session
         return
     from qlora_export.runtimes.as_trained import open_as_trained
 
     base = _base_of(candidate, model, question)
-    plan = make_plan(_recipe(base, str(candidate.path), question.training, candidate.name, {"text": ""}, ()), out)
+    recipe = _recipe(base, str(candidate.path), question.training, candidate.name, {"text": ""}, ())
+    plan = make_plan(recipe, options.out)
     if plan.adapter is None:
         raise UsageError(f"{candidate.path}: no adapter", BASE_HINT)
-    yield open_as_trained(
-        plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size")
-    ).tuned()
+    rows = plan.model.settings.get("vocab_size")
+    yield open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, rows, options.device).tuned()
 
 
 def _base_of(candidate: Artifact, model: _Model, question: Question) -> Path:

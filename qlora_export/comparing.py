@@ -68,9 +68,9 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
         plan = built[0].plan
         require_reference(plan)
         tokens = drift_tokens(plan, [item.artifact for item in built], text)
-        key = reference_key(plan, options.workers)
+        key = reference_key(plan, options.workers, options.device)
         with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
-            references = measure_references(plan, reference, options.track)
+            references = measure_references(plan, reference, options.track, device=options.device)
             entries = dict(trial.measure(built, references, reference.rows))
     if not entries:
         raise next(iter(trial.failures.values()))
@@ -152,7 +152,7 @@ class _Trial:
         for item in built:
             recipe = item.candidate.artifact(self.recipe)
             try:
-                with open_artifact(item.artifact, item.plan) as opened:
+                with open_artifact(item.artifact, item.plan, self.options.device) as opened:
                     track = self.options.track
                     measured = measure_artifact(item.plan, item.artifact, recipe, opened, rows, track)
                     speed = speed_of(opened, rows.tokens)

@@ -449,8 +449,8 @@ class Runtime(Protocol):
 
     name: str
 
-    def open(self, folder: Path) -> AbstractContextManager[Session]:
-        """Load the folder; raises InputError when it does not load."""
+    def open(self, folder: Path, device: str = "cpu") -> AbstractContextManager[Session]:
+        """Load the folder onto a device of torch, where the runtime knows such; raises InputError when it does not."""
         ...
 
 

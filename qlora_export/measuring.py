@@ -105,9 +105,9 @@ def reference_store(recipe: Recipe, out: Path) -> ReferenceStore:
     return ReferenceStore(out, (recipe.drift or DriftRecipe(text="")).reference_bytes)
 
 
-def reference_key(plan: Plan, workers: int) -> dict[str, Any]:
+def reference_key(plan: Plan, workers: int, device: str = "cpu") -> dict[str, Any]:
     """Everything that decides the numbers of a plan's references, but for the tokens. Cost: reading the base once."""
-    found = model_key(plan.checkpoint, workers)
+    found = model_key(plan.checkpoint, workers, device)
     if plan.adapter is None:
         return found
     return {
@@ -118,44 +118,48 @@ def reference_key(plan: Plan, workers: int) -> dict[str, Any]:
     }
 
 
-def model_key(checkpoint: Checkpoint, workers: int) -> dict[str, Any]:
+def model_key(checkpoint: Checkpoint, workers: int, device: str = "cpu") -> dict[str, Any]:
     """Everything that decides the numbers of a model on its own, but for the tokens."""
     digests = SourceDigests(checkpoint.files)
     digests.hash_all([path.name for path in digests.paths], workers)
     return {
         "base": {name: facts["sha256"] for name, facts in digests.sorted().items()},
         "config": hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest(),
-        **computing(),
+        **computing(device),
     }
 
 
-def computing() -> dict[str, Any]:
+def computing(device: str) -> dict[str, Any]:
     """What a number depends on beside models and tokens: dtype, device, threads, batches, versions."""
     import torch
 
     versions = {name: version(name) for name in ("qlora-export", "torch", "transformers", "peft", "bitsandbytes")}
     return {
         "dtype": "float32",
-        "device": "cpu",
+        "device": device if device == "cpu" else f"{device}: {torch.cuda.get_device_name(device)}",
         "threads": torch.get_num_threads(),
         "batch_tokens": BATCH_TOKENS,
         "versions": versions,
     }
 
 
-def measure_references(plan: Plan, reference: Reference, track: Track, probes: Probes = NO_PROBES) -> References:
+def measure_references(
+    plan: Plan, reference: Reference, track: Track, probes: Probes = NO_PROBES, device: str = "cpu"
+) -> References:
     """Measure the live model of training with the adapter, without it, and merged; nothing that was kept before."""
     if plan.adapter is None:
-        return measure_folder(plan.checkpoint.folder, reference, track, probes)
+        return measure_folder(plan.checkpoint.folder, reference, track, probes, device)
     if not reference.known:
-        reference.keep(_with_adapter(plan, reference.rows, track, probes))
+        reference.keep(_with_adapter(_live(plan, device), reference.rows, track, probes))
     return _references(reference)
 
 
-def measure_folder(folder: Path, reference: Reference, track: Track, probes: Probes = NO_PROBES) -> References:
+def measure_folder(
+    folder: Path, reference: Reference, track: Track, probes: Probes = NO_PROBES, device: str = "cpu"
+) -> References:
     """Measure a model as transformers loads it; nothing that was kept before."""
     if not reference.known:
-        with catalog.load_runtime("transformers").open(folder) as session:
+        with catalog.load_runtime("transformers").open(folder, device) as session:
             found = columns_of(measure_model("the model", session, reference.rows, track))
             reference.keep({**found, **ask_reference(session, probes, track)})
     return _references(reference)
@@ -170,25 +174,25 @@ def _references(reference: Reference) -> References:
 
 
 @contextmanager
-def open_trained(plan: Plan) -> Iterator[Session]:
-    """The model that every artifact of a plan is compared with."""
+def open_trained(plan: Plan, device: str = "cpu") -> Iterator[Session]:
+    """The model that every artifact of a plan is compared with, on a device."""
     if plan.adapter is None:
-        with catalog.load_runtime("transformers").open(plan.checkpoint.folder) as session:
+        with catalog.load_runtime("transformers").open(plan.checkpoint.folder, device) as session:
             yield session
     else:
-        yield _live(plan).tuned()
+        yield _live(plan, device).tuned()
 
 
-def _live(plan: Plan) -> AsTrained:
+def _live(plan: Plan, device: str) -> AsTrained:
     from qlora_export.runtimes.as_trained import open_as_trained
 
     if plan.adapter is None:
         raise ValueError("no adapter")
-    return open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, plan.model.settings.get("vocab_size"))
+    rows = plan.model.settings.get("vocab_size")
+    return open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, rows, device)
 
 
-def _with_adapter(plan: Plan, rows: ReferenceProbabilities, track: Track, probes: Probes) -> Columns:
-    live = _live(plan)
+def _with_adapter(live: AsTrained, rows: ReferenceProbabilities, track: Track, probes: Probes) -> Columns:
     found = measure_model("as trained", live.tuned(), rows, track)
     asked = ask_reference(live.tuned(), probes, track)
     with live.base() as session, track("measure the base") as progress:

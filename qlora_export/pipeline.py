@@ -79,6 +79,11 @@ class RunOptions:
     engine: Engine = "threads"
     accelerator: str | None = None
 
+    @property
+    def device(self) -> str:
+        """Where models run that are measured."""
+        return self.accelerator or "cpu"
+
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:
     """Plan only; where the merge base is `auto`, as if it were as-trained."""
@@ -153,12 +158,13 @@ def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     run = _build(recipe, options, measurable)
     tokens = drift_tokens(run.plan, run.artifacts, text)
     probes = probes_of(run.plan, asked, tokenizer_of(run.plan, run.artifacts))
-    key = {**reference_key(run.plan, options.workers), **probes.key}
+    key = {**reference_key(run.plan, options.workers, options.device), **probes.key}
     with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
-        references = measure_references(run.plan, reference, options.track, probes)
+        references = measure_references(run.plan, reference, options.track, probes, options.device)
         measured = _measure_artifacts(run, references, reference, probes, options)
     entries = judged(recipe, measured, references, tokens)
-    return Run(run.plan, run.artifacts, make_ledger(tokens, references, _traced(run, entries, tokens, options)))
+    entries = _traced(run, entries, tokens, options)
+    return Run(run.plan, run.artifacts, make_ledger(tokens, references, entries, options.device))
 
 
 def _require_readable(plan: Plan, asked: ProbeTexts) -> None:
@@ -172,7 +178,10 @@ def _require_readable(plan: Plan, asked: ProbeTexts) -> None:
 def _traced(run: Run, entries: Sequence[Entry], tokens: TokenSet, options: RunOptions) -> tuple[Entry, ...]:
     """The entries, with the layers of those compared one by one that the recipe asks it of."""
     drift = run.plan.recipe.drift
-    models = Models(lambda: open_trained(run.plan), lambda entry: open_artifact(entry.artifact, run.plan))
+    models = Models(
+        lambda: open_trained(run.plan, options.device),
+        lambda entry: open_artifact(entry.artifact, run.plan, options.device),
+    )
     return traced_entries(entries, tokens, drift.trace if drift else "never", models, options.out, options.track)
 
 
@@ -271,7 +280,7 @@ def _measure_artifacts(
     decode, rows = tokenizer_of(run.plan, run.artifacts).decode, reference.rows
     found = []
     for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
-        with open_artifact(artifact, run.plan) as session:
+        with open_artifact(artifact, run.plan, options.device) as session:
             measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
             answers = ask(session, probes, reference.columns, decode, options.track)
         worst = worst_of(measured.measurement, references.tuned, rows.tokens, decode)

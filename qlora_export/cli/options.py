@@ -73,7 +73,7 @@ EngineName = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="What computes a build: cpu (default), cuda, cuda:1; same bytes."),
+    typer.Option("--device", help="What builds and measures: cpu (default), cuda, cuda:1; a build has the same bytes."),
 ]
 MemoryLimit = Annotated[
     str | None,

@@ -10,7 +10,7 @@ weights of bitsandbytes are decoded in every call. Cost: a few windows for each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 

@@ -71,6 +71,7 @@ class Ledger:
     merged: Drift | None
     entries: tuple[Entry, ...]
     noise: Noise | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def enter(
     )
 
 
-def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...]) -> Ledger:
+def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...], device: str = "cpu") -> Ledger:
     """The whole ledger."""
     tuned, base = references.tuned, references.base
 
@@ -157,7 +158,7 @@ def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, 
         return compare(measured, tuned, base or tuned, tokens) if measured else None
 
     reference = compare(tuned, tuned, base or tuned, tokens)
-    return Ledger(tokens, reference, drift(base), drift(references.merged), entries, _noise(references))
+    return Ledger(tokens, reference, drift(base), drift(references.merged), entries, _noise(references), device)
 
 
 def _noise(references: References) -> Noise | None:

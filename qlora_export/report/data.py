@@ -142,7 +142,7 @@ def _reference(run: Reported) -> dict[str, Any] | None:
         "base": asdict(run.ledger.base) if run.ledger.base else None,
         "merged": asdict(run.ledger.merged) if run.ledger.merged else None,
         "noise_floor": asdict(run.ledger.noise) if run.ledger.noise else None,
-        "device": "cpu",
+        "device": run.ledger.device,
     }
 
 

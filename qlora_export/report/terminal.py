@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qlora_export import contracts
@@ -36,7 +36,8 @@ def show_progress(stage: str) -> Iterator[contracts.Progress]:
     if not console.is_terminal:
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), *times)
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(stage, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
@@ -108,7 +109,7 @@ def print_ledger(run: Reported) -> None:
     console.print(table)
     console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
     rules = protocol_line(tokens_data(ledger.tokens))
-    console.print(f"{rules}; float32 activations", highlight=False, soft_wrap=True)
+    console.print(f"{rules}; float32 activations on {ledger.device}", highlight=False, soft_wrap=True)
     console.print(LEGEND, highlight=False, soft_wrap=True)
     if (noise := ledger.noise) is not None:
         floor = f"mean KL {noise.mean_kl:.2g}, top-1 {noise.same_top1:.1%}, on {noise.tokens} tokens"

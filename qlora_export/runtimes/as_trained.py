@@ -30,6 +30,7 @@ from qlora_export.runtimes.loading import (
     attach_adapter,
     load_causal_lm,
     pin_weights,
+    placed,
     widen_dense,
 )
 from qlora_export.sources.adapter import Adapter
@@ -73,11 +74,16 @@ class AsTrained:
 
 
 def open_as_trained(
-    base: Checkpoint, adapter: Adapter, training: TrainingQuantization, vocabulary: int | None = None
+    base: Checkpoint,
+    adapter: Adapter,
+    training: TrainingQuantization,
+    vocabulary: int | None = None,
+    device: str = "cpu",
 ) -> AsTrained:
     """Load base and adapter as in training; raises InputError when the base is not the one of the sidecar.
 
-    `vocabulary` is the number of rows that the embedding was resized to in training.
+    `vocabulary` is the number of rows that the embedding was resized to in training. Quantised on the CPU, by the rules
+    of training, the model then computes on the device.
     """
     options: dict[str, Any] = {}
     if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
@@ -105,7 +111,7 @@ def open_as_trained(
     roundings = [TORCH_DTYPES[dtype] for dtype in training.weight_roundings]
     pin_weights(model, roundings)
     pin_dora(model, roundings)
-    return AsTrained(model, training)
+    return AsTrained(placed(model, device), training)
 
 
 def _plain(base: Checkpoint) -> bool:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import bitsandbytes
 import peft
 import torch
@@ -65,6 +66,19 @@ def decompress(model: Any) -> None:
     if compressor is not None:
         with redirect_stderr(io.StringIO()):
             compressor.decompress_model(model)
+
+
+def placed(model: Any, device: str) -> Any:
+    """The loaded model on a device of torch; on `cuda` with several GPUs its blocks are spread over them."""
+    if device == "cpu":
+        return model
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return model.to(device)
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    blocks = list(whole._no_split_modules or ())
+    memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=blocks)
+    devices = accelerate.infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    return accelerate.dispatch_model(model, devices)
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:

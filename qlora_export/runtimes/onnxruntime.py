@@ -32,8 +32,9 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     @contextmanager
-    def open(self, folder: Path) -> Iterator[Session]:
-        """Start a worker on the folder; raises InputError when the graph does not load."""
+    def open(self, folder: Path, device: str = "cpu") -> Iterator[Session]:
+        """Start a worker on the folder; raises InputError when the graph does not load. It computes on the CPU."""
+        del device
         if find_spec("onnxruntime") is None:
             raise EnvironmentProblem("onnxruntime is not installed", "pip install 'qlora-export[onnx]'")
         words = [sys.executable, "-P", "-m", WORKER, str(folder)]

@@ -12,14 +12,15 @@ from qlora_export.sources.adapter import open_adapter
 
 
 @contextmanager
-def open_artifact(artifact: Artifact, plan: Plan) -> Iterator[Session]:
-    """Open it as its consumers would; raises InputError when it does not load."""
+def open_artifact(artifact: Artifact, plan: Plan, device: str = "cpu") -> Iterator[Session]:
+    """Open it as its consumers would, on a device; raises InputError when it does not load."""
     runtime = str(artifact.manifest["runtime"])
     if runtime == "as-trained":
         from qlora_export.runtimes.as_trained import open_as_trained
 
         rows = plan.model.settings.get("vocab_size")
-        yield open_as_trained(plan.checkpoint, open_adapter(artifact.path), plan.live_training, rows).tuned()
+        adapter = open_adapter(artifact.path)
+        yield open_as_trained(plan.checkpoint, adapter, plan.live_training, rows, device).tuned()
         return
-    with catalog.load_runtime(runtime).open(artifact.path) as session:
+    with catalog.load_runtime(runtime).open(artifact.path, device) as session:
         yield session

@@ -1,4 +1,4 @@
-"""The runtime `transformers`: the folder opened by `AutoModelForCausalLM`, with its `adapter/` by peft, on the CPU.
+"""The runtime `transformers`: the folder opened by `AutoModelForCausalLM`, with its `adapter/` by peft, in float32.
 
 The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
 be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
@@ -25,6 +25,7 @@ from qlora_export.runtimes.loading import (
     decompress,
     load_causal_lm,
     pin_weights,
+    placed,
     widen_dense,
 )
 
@@ -37,8 +38,8 @@ class TransformersRuntime:
     name = "transformers"
 
     @contextmanager
-    def open(self, folder: Path) -> Iterator[Session]:
-        """Load the folder; raises InputError when it does not load."""
+    def open(self, folder: Path, device: str = "cpu") -> Iterator[Session]:
+        """Load the folder onto a device; raises InputError when it does not load."""
         model = _loaded(folder)
         if (folder / ADAPTER_FOLDER).is_dir():
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
@@ -46,7 +47,7 @@ class TransformersRuntime:
         widen_dense(model)
         pin_weights(model)
         pin_dora(model)
-        yield ModelSession(model)
+        yield ModelSession(placed(model, device))
 
 
 def _loaded(folder: Path) -> Any:

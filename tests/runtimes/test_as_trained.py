@@ -128,3 +128,16 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path) -> None:
         catalog.load_runtime("transformers").open(tmp_path),
     ):
         pass
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_models_say_what_they_say_on_the_cpu(pico_base: Path, pico_adapter: Path) -> None:
+    checkpoint, adapter, training = open_checkpoint(pico_base), open_adapter(pico_adapter), read_sidecar(pico_adapter)
+    here = open_as_trained(checkpoint, adapter, training)
+    there = open_as_trained(checkpoint, adapter, training, device="cuda")
+    assert np.abs(there.tuned().log_probabilities(TOKENS) - here.tuned().log_probabilities(TOKENS)).max() < 1e-4
+    with here.merged() as one, there.merged() as other:
+        assert np.abs(one.log_probabilities(TOKENS) - other.log_probabilities(TOKENS)).max() < 1e-4
+    runtime = catalog.load_runtime("transformers")
+    with runtime.open(pico_base) as one, runtime.open(pico_base, "cuda") as other:
+        assert np.abs(one.log_probabilities(TOKENS) - other.log_probabilities(TOKENS)).max() < 1e-4

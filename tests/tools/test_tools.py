@@ -71,3 +71,10 @@ def test_the_demo_maker(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "adapter/qlora_export.json").read_text())["modules"]) == 28
     texts = [path.read_text() for path in tmp_path.rglob("*.json*") if path.is_file()]
     assert not any(str(tmp_path) in text for text in texts)
+
+
+def test_the_drift_benchmark() -> None:
+    data = json.loads(tool("bench_drift.py", "--tiny", "--json"))
+    assert data["overhead"]["bare_cpu_seconds"] > 0
+    assert data["resolution"]["median_tokens_asked_for"] > 0
+    assert 0 <= data["resolution"]["decided"] <= 1
