@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ CALIBRATED = {**TUNED, "rounding": "calibrated"}
 CHILD = """
 import sys
 from pathlib import Path
+from typing import Any
 from qlora_export.calibrate import running
 from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.text import CalibrationTokens
@@ -60,7 +62,7 @@ running.tuned, scale_search.FRACTIONS = tuned, (1.0,)
 options = CalibrationOptions(out, method=Method(0, 0, False, 1), tuning=Tuning(steps=2, batch_tokens=tokens))
 running.calibrate(plan, plan.artifacts[0], CalibrationTokens(windows, (), ()), options)
 """
-SHAPES = {
+SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "weights": ({"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 512}, 64, 128),
     "vocabulary": ({"intermediate_size": 128, "vocab_size": 20000}, 256, 512),
 }
