@@ -6,6 +6,7 @@ Cost on the disk: 4 bytes an entry; the inputs that several layers share are kep
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,7 +35,9 @@ class Recording:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        # Where the disk was full, so it is for what is still in a buffer.
+        with suppress(OSError):
+            self._file.close()
 
     def add(self, window: int, name: str, inputs: Float32 | None, outputs: Float32) -> None:
         """Keep a call; raises EnvironmentProblem when the disk is full."""

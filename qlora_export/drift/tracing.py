@@ -1,8 +1,11 @@
-"""Which artifacts of a ledger are traced, and the order of it: the reference alone, then each of them alone."""
+"""Which artifacts of a ledger are traced, and the order of it: the reference alone, then each of them alone.
+
+A trace explains a verdict: where disk or memory do not suffice for it, the verdict stands without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace, record, trace, traced_windows
+from qlora_export.errors import EnvironmentProblem
 from qlora_export.recipe import TraceWhen
 
 Opened = AbstractContextManager[Session]
@@ -35,15 +39,26 @@ def traced_entries(
     windows = traced_windows(tokens)
     traces = {entry.artifact.name: Trace((), note=f"{entry.runtime} shows no layers") for entry in asked}
     able = [entry for entry in asked if entry.runtime in RUNTIMES]
-    if able:
-        with Recording(folder) as recording:
-            with track("trace the reference"):
-                _record(models, windows, recording)
-            for entry in able:
-                with track(f"trace {entry.artifact.name}"), models.artifact(entry) as session:
-                    if isinstance(session, TracedSession):
-                        traces[entry.artifact.name] = trace(session, windows, recording)
+    try:
+        traces.update(_traces(able, windows, models, folder, track))
+    except (EnvironmentProblem, MemoryError) as error:
+        traces |= {entry.artifact.name: Trace((), note=str(error)) for entry in able}
     return tuple(replace(entry, trace=traces.get(entry.artifact.name)) for entry in entries)
+
+
+def _traces(
+    entries: Sequence[Entry], windows: Sequence[tuple[int, ...]], models: Models, folder: Path, track: Track
+) -> Iterator[tuple[str, Trace]]:
+    """The traces by the names of the artifacts."""
+    if not entries:
+        return
+    with Recording(folder) as recording:
+        with track("trace the reference"):
+            _record(models, windows, recording)
+        for entry in entries:
+            with track(f"trace {entry.artifact.name}"), models.artifact(entry) as session:
+                if isinstance(session, TracedSession):
+                    yield entry.artifact.name, trace(session, windows, recording)
 
 
 def _is_asked(entry: Entry, when: TraceWhen) -> bool:

@@ -98,8 +98,9 @@ def _hooks(name: str, see: See, give: Give | None) -> tuple[Callable[..., Any], 
         return positional, {**named, key: chosen}
 
     def after(module: Any, positional: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
-        inputs = seen.pop()
-        see(name, None if inputs is None else _rows(inputs), _rows(_joined(outputs)))
+        inputs, given = seen.pop(), _joined(outputs)
+        if given is not None:
+            see(name, None if inputs is None else _rows(inputs), _rows(given))
 
     return before, after
 
@@ -113,12 +114,12 @@ def _first(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[int | st
     return None, None
 
 
-def _joined(outputs: Any) -> Tensor:
-    """What a layer gives as one tensor: of several that have the same rows, one beside the other."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    found = [item for item in outputs if isinstance(item, Tensor) and item.is_floating_point()]
-    return torch.cat([item for item in found if item.shape[:-1] == found[0].shape[:-1]], dim=-1)
+def _joined(outputs: Any) -> Tensor | None:
+    """What a layer gives as one tensor: of several that have the same rows, one beside the other; None without any."""
+    given = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    found = [item for item in given if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 0]
+    alike = [item for item in found if item.shape[:-1] == found[0].shape[:-1]]
+    return torch.cat(alike, dim=-1) if alike else None
 
 
 def _rows(values: Tensor) -> Any:

@@ -21,7 +21,7 @@ class Repacked(UsageError):
 
 def decoder_place(model: Any) -> str | None:
     """Name of the ModuleList of a causal language model's decoder blocks; None where there is none."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "ModuleList"]
     found = [name for name, module in lists if len(module) == count]
     return min(found, key=lambda name: name.count("."), default=None)

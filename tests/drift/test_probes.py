@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from qlora_export.contracts import Session
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.errors import InputError
+from qlora_export.measuring import open_trained
 from qlora_export.pipeline import RunOptions, check
 from qlora_export.publish.public_recipe import public_recipe, public_report
 from qlora_export.recipe import Recipe
@@ -24,6 +26,7 @@ from qlora_export.report.markdown import markdown
 from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
+from qlora_export.runtimes.opening import open_artifact
 from tests.conftest import DIALOGUE, RecipeMaker, edit_tensors
 
 NEAREST = {"format": "nf4", "name": "nf4", "rounding": "nearest", "limits": {"mean_kl": 1e-6}}
@@ -152,6 +155,23 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_is_built(checked
     with pytest.raises(InputError, match=r"prompts.jsonl: line 1: \d+ tokens and 2048 to generate, .* context is 2048"):
         checked(BFLOAT, prompts="prompts.jsonl", generate_tokens=2048)
     assert not (texts / "out/bf16").exists()
+
+
+def test_a_verdict_stands_where_there_is_no_room_for_a_trace(checked: Checks, texts: Path) -> None:
+    """A file may be no larger than what one layer gives."""
+    run, _ = checked(BFLOAT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    models = Models(lambda: open_trained(run.plan), lambda entry: open_artifact(entry.artifact, run.plan))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        (found,) = traced_entries(
+            run.ledger.entries, run.ledger.tokens, "always", models, texts, RunOptions(texts).track
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.verdict == run.ledger.entries[0].verdict
+    assert found.trace is not None
+    assert found.trace.note.startswith("no room for what the layers of the reference compute")
 
 
 def test_a_folder_that_no_recipe_made_is_asked_the_same(
