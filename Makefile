@@ -34,6 +34,6 @@ $(STAMP): constraints.txt constraints-oldest-hub.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,data,sign,ray,report]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,data,sign,ray,report,gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-hub --requirement constraints-oldest-hub.txt
 	touch $(STAMP)

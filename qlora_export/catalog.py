@@ -9,7 +9,7 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any, cast
 
-from qlora_export.contracts import Exporter, Format, Options, Publisher, Runtime, TrainingQuantization
+from qlora_export.contracts import Exporter, Format, Options, Publisher, Rounding, Runtime, TrainingQuantization
 from qlora_export.errors import UsageError
 
 FORMATS = {
@@ -34,12 +34,16 @@ FORMATS = {
 DENSE_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 EXPORTERS = {
     "adapter": "qlora_export.exporters.adapter:alone",
-    "onnx-int4": "qlora_export.exporters.onnx:int4",
-    "onnx-fp32": "qlora_export.exporters.onnx:fp32",
+    "onnx-int4": "qlora_export.exporters.onnx.artifacts:int4",
+    "onnx-int8": "qlora_export.exporters.onnx.artifacts:int8",
+    "onnx-nf4-adapter": "qlora_export.exporters.onnx.artifacts:nf4_adapter",
+    "onnx-fp16": "qlora_export.exporters.onnx.artifacts:fp16",
+    "onnx-fp32": "qlora_export.exporters.onnx.artifacts:fp32",
 }
 RUNTIMES = {
     "transformers": "qlora_export.runtimes.transformers:TransformersRuntime",
     "onnxruntime": "qlora_export.runtimes.onnxruntime:OnnxRuntime",
+    "gguf": "qlora_export.runtimes.gguf:GgufRuntime",
 }
 PUBLISHERS = {
     "folder": "qlora_export.publish.folder:open_registry",
@@ -68,9 +72,9 @@ def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[st
     return cast(Format, import_module("qlora_export.formats.mixed").mix(main, others, names))
 
 
-def load_exporter(name: str, options: Options) -> Exporter:
-    """The exporter of that name with its options."""
-    return cast(Exporter, _load(EXPORTERS, "format", name)(options))
+def load_exporter(name: str, options: Options, rounding: Rounding | None = None) -> Exporter:
+    """The exporter of that name with its options; raises UsageError where it takes over no integers so rounded."""
+    return cast(Exporter, _load(EXPORTERS, "format", name)(options, rounding))
 
 
 def load_runtime(name: str) -> Runtime:

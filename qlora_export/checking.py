@@ -219,7 +219,8 @@ def _require_same_tokenizer(candidate: Artifact, reference: FolderTokenizer, tex
     from qlora_export.runtimes.loading import FolderTokenizer
 
     if not _has_tokenizer(candidate.path):
-        return [f"{candidate.name} ships no tokenizer: tokens are those of the reference"]
+        inside = "has its tokenizer inside, which is not compared" if candidate.path.is_file() else "ships no tokenizer"
+        return [f"{candidate.name} {inside}: tokens are those of the reference"]
     require_same_tokenizer(str(candidate.path), FolderTokenizer(candidate.path), reference, text)
     return []
 

@@ -14,11 +14,12 @@ import transformers
 from qlora_export import checking
 from qlora_export.checking import Question, check_against
 from qlora_export.drift.reference_store import kept_references
-from qlora_export.errors import EnvironmentProblem, ExitCode, InputError, UsageError
+from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
 from tests.conftest import edit_json, edit_tensors, folder_bytes
+from tests.gguf_files import write_gguf
 
 FREE = ["drift.limits={perplexity_ratio: 1.001, mean_kl: 0.0001, same_top1: null, gain_kept: null}"]
 Check = Callable[..., Checked]
@@ -158,7 +159,8 @@ def test_logits_that_are_no_numbers(check: Check, merged: Path, tmp_path: Path) 
         ("empty", InputError, "neither config.json, nor genai_config.json, nor adapter_config.json"),
         ("torn", InputError, "not valid JSON"),
         ("list", InputError, "no JSON object"),
-        ("model.gguf", EnvironmentProblem, "a GGUF file"),
+        ("model.gguf", InputError, "transformers cannot load it"),
+        ("ggufs", InputError, "a folder of 2 GGUF files"),
     ],
 )
 def test_folders_that_are_none(
@@ -169,6 +171,9 @@ def test_folders_that_are_none(
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "ggufs").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "ggufs" / name).write_bytes(b"GGUF")
     with pytest.raises(error, match=says):
         check(tmp_path / artifact, merged / "bf16")
 
@@ -179,6 +184,17 @@ def test_other_vocabularies_do_not_compare(check: Check, merged: Path, tmp_path:
     model.save_pretrained(tmp_path / "larger")
     with pytest.raises(InputError, match="tokens in the vocabulary, the reference has"):
         check(tmp_path / "larger", merged / "bf16")
+
+
+@pytest.mark.parametrize(("kind", "most"), [("F32", 1e-9), ("Q8_0", 1e-2)])
+def test_a_gguf_file(check: Check, merged: Path, tmp_path: Path, kind: str, most: float) -> None:
+    write_gguf(merged / "fp32", tmp_path / "model.gguf", kind)
+    run = check(tmp_path / "model.gguf", merged / "fp32")
+    assert drift_of(run).mean_kl < most
+    assert (kind == "F32") == (drift_of(run).mean_kl == 0)
+    found = report(run)["artifacts"][0]
+    assert (found["runtime"], found["format"], found["name"]) == ("gguf", "gguf", "model.gguf")
+    assert "has its tokenizer inside" in report(run)["assumptions"][-1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the drift check costs beside the models that it runs, and whether it sees what it says that it sees.
 
-    python tools/bench_drift.py [--hidden 1024] [--vocabulary 64000] [--tokens 2048] [--repeats 3] [--json] [--tiny]
+    python tools/bench_drift.py [--hidden 1536] [--vocabulary 64000] [--tokens 2048] [--repeats 3] [--json] [--tiny]
 
 `overhead`: a Llama with random weights is measured against a bf16 copy of itself. Beside it stand the bare forward
 passes of both models on the same windows, in the same process, in turn; CPU seconds of all threads, the least of the
@@ -140,7 +140,7 @@ def recipe_of(adapter: Path) -> Recipe:
 def resolution(folder: Path, halvings: int) -> dict[str, float]:
     """How often the number of tokens that the gate asks for decides about a small change."""
     with demo(folder) as (tokens, reference, scaled):
-        low, high = 0.5, 1.0
+        low, high = 0.9, 1.0
         for _ in range(halvings):
             scale = (low + high) / 2
             candidate = scaled(scale)
@@ -191,7 +191,7 @@ def drift_on(windows: Sequence[int], candidate: Measurement, reference: Measurem
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--vocabulary", type=int, default=64000)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
@@ -206,7 +206,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {
             "overhead": overhead(*(TINY if arguments.tiny else sizes)),
-            "resolution": resolution(Path(folder), 1 if arguments.tiny else 7),
+            "resolution": resolution(Path(folder), 1 if arguments.tiny else 8),
         }
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -21,7 +21,7 @@ def check(recipe: Recipe, options: RunOptions) -> Outcome:
     """Measure the drift of every artifact from the model that was trained; exit 3 when one drifted too far.
 
     Artifacts of a recipe are built where they are missing. With --against, the folder ARTIFACT is measured that is
-    given in place of a recipe: one of transformers, of ONNX Runtime GenAI, a PEFT adapter, or one of ours.
+    given in place of a recipe: one of transformers, of ONNX Runtime GenAI, a PEFT adapter, one of ours, or a GGUF file.
     """
     from qlora_export import pipeline
 

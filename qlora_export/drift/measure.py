@@ -40,9 +40,11 @@ def keep_reference(session: Session, store: ReferenceProbabilities, progress: Pr
 
 
 def measure_reference(name: str, runtime: str, store: ReferenceProbabilities) -> Measurement:
-    """The kept reference as a measurement of its own."""
+    """The kept reference as a measurement of its own, which does not differ from itself."""
     windows = store.tokens.windows
-    return _compare(name, runtime, store, windows, (store.get(number) for number in range(len(windows))))
+    parts = [_of_tokens(window, store.get(number)) for number, window in enumerate(windows)]
+    nll, top1, confidence = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Measurement(name, runtime, nll, top1, np.zeros(len(nll)), confidence)
 
 
 def measure(
@@ -78,7 +80,7 @@ def _compare(
                 "both must share one vocabulary",
             )
         nonfinite += int((~np.isfinite(rows).all(axis=1)).sum())
-        parts.append((*_of_tokens(window, rows), _divergence(reference, rows)))
+        parts.append((*_of_tokens(window, rows), divergence(reference, rows)))
     nll, top1, confidence, kl = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Measurement(name, runtime, nll, top1, kl, confidence, nonfinite)
 
@@ -91,7 +93,8 @@ def _of_tokens(window: Window, rows: Float32) -> tuple[np.ndarray[tuple[int], np
     return -rows[every, targets].astype(np.float64), top1, np.exp(rows[every, top1])
 
 
-def _divergence(reference: Float32, rows: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def divergence(reference: Float32, rows: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """KL(reference || rows) [tokens] of log-probabilities [tokens, vocabulary], in nats."""
     out = np.empty(len(rows))
     step = max(1, VALUES_AT_ONCE // rows.shape[1])
     for start in range(0, len(rows), step):

@@ -3,7 +3,7 @@
 adapter_config.json         a PEFT adapter: as-trained, on the base it was trained on
 genai_config.json           ONNX Runtime GenAI's layout: onnxruntime
 config.json                 a model of transformers
-*.gguf                      llama.cpp, which is not a runtime yet
+a file *.gguf               gguf
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from qlora_export.contracts import Artifact
 from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
-from qlora_export.errors import EnvironmentProblem, InputError
+from qlora_export.errors import InputError
 from qlora_export.recipe import FOLDER_NAME
 
 ADAPTER_CONFIG, GENAI_CONFIG, CONFIG = "adapter_config.json", "genai_config.json", "config.json"
-HINT = "give a folder of transformers, of ONNX Runtime GenAI, of a PEFT adapter, or an artifact of ours"
+GGUF = ".gguf"
+HINT = "give a folder of transformers, of ONNX Runtime GenAI, of a PEFT adapter, an artifact of ours, or a GGUF file"
 
 
 def recognised(path: Path) -> Artifact:
     """The folder as an artifact: by our manifest where it has one, else by its files; raises InputError for others."""
-    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
-        raise EnvironmentProblem(
-            f"{path}: a GGUF file, and there is no runtime for it here", "give the folder it was converted from"
-        )
+    if path.suffix == GGUF and path.is_file():
+        facts = {"runtime": "gguf", "files": {path.name: {"bytes": path.stat().st_size}}}
+        return Artifact(artifact_name(path), "gguf", path, facts, "")
     if not path.is_dir():
         raise InputError(f"{path}: no such folder", HINT)
     if (path / MANIFEST_NAME).is_file():
@@ -53,6 +53,8 @@ def _runtime_and_format(path: Path) -> tuple[str, str]:
         stated = config.get("quantization_config") or {}
         method = stated.get("quant_method") if isinstance(stated, dict) else None
         return "transformers", str(method or config.get("dtype") or config.get("torch_dtype") or "float32")
+    if found := sorted(path.glob(f"*{GGUF}")):
+        raise InputError(f"{path}: a folder of {len(found)} GGUF files", f"name one of them, such as {found[0]}")
     raise InputError(f"{path}: neither {CONFIG}, nor {GENAI_CONFIG}, nor {ADAPTER_CONFIG} is in it", HINT)
 
 
