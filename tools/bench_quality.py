@@ -15,6 +15,8 @@ code. Ratios, each a mean over the models that have both sides:
     w4a16_calibrated_to_llm_compressor  mean KL over the peer's (0.6)
     nf4_adapter_kl, int8_kl, w8a16_kl mean KL itself
 
+`--formats` measures these by every rounding, in place of the rows.
+
 `--text` measures on another text, such as a model's `general.txt`: what calibration on one kind of text does to others.
 
 `--sweep` scales the adapter's delta by 0, 0.1, 0.3, 1 and 2 and compares the plain and the dithered rounding at each
@@ -62,6 +64,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptq nearest": {"format": "gptq", "rounding": "nearest"},
     "gptq calibrated": {"format": "gptq", "rounding": "calibrated"},
 }
+ROUNDINGS = ("nearest", "search", "calibrated", "tuned")
 SWEEP_ROWS = (*PLAIN, "nf4 dithered")
 SWEEP_FACTORS = (0.0, 0.1, 0.3, 1.0, 2.0)
 CALIBRATED = ("calibrated", "tuned")
@@ -217,10 +220,16 @@ def sweep(model: QualityModel, setting: Setting) -> dict[str, Table]:
     return tables
 
 
+def rows_of(formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of each format by every rounding."""
+    return {f"{form} {rounding}": {"format": form, "rounding": rounding} for form in formats for rounding in ROUNDINGS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="demo", help="`demo` and folders, with commas between them")
     parser.add_argument("--rows", help=f"which rows, with semicolons between them [default: all of {'; '.join(ROWS)}]")
+    parser.add_argument("--formats", help="in place of rows: these, with commas between them, by every rounding")
     parser.add_argument("--sweep", action="store_true", help="also scale the adapters' deltas")
     parser.add_argument("--peer-python", type=Path, help="the interpreter of an environment with llm-compressor")
     parser.add_argument("--text", type=Path, help="measure on this text [default: each model's held-out conversations]")
@@ -230,7 +239,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few tokens and sequences, to see that the tool runs")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    chosen = tuple(options.rows.split(";")) if options.rows else tuple(ROWS)
+    every = rows_of(options.formats.split(",")) if options.formats else {}
+    ROWS.update(every)
+    chosen = tuple(options.rows.split(";")) if options.rows else tuple(every or ROWS)
     if unknown := set(chosen) - set(ROWS):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; known: {'; '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as name:
