@@ -48,6 +48,7 @@ from qlora_export.planning import Plan, make_plan
 from qlora_export.protocol_names import choose_protocol
 from qlora_export.recipe import DriftRecipe, Recipe, make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
+from qlora_export.runtimes.onnx.artifacts import look_over, validated
 from qlora_export.runtimes.recognising import recognised
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
@@ -87,6 +88,12 @@ class _Model:
         """That of the adapter where it has a tokenizer, else that of the model."""
         adapter = self.plan.adapter.folder if self.plan and self.plan.adapter else None
         return adapter if adapter and _has_tokenizer(adapter) else self.checkpoint.folder
+
+    @property
+    def dense_folder(self) -> Path | None:
+        """Where the very weights lie that the candidate should have; None where they are quantised, or an adapter's."""
+        config = self.checkpoint.config
+        return None if self.plan is not None or config.get("quantization_config") else self.checkpoint.folder
 
     def tokens(self, text: DriftText, tokenizer: FolderTokenizer, drift: DriftRecipe) -> TokenSet:
         """The tokens of the text by the protocol that was asked for."""
@@ -145,6 +152,7 @@ def check_against(
     from qlora_export.runtimes.loading import FolderTokenizer
 
     candidate = recognised(_folder(question.artifact))
+    look_over(candidate)
     base, adapter = _parts(question.against)
     recipe = _recipe(_folder(base), adapter, question.training, candidate.name, drift, settings)
     model = _model(recipe, options.out)
@@ -163,7 +171,8 @@ def check_against(
                 measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
             answers = ask(session, probes, kept.columns, tokenizer.decode, options.track)
     worst = worst_of(measured, references.tuned, tokens, tokenizer.decode)
-    found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers)
+    onnx = validated(candidate, tokens, options.track, model.dense_folder)
+    found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers, onnx)
     models = Models(partial(model.open, options.device), lambda entry: opening())
     entries = judged(recipe, [found], references, tokens)
     entries = traced_entries(entries, tokens, stated.trace, models, options.out, options.track)

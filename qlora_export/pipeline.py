@@ -49,6 +49,7 @@ from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Run
+from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.opening import open_artifact
 from qlora_export.settling import require_evidence, settle
 from qlora_export.settling_formats import settle_formats
@@ -284,5 +285,6 @@ def _measure_artifacts(
             measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
             answers = ask(session, probes, reference.columns, decode, options.track)
         worst = worst_of(measured.measurement, references.tuned, rows.tokens, decode)
-        found.append(replace(measured, worst=worst, answers=answers))
+        onnx = validated(artifact, rows.tokens, options.track)
+        found.append(replace(measured, worst=worst, answers=answers, onnx=onnx))
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,13 @@ def judge(drift: Drift, limits: Limits, tokens: int, nonfinite: int, further: Be
     if tokens < FEWEST_TOKENS:
         reasons += (f"{tokens} tokens are too few to judge anything, {FEWEST_TOKENS} are the least",)
     return Verdict("inconclusive", reasons) if reasons else Verdict("pass")
+
+
+def failed_by(verdict: Verdict, breaches: Sequence[str]) -> Verdict:
+    """The verdict, failed where something beside the numbers is wrong, which is said first."""
+    if not breaches:
+        return verdict
+    return Verdict("fail", (*breaches, *(verdict.reasons if verdict.outcome == "fail" else ())))
 
 
 def verify(artifact: Artifact, verdict: Verdict, drift: Drift) -> Verified:

@@ -12,13 +12,14 @@ from types import MappingProxyType
 from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
 from qlora_export.drift.choices import Choices
 from qlora_export.drift.distribution import Distribution, distribution_of
-from qlora_export.drift.gate import judge, verify
+from qlora_export.drift.gate import failed_by, judge, verify
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.layers import KeptLayer, summarised
 from qlora_export.drift.probes import NO_ANSWERS, Answers
 from qlora_export.drift.statistics import Beside, beside, compare, sample_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace
+from qlora_export.drift.ways import GraphFindings
 from qlora_export.drift.worst import Worst
 from qlora_export.recipe import ArtifactRecipe, Limits
 
@@ -44,6 +45,7 @@ class Entry:
     choices: Choices | None = None
     generation: Generation | None = None
     trace: Trace | None = None
+    onnx: GraphFindings | None = None
 
     @property
     def survival(self) -> Mapping[str, float]:
@@ -107,6 +109,7 @@ class Measured:
     layers: Sequence[KeptLayer]
     worst: Worst | None = None
     answers: Answers = NO_ANSWERS
+    onnx: GraphFindings | None = None
 
 
 def enter(
@@ -128,6 +131,8 @@ def enter(
     yardstick = yardsticks.get(wanted) if wanted != artifact.name else None
     further = beside(measured, yardstick, tokens) if yardstick is not None else None
     verdict = judge(drift, limits, tokens.count, measured.nonfinite, further)
+    if found.onnx is not None:
+        verdict = failed_by(verdict, found.onnx.breaches)
     # A folder without a manifest of ours is measured, and never published.
     passes = verdict.outcome == "pass" and artifact.manifest_sha256
     verified = verify(artifact, verdict, drift) if passes else None
@@ -147,6 +152,7 @@ def enter(
         further,
         found.answers.choices,
         found.answers.generation,
+        onnx=found.onnx,
     )
 
 

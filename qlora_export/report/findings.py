@@ -14,6 +14,7 @@ from qlora_export.drift.generation import Continuation, Generation
 from qlora_export.drift.ledger import Entry, Noise
 from qlora_export.drift.statistics import Beside
 from qlora_export.drift.trace import Broken, LayerError, Trace
+from qlora_export.drift.ways import Distance, GraphFindings
 from qlora_export.drift.worst import WorstToken, WorstWindow
 from qlora_export.recipe import Limits, Yardstick
 from qlora_export.report.schema_words import (
@@ -21,6 +22,7 @@ from qlora_export.report.schema_words import (
     MAYBE_NUMBER,
     NUMBER,
     TEXT,
+    TEXTS,
     Schema,
     map_of,
     numbers_of,
@@ -42,6 +44,8 @@ def findings_of(entry: Entry) -> dict[str, Any]:
         found["generation"] = asdict(entry.generation)
     if entry.trace is not None:
         found["trace"] = _trace(entry.trace)
+    if entry.onnx is not None:
+        found["onnx"] = asdict(entry.onnx)
     return found
 
 
@@ -55,6 +59,7 @@ def findings_schema() -> Schema:
         "choices": _with_list(numbers_of(Choices), "flipped", Flip),
         "generation": _with_list(numbers_of(Generation), "worst", Continuation),
         "trace": _trace_schema(),
+        "onnx": _onnx_schema(),
     }
 
 
@@ -89,6 +94,15 @@ def _trace(found: Trace) -> dict[str, Any]:
 def _trace_schema() -> Schema:
     keys = {"layers": _list(numbers_of(LayerError)), "broken": or_null(numbers_of(Broken))}
     return object_of(keys, {"note": TEXT})
+
+
+def _onnx_schema() -> Schema:
+    """A graph run in several ways, each with its distances."""
+    apart = or_null(numbers_of(Distance))
+    way = object_of({"name": TEXT, "from_prefill": apart, "from_source": apart})
+    found = numbers_of(GraphFindings)
+    lists = {"window_tokens": _list(COUNT), "ways": _list(way), "breaches": TEXTS}
+    return {**found, "properties": {**found["properties"], **lists}}
 
 
 def _with_list(schema: Schema, key: str, items: type) -> Schema:

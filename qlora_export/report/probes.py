@@ -1,4 +1,4 @@
-"""What reports say in words of questions, prompts and layers: a line for each that was asked."""
+"""What reports say in words of questions, prompts, layers and graphs: a line for each that was asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from qlora_export.drift.choices import Choices
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.drift.trace import Trace
+from qlora_export.report.graphs import graph_line
 
 
 def probe_lines(entry: Entry) -> list[str]:
@@ -19,13 +20,15 @@ def probe_lines(entry: Entry) -> list[str]:
         found.append(_generation(entry.generation))
     if entry.trace is not None:
         found.append(_trace(entry.trace))
+    if entry.onnx is not None:
+        found.append(graph_line(entry.onnx))
     return found
 
 
 def probe_list(ledger: Ledger) -> list[str]:
     """The lines on every artifact as a Markdown section."""
     lines = [f"- `{entry.artifact.name}`: {line}" for entry in ledger.entries for line in probe_lines(entry)]
-    return ["", "## Flips, generations, layers", "", *lines] if lines else []
+    return ["", "## Flips, generations, layers, graphs", "", *lines] if lines else []
 
 
 def _choices(found: Choices) -> str:

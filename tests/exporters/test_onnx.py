@@ -157,15 +157,15 @@ def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: 
     (tmp_path / "genai_config.json").write_bytes((exported / "onnx-fp32/genai_config.json").read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     runtime = catalog.load_runtime("onnxruntime")
-    with runtime.open(tmp_path) as session, pytest.raises(InputError, match="ONNX Runtime ended with status 1"):
-        session.log_probabilities(TOKENS)
+    with pytest.raises(InputError, match=r"model.onnx: is no ONNX graph"), runtime.open(tmp_path):
+        pass
 
 
 def test_a_worker_that_is_killed_is_an_environment_problem(exported: Path) -> None:
     with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
         session.log_probabilities(TOKENS)
         worker: Any = session
-        os.kill(worker._process.pid, signal.SIGKILL)
+        os.kill(worker.worker.process.pid, signal.SIGKILL)
         with pytest.raises(EnvironmentProblem, match="ONNX Runtime was killed"):
             session.log_probabilities(TOKENS)
 

@@ -1,0 +1,52 @@
+"""Artifacts whose runtime is ONNX Runtime, validated against what their manifest says that they were made from."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from qlora_export import catalog
+from qlora_export.contracts import Artifact, Track
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.ways import GraphFindings
+from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
+from qlora_export.runtimes.onnx.folder import open_graph
+from qlora_export.runtimes.onnx.validation import Source, validate
+
+RUNTIME = "onnxruntime"
+TORCH_RUNTIME = "transformers"
+
+
+def validated(artifact: Artifact, tokens: TokenSet, track: Track, model: Path | None = None) -> GraphFindings | None:
+    """What running its graph in every way comes to; None for an artifact of another runtime.
+
+    `model` is the dense folder that a folder without a manifest should be.
+    """
+    if artifact.manifest["runtime"] != RUNTIME:
+        return None
+    source = source_of(artifact)
+    if source is None and model is not None and not artifact.manifest_sha256:
+        source = _source("the model", model)
+    with track(f"validate {artifact.name}"):
+        return validate(artifact.path, tokens, source)
+
+
+def look_over(artifact: Artifact) -> None:
+    """Raise at once, for an artifact of ONNX Runtime, what opening it would raise after everything else is measured."""
+    if artifact.manifest["runtime"] == RUNTIME:
+        open_graph(artifact.path)
+
+
+def source_of(artifact: Artifact) -> Source | None:
+    """The artifact that it was made from, where that still lies beside it and torch opens it."""
+    made_from = artifact.manifest.get("sources", {}).get("artifact")
+    folder = artifact.path.parent / str(made_from["name"]) if made_from else None
+    if folder is None or not (folder / MANIFEST_NAME).is_file():
+        return None
+    found = read_artifact(folder)
+    same = found.manifest_sha256 == made_from["manifest_sha256"]
+    return _source(found.name, folder) if same and found.manifest["runtime"] == TORCH_RUNTIME else None
+
+
+def _source(name: str, folder: Path) -> Source:
+    return Source(name, partial(catalog.load_runtime(TORCH_RUNTIME).open, folder))

@@ -1,0 +1,203 @@
+"""An ONNX folder run in every way that a consumer may, and compared with itself and with its source's model in torch.
+
+Prefill, decoding with the cache, a batch of unequal lengths, with graph optimisation and without, and for integer
+weights every accuracy of their products, on real tokens of three lengths. Ways of one graph must agree, and a graph
+with float weights must agree with the model that it was made from: mean KL at most 1e-4, and the same most likely
+tokens but for near ties. Cost: seven runs of some 160 tokens, two loads of the graph, one of the source's model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qlora_export.contracts import Float32, Session, TracedSession
+from qlora_export.drift.recording import Recording
+from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.ways import Distance, GraphFindings, RunWay, distance
+from qlora_export.runtimes.onnx.cached_graph import LOGITS
+from qlora_export.runtimes.onnx.departure import first_departing, in_torch
+from qlora_export.runtimes.onnx.folder import open_graph
+from qlora_export.runtimes.onnx.graph_copy import accuracy_level, layers_of, stored_as
+from qlora_export.runtimes.onnx.process import Worker, running
+
+WORKER = "qlora_export.runtimes.onnx.ways_worker"
+WINDOW_TOKENS = (96, 48, 16)
+DECODED_TOKENS = 8
+FLOATS = ("float32", "float16")
+LEVELS = (0, 1, 4)
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the graph was made from, in words, and what opens it in torch."""
+
+    name: str
+    open: Callable[[], AbstractContextManager[Session]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a graph is run; at its own accuracy where none is named."""
+
+    name: str
+    decoded: int = 0
+    batched: bool = False
+    optimised: bool = True
+    accuracy_level: int | None = None
+
+
+PREFILL = Way("prefill")
+SAME_GRAPH = (
+    Way("decoding with the cache", decoded=DECODED_TOKENS),
+    Way("a batch of three, padded", batched=True),
+    Way("decoding a batch of three, padded", decoded=DECODED_TOKENS, batched=True),
+    Way("prefill without graph optimisation", optimised=False),
+    Way("decoding without graph optimisation", decoded=DECODED_TOKENS, optimised=False),
+)
+
+
+def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFindings:
+    """What running the folder in every way comes to; raises InputError for a graph that the checker refuses."""
+    model = open_graph(folder).model
+    windows = validation_windows(tokens)
+    in_source = _source_rows(source, windows)
+    with running(WORKER, folder) as worker:
+        runs = _Runs(worker, windows)
+        found = GraphFindings(
+            weights=stored_as(model),
+            accuracy_level=accuracy_level(model),
+            window_tokens=tuple(len(window) for window in windows),
+            source=source.name if source else None,
+            ways=tuple(_ways(runs, in_source, accuracy_level(model))),
+            departs=None,
+            breaches=(),
+        )
+        return _judged(found, _Search(runs, model, source, found.weights, folder))
+
+
+def validation_windows(tokens: TokenSet) -> list[tuple[int, ...]]:
+    """The beginnings of three windows of the text, or of as many as there are over again, in three lengths."""
+    found = [tokens.windows[place % len(tokens.windows)].fed for place in range(len(WINDOW_TOKENS))]
+    cut = [tuple(fed[:length]) for fed, length in zip(found, WINDOW_TOKENS, strict=True)]
+    return [window for window in cut if len(window) > 1] or cut[:1]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """A graph and what is run on it."""
+
+    worker: Worker
+    windows: Windows
+
+    def rows(self, way: Way, output: str = LOGITS) -> list[Float32]:
+        """An array for each window."""
+        request = {
+            "windows": [list(window) for window in self.windows],
+            "decoded": way.decoded,
+            "batched": way.batched,
+            "optimised": way.optimised,
+            "accuracy_level": way.accuracy_level,
+            "output": output,
+        }
+        return self.worker.ask(request, len(self.windows))
+
+
+def _source_rows(source: Source | None, windows: Windows) -> list[Float32] | None:
+    if source is None:
+        return None
+    with source.open() as session:
+        return [session.log_probabilities(window) for window in windows]
+
+
+def _ways(runs: _Runs, in_source: list[Float32] | None, shipped: int | None) -> Iterator[RunWay]:
+    prefill = runs.rows(PREFILL)
+    yield RunWay(PREFILL.name, None, None if in_source is None else distance(in_source, prefill))
+    levels = [] if shipped is None else [level for level in LEVELS if level != shipped]
+    others = [Way(f"accuracy_level {level}", accuracy_level=level) for level in levels]
+    for way in (*SAME_GRAPH, *others):
+        rows = runs.rows(way)
+        yield RunWay(
+            way.name,
+            _distance(prefill, rows, way),
+            None if in_source is None else _distance(in_source, rows, way),
+        )
+
+
+def _distance(first: list[Float32], second: list[Float32], way: Way) -> Distance:
+    """Of a way that decodes only what was decoded."""
+    decoded = min(way.decoded, *(len(rows) - 1 for rows in second))
+    return distance(*([rows[-decoded:] for rows in side] for side in (first, second)))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Where the first layer that departs is looked for."""
+
+    runs: _Runs
+    model: object
+    source: Source | None
+    weights: str
+    folder: Path
+
+    def between_ways(self, way: Way) -> str | None:
+        """The first layer that a way computes otherwise than prefill."""
+        layers = layers_of(self.model)
+        return first_departing(
+            layers, lambda name: self.runs.rows(way, name), lambda name: self.runs.rows(PREFILL, name), self.weights
+        )
+
+    def from_source(self) -> str | None:
+        """The first layer that prefill computes otherwise than the source; None where torch shows no layers."""
+        if self.source is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder, Recording(Path(folder)) as recording:
+            names = self._record(self.source, recording)
+            layers = [layer for layer in layers_of(self.model) if layer.output in names]
+            count = len(self.runs.windows)
+
+            def theirs(output: str) -> list[Float32]:
+                found = (recording.outputs(number, names[output], 0) for number in range(count))
+                return [rows for rows in found if rows is not None]
+
+            return first_departing(layers, lambda name: self.runs.rows(PREFILL, name), theirs, self.weights)
+
+    def _record(self, source: Source, recording: Recording) -> dict[str, str]:
+        """Keep what the layers in torch give that the graph has too; their names by the graph's."""
+        with source.open() as session:
+            if not isinstance(session, TracedSession):
+                return {}
+            names = dict(in_torch(layers_of(self.model), session.layers()))
+            for number, window in enumerate(self.runs.windows):
+
+                def see(name: str, inputs: Float32 | None, outputs: Float32, number: int = number) -> None:
+                    del inputs
+                    recording.add(number, name, None, outputs)
+
+                session.trace(window, sorted(set(names.values())), see)
+        return names
+
+
+def _judged(found: GraphFindings, search: _Search) -> GraphFindings:
+    """The findings with what is wrong, and of the first such thing the layer that it begins at."""
+    wrong: list[tuple[str, Callable[[], str | None]]] = []
+    prefill, *others = found.ways
+    exact = found.weights in FLOATS
+    if exact and prefill.from_source is not None and not prefill.from_source.agrees:
+        what = f"{prefill.name} differs from {found.source} in torch: {prefill.from_source.said()}"
+        wrong.append((what, search.from_source))
+    by_name = {way.name: way for way in SAME_GRAPH}
+    for way in others:
+        if way.name in by_name and way.from_prefill is not None and not way.from_prefill.agrees:
+            what = f"{way.name} differs from prefill: {way.from_prefill.said()}"
+            wrong.append((what, lambda name=way.name: search.between_ways(by_name[name])))  # type: ignore[misc]
+    if not wrong:
+        return found
+    departs = wrong[0][1]()
+    place = f"; the first layer that departs is {departs}" if departs else ""
+    breaches = (wrong[0][0] + place, *(what for what, _ in wrong[1:]))
+    return replace(found, departs=departs, breaches=tuple(f"ONNX: {breach}" for breach in breaches))

@@ -1,0 +1,82 @@
+"""The process that runs a graph in several ways: `python -m qlora_export.runtimes.onnx.ways_worker FOLDER`.
+
+Checks the graph by onnx's own checker first, on the file with its data. Then reads a JSON object a line, windows and
+a way, and answers with an array for each window: log-probabilities, or the inner value that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from qlora_export.runtimes.onnx.answering import answers, put
+from qlora_export.runtimes.onnx.cached_graph import LOGITS, CachedGraph, Rows, log_softmax
+from qlora_export.runtimes.onnx.graph_copy import add_output, set_accuracy_level
+from qlora_export.runtimes.onnx.runtime_operators import know_runtime_operators
+
+LOG_ERRORS_ONLY = 3
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+SESSION_KEYS = ("optimised", "accuracy_level", "output")
+
+
+class Ways:
+    """A graph, and the session that was asked for last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        self._path = folder / self._decoder["filename"]
+        self._opened: tuple[dict[str, Any], CachedGraph] | None = None
+
+    def check(self) -> None:
+        """Ask onnx's checker; ends the process with what it finds."""
+        know_runtime_operators()
+        try:
+            onnx.checker.check_model(self._path)
+        except onnx.checker.ValidationError as error:
+            sys.exit(f"the ONNX checker: {' '.join(str(error).split())}")
+
+    def run(self, way: dict[str, Any]) -> list[Rows]:
+        """An array for each window."""
+        key = {name: way[name] for name in SESSION_KEYS}
+        if self._opened is None or self._opened[0] != key:
+            self._opened = None
+            self._opened = key, self._open(**key)
+        windows, output = way["windows"], way["output"]
+        batches = [windows] if way["batched"] else [[window] for window in windows]
+        found = [rows for batch in batches for rows in self._opened[1].rows(batch, way["decoded"], output)]
+        return [log_softmax(rows) for rows in found] if output == LOGITS else found
+
+    def _open(self, optimised: bool, accuracy_level: int | None, output: str) -> CachedGraph:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = LOG_ERRORS_ONLY
+        options.add_session_config_entry(DATA_FOLDER, str(self._path.parent))
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source: str | bytes = str(self._path)
+        if accuracy_level is not None or output != LOGITS:
+            model = onnx.load(self._path, load_external_data=False)
+            if accuracy_level is not None:
+                set_accuracy_level(model, accuracy_level)
+            add_output(model, output)
+            source = model.SerializeToString()
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return CachedGraph(session, self._decoder)
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    stream = answers()
+    ways = Ways(Path(sys.argv[1]))
+    ways.check()
+    for line in sys.stdin:
+        for rows in ways.run(json.loads(line)):
+            put(stream, rows)
+
+
+if __name__ == "__main__":
+    main()
