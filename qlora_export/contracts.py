@@ -19,7 +19,8 @@ from qlora_export.errors import GateFailed
 
 Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
-Takes = Literal["dense", "adapter"]
+# What an exporter starts from: a dense artifact, the adapter, or an artifact of one format.
+Takes = Literal["dense", "adapter", "w4a16", "w8a16", "nf4-adapter"]
 Onto = Literal["as-trained", "original"]
 OntoChoice = Literal["as-trained", "original", "auto"]
 # Which values of the base a delta is added to: two that an artifact can be merged onto, and two for dithering: rows as
@@ -603,12 +604,16 @@ class Publisher(Protocol):
 
 
 class Exporter(Protocol):
-    """Makes an artifact of another kind from a finished dense folder, or from the adapter's folder."""
+    """Makes an artifact of another kind from a finished folder, or from the adapter's folder."""
 
     name: str
     takes: Takes
     runtime: str
     bytes_per_weight: float
+
+    def architectures(self) -> frozenset[str]:
+        """The architectures of config.json that it knows; empty where it takes any, or cannot tell."""
+        ...
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes."""
@@ -616,4 +621,15 @@ class Exporter(Protocol):
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill the destination folder; the caller adds tokenizer and manifest and gives it its name."""
+        ...
+
+
+@runtime_checkable
+class RoundedExporter(Exporter, Protocol):
+    """An exporter that takes over the integers of an artifact with this rounding."""
+
+    rounding: Rounding
+
+    def accepts(self, options: Options) -> bool:
+        """Whether the integers of an artifact with these options are those that it was asked for."""
         ...

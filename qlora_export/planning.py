@@ -23,10 +23,12 @@ from qlora_export.contracts import (
     MixedFormat,
     Onto,
     Part,
+    RoundedExporter,
     TensorSpec,
     TrainingQuantization,
 )
 from qlora_export.errors import PlanRefused, Problem, UsageError
+from qlora_export.export_rules import export_problems
 from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
 from qlora_export.merge.carried import (
@@ -240,6 +242,7 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
         problems += training_problems(adapter, checkpoint, facts)
     problems += [*artifact_problems(recipe, facts), *kept_adapter_problems(recipe, facts, model)]
     problems += [*layer_problems(recipe, facts, model), *rounding_problems(recipe, facts, model)]
+    problems += export_problems(recipe, checkpoint, model, facts)
     if problems:
         raise PlanRefused(list(dict.fromkeys(problems)))
     inputs = Inputs(recipe, checkpoint, adapter, model, unmerged_model(names), facts, names)
@@ -290,9 +293,9 @@ def _form_of(form: Format, spec: TensorSpec) -> Format:
 
 
 def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ExportPlan:
-    """An export from the first dense artifact with the same merge base, or from the adapter."""
-    exporter = catalog.load_exporter(item.format, item.options)
-    source = _dense_source(inputs, item, artifacts) if exporter.takes == "dense" else None
+    """An export from the first artifact that its exporter can start from, or from the adapter."""
+    exporter = catalog.load_exporter(item.format, item.options, item.rounding)
+    source = _export_source(inputs, item, exporter, artifacts)
     if exporter.takes == "adapter" and inputs.adapter is None:
         raise UsageError(f"artifact {item.name}: the recipe has no adapter", "name one, or drop the artifact")
     weights = sum(output.spec.size for output in inputs.model.outputs.values())
@@ -311,6 +314,30 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return ExportPlan(item, exporter, source, size, digest)
+
+
+def _export_source(
+    inputs: Inputs, item: ArtifactRecipe, exporter: Exporter, artifacts: tuple[ArtifactPlan, ...]
+) -> ArtifactPlan | None:
+    """What an export is made from; None is the adapter. Raises UsageError where the recipe does not make it."""
+    if exporter.takes == "adapter":
+        return None
+    if exporter.takes == "dense":
+        return _dense_source(inputs, item, artifacts)
+    found = [artifact for artifact in artifacts if artifact.recipe.format == exporter.takes]
+    wanted: dict[str, object] = {"format": exporter.takes}
+    if isinstance(exporter, RoundedExporter):
+        found = [artifact for artifact in found if artifact.onto == inputs.onto(item)]
+        found = [artifact for artifact in found if artifact.rounding.chosen == exporter.rounding]
+        found = [artifact for artifact in found if exporter.accepts(artifact.recipe.options)]
+        wanted["rounding"] = exporter.rounding
+    if not found:
+        stated = ", ".join(f"{key}: {value}" for key, value in wanted.items())
+        raise UsageError(
+            f"artifact {item.name}: {item.format} holds the codes of another artifact, {exporter.takes}: there is none",
+            f"add `- {{{stated}}}` to the artifacts, merged onto the same base and with the same options",
+        )
+    return found[0]
 
 
 def _dense_source(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ArtifactPlan:

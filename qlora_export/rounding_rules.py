@@ -46,10 +46,10 @@ def rounding_problems(recipe: Recipe, facts: TrainingFacts, model: MergedModel) 
 
 
 def _obstacle(recipe: Recipe, item: ArtifactRecipe, facts: TrainingFacts, model: MergedModel) -> tuple[str, str] | None:
-    if item.format in catalog.EXPORTERS and item.rounding is not None:
-        return f"{item.format} is rounded by its exporter, not {item.rounding}", SEE
+    if item.format in catalog.EXPORTERS:
+        return _unexported(item)
     try:
-        form = None if item.format in catalog.EXPORTERS else catalog.load_format(item.format, facts.live, item.options)
+        form = catalog.load_format(item.format, facts.live, item.options)
     except UsageError:
         form = None  # the options are told elsewhere
     if isinstance(form, CorrectedFormat):
@@ -68,6 +68,15 @@ def _obstacle(recipe: Recipe, item: ArtifactRecipe, facts: TrainingFacts, model:
             hint = "dithering is for a base that sits on the grid already: `format: nf4`; other grids need none"
         return f"{item.format} is not rounded {item.rounding}", hint
     return undithered(recipe, item, facts, model) if item.rounding == "dithered" else None
+
+
+def _unexported(item: ArtifactRecipe) -> tuple[str, str] | None:
+    """What keeps an exporter from this rounding or these options, and a hint."""
+    try:
+        catalog.load_exporter(item.format, item.options, item.rounding)
+    except UsageError as error:
+        return error.message, error.hint
+    return None
 
 
 def undithered(

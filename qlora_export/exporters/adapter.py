@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Options, Takes
+from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import UsageError
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, open_adapter
 from qlora_export.sources.sidecar import SIDECAR_NAME
@@ -31,6 +31,10 @@ class AdapterExporter:
         """Nothing but the adapter decides the bytes."""
         return {}
 
+    def architectures(self) -> frozenset[str]:
+        """Any."""
+        return frozenset()
+
     def export(self, source: Path, destination: Path) -> None:
         """Copy what peft reads, and the sidecar."""
         weights = [path.name for path in open_adapter(source).files]
@@ -39,8 +43,10 @@ class AdapterExporter:
                 shutil.copyfile(source / name, destination / name)
 
 
-def alone(options: Options) -> AdapterExporter:
+def alone(options: Options, rounding: Rounding | None) -> AdapterExporter:
     """The adapter's own files."""
+    if rounding is not None:
+        raise UsageError(f"adapter rounds nothing, so there is nothing to be {rounding}", "leave `rounding` out")
     if options:
         raise UsageError(f"adapter has no option {next(iter(options))!r}", "it has none")
     return AdapterExporter()

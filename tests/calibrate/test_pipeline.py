@@ -198,10 +198,10 @@ def test_what_was_built_from_other_blocks_is_built_again(pico: Pico, tmp_path: P
 
 
 def test_what_cannot_be_calibrated_is_said_at_once(pico: Pico, tmp_path: Path) -> None:
-    artifacts = [{"format": form, "rounding": "calibrated"} for form in ("nf4", "bf16", "onnx-int4")]
+    artifacts = [{"format": form, "rounding": "calibrated"} for form in ("nf4", "bf16", "onnx-fp32")]
     with pytest.raises(PlanRefused) as error:
         make_plan(recipe_of(pico, *artifacts, calibration=None), tmp_path)
     assert error.value.exit_code == 2
-    for said in ("needs a text to calibrate on", "bf16 rounds no", "rounded by its exporter"):
+    for said in ("needs a text to calibrate on", "bf16 rounds no", "is exported as it is"):
         assert sum(said in problem.message for problem in error.value.problems) == 1, said
     assert all(problem.hint for problem in error.value.problems)

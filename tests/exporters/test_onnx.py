@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,18 @@ import transformers
 from qlora_export import catalog
 from qlora_export.contracts import Artifact
 from qlora_export.engine import BuildOptions, build, export
-from qlora_export.errors import EnvironmentProblem, InputError, Refused, UsageError, VerifyMismatch
+from qlora_export.errors import (
+    EnvironmentProblem,
+    ExportError,
+    InputError,
+    PlanRefused,
+    Refused,
+    UsageError,
+    VerifyMismatch,
+)
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
-from tests.conftest import RecipeMaker, edit_json, folder_bytes, save_adapter, save_base
+from tests.conftest import RecipeMaker, edit_json, folder_bytes
 
 TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77, 5, 6, 7, 8]
 
@@ -98,11 +107,17 @@ def test_a_finished_export_is_kept_or_its_change_named(
         make(recipe, out)
 
 
-def test_an_architecture_that_the_builder_lacks_is_refused(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", seed=1)
-    adapter = save_adapter(base, tmp_path / "adapter", seed=2)
-    edit_json(base / "config.json", architectures=["OPTForCausalLM"], model_type="opt")
-    recipe = Recipe.model_validate({"base": str(base), "adapter": str(adapter), "artifacts": ["bf16", "onnx-fp32"]})
+def test_an_architecture_that_the_builder_lacks_is_refused_by_the_plan(
+    pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by the builder, where its source does not say what it knows."""
+    edit_json(base_copy / "config.json", architectures=["OPTForCausalLM"])
+    recipe = pico_recipe("bf16", "onnx-fp32", base=str(base_copy))
+    with pytest.raises(PlanRefused, match="onnx-fp32: the architecture OPTForCausalLM is not") as error:
+        make(recipe, tmp_path / "out")
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("qlora_export.exporters.onnx.builder.ARCHITECTURE", re.compile("nothing (of the kind)"))
     with pytest.raises(Refused, match="onnx-fp32: .*is not currently supported"):
         make(recipe, tmp_path / "out")
     assert not (tmp_path / "out/onnx-fp32").exists()
@@ -118,7 +133,7 @@ def test_a_source_that_the_builder_cannot_read(pico_recipe: RecipeMaker, tmp_pat
 def test_a_killed_builder_is_named_and_the_next_run_starts_anew(
     pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_export.exporters.onnx.BUILDER", "tests.exporters.killed_builder")
+    monkeypatch.setattr("qlora_export.exporters.onnx.builder.BUILDER", "tests.exporters.killed_builder")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     recipe = pico_recipe("bf16", "onnx-fp32")
     with pytest.raises(EnvironmentProblem, match="killed by SIGKILL"):
@@ -149,8 +164,10 @@ def test_a_partial_folder_that_is_not_ours_is_left_alone(pico_recipe: RecipeMake
     ],
 )
 def test_options_that_are_wrong(pico_recipe: RecipeMaker, tmp_path: Path, artifact: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(ExportError, match=says) as error:
         make_plan(pico_recipe("bf16", artifact), tmp_path)
+    assert error.value.exit_code == 2
+    assert error.value.hint
 
 
 def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: Path) -> None:

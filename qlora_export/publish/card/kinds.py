@@ -58,6 +58,9 @@ KINDS = {
     "nf4-lowrank": Kind("peft", "quantized", NF4_WORDS, (*BITSANDBYTES, "peft"), ("bitsandbytes", "4-bit", "lora")),
     "adapter": Kind("peft", "adapter", "the adapter's own", (*BITSANDBYTES, "peft"), ("lora",)),
     "onnx-int4": Kind("onnx", "quantized", "ONNX with 4-bit integers", ONNX, ("onnx",)),
+    "onnx-int8": Kind("onnx", "quantized", "ONNX with 8-bit integers", ONNX, ("onnx",)),
+    "onnx-nf4-adapter": Kind("onnx", "quantized", "ONNX with NF4 (4 bits), the adapter beside it", ONNX, ("onnx",)),
+    "onnx-fp16": Kind("onnx", "finetune", "ONNX in float16", ONNX, ("onnx",)),
     "onnx-fp32": Kind("onnx", "finetune", "ONNX in float32", ONNX, ("onnx",)),
 }
 

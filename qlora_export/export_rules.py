@@ -1,0 +1,75 @@
+"""What an exporter cannot make of this model or this adapter, told before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_export import catalog
+from qlora_export.errors import ExitCode, Problem, UsageError
+from qlora_export.merge.changes import AddedVector, Change, LowRank, Magnitude, ReplacedRows
+from qlora_export.merge.merged_model import MergedModel
+from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.sources.checkpoint import Checkpoint
+
+BLOCKS_OF_BNB4 = (16, 32, 64, 128, 256)
+CHANGES = {Magnitude: "DoRA's magnitude", AddedVector: "a trained bias", ReplacedRows: "trained tokens"}
+MERGE_INSTEAD = "choose a merged format: onnx-int4 or onnx-fp32"
+
+
+def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, facts: TrainingFacts) -> list[Problem]:
+    """Architectures that an exporter lacks, and adapters that cannot stay beside its base."""
+    problems = []
+    for item in recipe.artifacts:
+        if item.format not in catalog.EXPORTERS:
+            continue
+        try:
+            exporter = catalog.load_exporter(item.format, item.options, item.rounding)
+        except UsageError:
+            continue  # told elsewhere
+        problems += _architecture_problems(item, exporter.architectures(), checkpoint.config)
+        if exporter.takes == "nf4-adapter":
+            problems += [_refused(item, what, MERGE_INSTEAD) for what in _beside_problems(checkpoint, model, facts)]
+    return problems
+
+
+def _architecture_problems(item: ArtifactRecipe, known: frozenset[str], config: Mapping[str, Any]) -> list[Problem]:
+    stated = config.get("architectures")
+    name = stated[0] if isinstance(stated, list) and stated else None
+    if not known or name in known:
+        return []
+    if name is None:
+        return [_refused(item, f"{item.format} needs `architectures` in config.json", "state it as transformers does")]
+    what = f"{item.format}: the architecture {name} is not currently supported by the model builder"
+    return [_refused(item, what, "choose a safetensors format for this architecture")]
+
+
+def _beside_problems(checkpoint: Checkpoint, model: MergedModel, facts: TrainingFacts) -> list[str]:
+    """Why the adapter is no pair of factors beside each layer of a 4-bit base; every kind of reason once."""
+    found: dict[str, str] = {}
+    for output in model.outputs.values():
+        if output.changes and output.spec.module not in facts.encodable:
+            found.setdefault("dense", f"the adapter changes {output.name}, which was not in 4 bits in training")
+        if checkpoint.weights.get(output.source.spec.name) is not output.source:
+            found.setdefault("saved", f"{output.name} was trained whole (modules_to_save)")
+        for kind in filter(None, map(_not_plain, output.changes)):
+            found.setdefault(kind, f"{output.name} has {kind}, which is no plain LoRA")
+    if facts.live.block_size not in BLOCKS_OF_BNB4:
+        found["block"] = f"training had blocks of {facts.live.block_size}, MatMulBnb4 has {BLOCKS_OF_BNB4}"
+    return list(found.values())
+
+
+def _not_plain(change: Change) -> str | None:
+    """What a change is, where it is not the product of two whole factors."""
+    if not isinstance(change, LowRank):
+        return CHANGES.get(type(change), type(change).__name__)
+    if change.experts is not None:
+        return "factors over packed experts"
+    if change.blocks != (1, 1):
+        return "block-diagonal factors"
+    return "factors of a transposed layer" if change.transposed else None
+
+
+def _refused(item: ArtifactRecipe, what: str, hint: str) -> Problem:
+    return Problem(ExitCode.REFUSED, f"artifact {item.name}: {what}", hint)

@@ -1,0 +1,69 @@
+"""The ONNX artifacts of the catalog, each made from its options and, where the recipe states one, a rounding."""
+
+from __future__ import annotations
+
+from qlora_export.contracts import Options, Rounding, Takes
+from qlora_export.errors import UsageError
+from qlora_export.exporters.onnx.built import BuiltExporter
+from qlora_export.exporters.onnx.integers import SameIntegersExporter
+from qlora_export.exporters.onnx.nf4 import Nf4AdapterExporter
+from qlora_export.exporters.onnx.options import (
+    FloatOptions,
+    Int8Options,
+    IntegerOptions,
+    Nf4Options,
+    SameIntegerOptions,
+    chosen,
+)
+
+SAME_INTEGERS: dict[str, tuple[Rounding, ...]] = {
+    "onnx-int4": ("nearest", "search", "calibrated", "tuned"),
+    "onnx-int8": ("nearest", "search", "calibrated", "tuned"),
+}
+
+
+def fp32(options: Options, rounding: Rounding | None) -> BuiltExporter:
+    """Float32 weights and activations."""
+    _require_unrounded("onnx-fp32", rounding)
+    return BuiltExporter("onnx-fp32", "fp32", 4.1, chosen("onnx-fp32", FloatOptions, options))
+
+
+def fp16(options: Options, rounding: Rounding | None) -> BuiltExporter:
+    """Float16 weights and activations."""
+    _require_unrounded("onnx-fp16", rounding)
+    return BuiltExporter("onnx-fp16", "fp16", 2.1, chosen("onnx-fp16", FloatOptions, options))
+
+
+def int4(options: Options, rounding: Rounding | None) -> BuiltExporter | SameIntegersExporter:
+    """4-bit integers: the builder's own, or with a rounding those of `w4a16`."""
+    if rounding is not None:
+        return _same("onnx-int4", "w4a16", 0.8, options, rounding)
+    return BuiltExporter("onnx-int4", "int4", 0.8, chosen("onnx-int4", IntegerOptions, options))
+
+
+def int8(options: Options, rounding: Rounding | None) -> BuiltExporter | SameIntegersExporter:
+    """8-bit integers: the builder's own, or with a rounding those of `w8a16`."""
+    if rounding is not None:
+        return _same("onnx-int8", "w8a16", 1.3, options, rounding)
+    return BuiltExporter("onnx-int8", "int8", 1.3, chosen("onnx-int8", Int8Options, options))
+
+
+def nf4_adapter(options: Options, rounding: Rounding | None) -> Nf4AdapterExporter:
+    """The NF4 base of training with the adapter beside it."""
+    _require_unrounded("onnx-nf4-adapter", rounding)
+    return Nf4AdapterExporter(chosen("onnx-nf4-adapter", Nf4Options, options))
+
+
+def _same(
+    name: str, takes: Takes, bytes_per_weight: float, options: Options, rounding: Rounding
+) -> SameIntegersExporter:
+    known = SAME_INTEGERS[name]
+    if rounding not in known:
+        hint = f"with {', '.join(known)} it holds the integers of {takes}, without a rounding those of the builder"
+        raise UsageError(f"{name} is not rounded {rounding}", hint)
+    return SameIntegersExporter(name, takes, rounding, bytes_per_weight, chosen(name, SameIntegerOptions, options))
+
+
+def _require_unrounded(name: str, rounding: Rounding | None) -> None:
+    if rounding is not None:
+        raise UsageError(f"{name} is exported as it is, so there is nothing to be {rounding}", "leave `rounding` out")

@@ -1,0 +1,37 @@
+"""Artifacts whose weights the builder itself makes, from a dense folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_export.contracts import Takes
+from qlora_export.exporters.onnx.builder import Order, known_architectures, require_packages, run_builder
+from qlora_export.exporters.onnx.options import FloatOptions, Int8Options, IntegerOptions
+
+
+@dataclass(frozen=True)
+class BuiltExporter:
+    """Runs the builder with one precision."""
+
+    name: str
+    precision: str
+    bytes_per_weight: float
+    options: FloatOptions | IntegerOptions | Int8Options
+    takes: Takes = "dense"
+    runtime: str = "onnxruntime"
+
+    def facts(self) -> Mapping[str, Any]:
+        """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
+        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
+
+    def architectures(self) -> frozenset[str]:
+        """Those that the builder knows; empty where it cannot be told."""
+        return known_architectures()
+
+    def export(self, source: Path, destination: Path) -> None:
+        """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
+        extra = () if isinstance(self.options, FloatOptions) else self.options.words()
+        run_builder(self.name, Order(self.precision, self.options.provider, extra), source, destination)

@@ -1,0 +1,182 @@
+"""An ONNX graph of the builder with some of its matrix products replaced, and its data written anew, by offsets.
+
+Of the builder's data what stays is copied, and what comes in is written chunk by chunk: neither is held whole. Every
+tensor begins at a multiple of 4,096 bytes, so that a runtime can map the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_export.contracts import Float32
+from qlora_export.errors import EnvironmentProblem
+
+GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
+DOMAIN = "com.microsoft"
+PAGE_BYTES = 4096
+COPY_BYTES = 1 << 22
+FLOAT, UINT8 = 1, 2
+ITEM_BYTES = {FLOAT: 4, UINT8: 1}
+Raw = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to come in: its bytes are made, in order, when they are written."""
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Raw]]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * ITEM_BYTES[self.type]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The nodes that stand in for a matrix product, and their tensors."""
+
+    nodes: tuple[Any, ...]
+    tensors: tuple[NewTensor, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of the graph by a float weight [columns, rows]: node, weight, and what goes in and out."""
+
+    node: str
+    weight: str
+    columns: int
+    rows: int
+    input: str
+    output: str
+
+
+class BuiltGraph:
+    """A graph that the builder left in a folder; its data is read where it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnx
+
+        self._folder = folder
+        self.model = onnx.load(folder / GRAPH_NAME, load_external_data=False)
+        self._stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def products(self) -> list[Product]:
+        """The matrix products by a float32 weight, in the order of the graph."""
+        found = []
+        for node in self.model.graph.node:
+            weight = self._stored.get(node.input[1]) if node.op_type == "MatMul" else None
+            if weight is not None and weight.data_type == FLOAT and len(weight.dims) == 2:
+                columns, rows = weight.dims
+                found.append(Product(node.name, weight.name, columns, rows, node.input[0], node.output[0]))
+        return found
+
+    def first_rows(self, product: Product, count: int) -> Float32:
+        """The first rows [count, rows of the weight] of a weight as it lies here."""
+        raw = np.concatenate(list(self._chunks(product.weight, 4 * count * product.rows)))
+        return raw.view(np.float32).reshape(count, product.rows)
+
+    def write(self, replacements: Mapping[str, Replacement], destination: Path) -> None:
+        """Write graph and data with these products, by their nodes, replaced."""
+        new = [tensor for item in replacements.values() for tensor in item.tensors]
+        gone = {product.weight for product in self.products() if product.node in replacements}
+        kept = [name for name in self._stored if name not in gone]
+        entries = []
+        with (destination / DATA_NAME).open("xb") as file:
+            for name in kept:
+                entries.append(self._entry(name, file.tell()))
+                _append(file, self._chunks(name, self._bytes(name)))
+            for tensor in new:
+                entries.append(_entry(tensor, file.tell()))
+                if (count := _append(file, tensor.chunks())) != tensor.bytes:
+                    raise ValueError(f"{tensor.name}: {count} bytes, its shape {tensor.shape} says {tensor.bytes}")
+        self._finish(replacements, gone, entries, destination)
+
+    def _finish(
+        self, replacements: Mapping[str, Replacement], gone: set[str], entries: list[Any], destination: Path
+    ) -> None:
+        graph = self.model.graph
+        nodes = [new for old in graph.node for new in _nodes(old, replacements)]
+        values = [value for value in graph.value_info if value.name not in gone]
+        for field, items in ((graph.node, nodes), (graph.value_info, values), (graph.initializer, entries)):
+            del field[:]
+            field.extend(items)
+        (destination / GRAPH_NAME).write_bytes(self.model.SerializeToString(deterministic=True))
+
+    def _entry(self, name: str, offset: int) -> Any:
+        stored = self._stored[name]
+        return _external(name, stored.data_type, tuple(stored.dims), offset, self._bytes(name))
+
+    def _place(self, name: str) -> dict[str, str]:
+        place = {entry.key: entry.value for entry in self._stored[name].external_data}
+        if place.get("location") != DATA_NAME:
+            raise EnvironmentProblem(
+                f"the model builder left tensor {name} outside of {DATA_NAME}", "use onnxruntime-genai 0.18"
+            )
+        return place
+
+    def _bytes(self, name: str) -> int:
+        return int(self._place(name)["length"])
+
+    def _chunks(self, name: str, count: int) -> Iterator[Raw]:
+        """The first `count` bytes of a tensor."""
+        with (self._folder / DATA_NAME).open("rb", buffering=0) as file:
+            file.seek(int(self._place(name).get("offset", 0)))
+            while count:
+                chunk = np.fromfile(file, np.uint8, min(count, COPY_BYTES))
+                if not chunk.size:
+                    raise EnvironmentProblem(f"{DATA_NAME} of the model builder ends inside of {name}")
+                count -= chunk.size
+                yield chunk
+
+
+def node(op: str, inputs: list[str], output: str, name: str, **attributes: int) -> Any:
+    """A node; those with attributes are of com.microsoft."""
+    from onnx import helper
+
+    made = helper.make_node(op, inputs, [output], name=name, domain=DOMAIN if attributes else None)
+    made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
+    return made
+
+
+def array(name: str, values: Float32) -> NewTensor:
+    """A small float32 tensor that is at hand."""
+    raw = np.ascontiguousarray(values, np.float32)
+    return NewTensor(name, FLOAT, raw.shape, lambda: iter((raw.reshape(-1).view(np.uint8),)))
+
+
+def _nodes(old: Any, replacements: Mapping[str, Replacement]) -> tuple[Any, ...]:
+    return replacements[old.name].nodes if old.name in replacements else (old,)
+
+
+def _entry(tensor: NewTensor, offset: int) -> Any:
+    return _external(tensor.name, tensor.type, tensor.shape, offset, tensor.bytes)
+
+
+def _external(name: str, kind: int, shape: tuple[int, ...], offset: int, count: int) -> Any:
+    import onnx
+
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", DATA_NAME), ("offset", str(offset)), ("length", str(count))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _append(file: BinaryIO, chunks: Iterator[Raw]) -> int:
+    """Write chunks, then zeros up to the next page; the bytes of the chunks."""
+    first = file.tell()
+    file.writelines(chunk.data for chunk in chunks)
+    written = file.tell() - first
+    file.write(bytes(-file.tell() % PAGE_BYTES))
+    return written

@@ -1,0 +1,305 @@
+"""`onnx-int4` and `onnx-int8` with a rounding: the integers of our `w4a16` or `w8a16`, unchanged, in MatMulNBits.
+
+    packed layer   `x.weight_packed` int32 words of a row, code + 2^(bits-1), low bits first; `x.weight_scale`
+                   [out, groups]; with zero points `x.weight_zero_point`, eight rows a word
+    MatMulNBits    B uint8 [out, blocks, block * bits / 8], the lower half of a byte first, w = (code - zero) * scale;
+                   scales float32 [out, blocks]; zero points uint8, as B packed along the blocks of a row; without
+                   them zero is 2^(bits-1)
+
+A word of eight codes in little-endian bytes is four bytes of B, so a layer's codes are copied. A scale of bf16 or
+float16 is a float32; one that is for a whole row is repeated for its blocks. So the product multiplies with the decode
+of the packed layer to the last bit, before its rounding to the model's dtype. Layers that the source keeps dense stay
+float32, and so does the output head unless `last_matrix` says otherwise.
+Source: ONNX Runtime `docs/ContribOperators.md`, MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qlora_export.contracts import Float32, Options, Rounding, Takes, TensorSpec
+from qlora_export.errors import InputError, Refused
+from qlora_export.exporters.onnx.builder import known_architectures, require_packages
+from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
+from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
+from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
+from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.quant import integers, packing
+from qlora_export.quant.integers import Grid
+from qlora_export.quant.packing import CODES_PER_WORD
+from qlora_export.quant.scales import Int8
+from qlora_export.sources.checkpoint import read_json, read_tensors
+from qlora_export.tensors.dtypes import widen
+from qlora_export.tensors.header import StoredTensor
+from qlora_export.tensors.reading import SourceFiles
+
+CHUNK_VALUES = 1 << 22
+HEAD = "lm_head.weight"
+EMBEDDING_SUFFIX = "embed_tokens.weight"
+BITS = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a weight is cut: bits of a code, columns of a block, and whether blocks have zero points."""
+
+    bits: int
+    block: int
+    zeros: bool
+
+
+class Layer(Protocol):
+    """A weight [out, in] on an integer grid."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, dtype and shape of the weight."""
+        ...
+
+    @property
+    def blocks(self) -> Blocks:
+        """How it is cut."""
+        ...
+
+    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
+        """Packed codes of some rows."""
+        ...
+
+    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
+        """Scales of some rows, one for each block."""
+        ...
+
+    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
+        """Zero points [rows, blocks] of some rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer as `w4a16` and `w8a16` store it."""
+
+    spec: TensorSpec
+    packed: StoredTensor
+    scale: StoredTensor
+    zero: StoredTensor | None
+    blocks: Blocks
+
+    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
+        """The words as they are."""
+        return files.read(self.packed, first, count)
+
+    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
+        """Widened; that of a longer group is repeated for its blocks."""
+        values = widen(files.read(self.scale, first, count), self.scale.spec.dtype)
+        return np.repeat(values, self.spec.columns // self.blocks.block // self.scale.spec.columns)
+
+    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
+        """Unpacked from the words that hold these rows."""
+        if self.zero is None:
+            raise ValueError(f"{self.spec.name} is symmetric")
+        height = CODES_PER_WORD[self.blocks.bits]
+        skipped = first % height
+        words = files.read(self.zero, first // height, -(-(skipped + count) // height)).view(np.int32)
+        words = words.reshape(-1, self.zero.spec.columns)
+        values = packing.unpack_down(words, self.blocks.bits, skipped + count)[skipped:]
+        return np.repeat(values, self.spec.columns // self.blocks.block // values.shape[1], axis=1)
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """A dense weight, rounded to the nearest symmetric code of each block while it is written."""
+
+    spec: TensorSpec
+    values: StoredTensor
+    blocks: Blocks
+
+    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
+        """Rounded and packed."""
+        values = self._values(files, first, count)
+        scales, zeros = integers.fit(values, self._grid)
+        codes = np.empty(values.shape, np.int8)
+        integers.encode(values, scales, zeros, self._grid, codes)
+        packed = np.empty((count, packing.words(self.spec.columns, self.blocks.bits)), np.int32)
+        packing.pack(codes, self.blocks.bits, packed)
+        return packed.reshape(-1).view(np.uint8)
+
+    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
+        """Half the range of a block over half the range of the codes."""
+        return integers.fit(self._values(files, first, count), self._grid)[0].reshape(-1)
+
+    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
+        """None."""
+        raise ValueError(f"{self.spec.name} is symmetric")
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self.blocks.bits, self.blocks.block, dtype="F32")
+
+    def _values(self, files: SourceFiles, first: int, count: int) -> Float32:
+        raw = files.read(self.values, first, count)
+        return widen(raw, self.values.spec.dtype).reshape(count, self.spec.columns)
+
+
+@dataclass(frozen=True)
+class SameIntegersExporter:
+    """Takes a packed artifact and the builder's graph, and brings them together."""
+
+    name: str
+    takes: Takes
+    rounding: Rounding
+    bytes_per_weight: float
+    options: SameIntegerOptions
+    runtime: str = "onnxruntime"
+
+    def facts(self) -> Mapping[str, Any]:
+        """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
+        integers_of = {"integers": self.takes, "rounding": self.rounding}
+        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options), **integers_of}
+
+    def architectures(self) -> frozenset[str]:
+        """Those that the builder knows; empty where it cannot be told."""
+        return known_architectures()
+
+    def accepts(self, options: Options) -> bool:
+        """Whether block and grid, where they are stated, are those of a packed artifact with these options."""
+        group, symmetric = options.get("group_size", 128), options.get("symmetric", True)
+        stated = self.options
+        return stated.block_size in (None, group) and stated.symmetric in (None, symmetric)
+
+    def export(self, source: Path, destination: Path) -> None:
+        """Fill `destination` from a packed folder."""
+        model, layers = self._read(source)
+        with SourceFiles() as files:
+            replace = partial(_replacement, layers, files, self.options.accuracy_level)
+            make_exact(self.name, model, self.options.provider, True, replace, destination)
+
+    def _read(self, source: Path) -> tuple[Model, dict[str, Layer]]:
+        config = read_json(source / "config.json")
+        tensors = read_tensors(source, sorted(path.name for path in source.glob("model*.safetensors")))
+        layers: dict[str, Layer] = {}
+        dense = []
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_packed"):
+                layer = _packed_layer(name.removesuffix("_packed"), tensors, _dtype(config))
+                layers[layer.spec.name] = layer
+            elif not name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape")):
+                dense.append(tensor)
+        if self.options.last_matrix != "float32":
+            head, dense, config = _head(dense, config, self.options.last_matrix, layers)
+            layers[head.spec.name] = head
+        return Model(source, config, dense, tuple(layer.spec for layer in layers.values())), layers
+
+
+def _packed_layer(name: str, tensors: Mapping[str, StoredTensor], dtype: str) -> PackedLayer:
+    packed, scale = tensors[f"{name}_packed"], tensors[f"{name}_scale"]
+    zero = tensors.get(f"{name}_zero_point")
+    with SourceFiles() as files:
+        shape = tensors[f"{name}_shape"]
+        rows, columns = (int(length) for length in files.read_bytes(shape, 0, shape.bytes).view(np.int64))
+    bits = 32 * packed.spec.columns // columns
+    block = _block(columns // scale.spec.columns, columns)
+    if bits not in CODES_PER_WORD or bits * columns != 32 * packed.spec.columns or block is None:
+        raise Refused(
+            f"{name}: {columns} columns in {scale.spec.columns} groups of {bits} bits have no MatMulNBits of their own",
+            f"its blocks have {', '.join(map(str, BLOCK_SIZES))} columns; keep the layer dense",
+        )
+    return PackedLayer(
+        TensorSpec(name, dtype, (rows, columns)), packed, scale, zero, Blocks(bits, block, zero is not None)
+    )
+
+
+def _block(group: int, columns: int) -> int | None:
+    """The longest block that a group is a multiple of."""
+    return next((size for size in reversed(BLOCK_SIZES) if group % size == 0 and columns % size == 0), None)
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    stated = str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
+    return {"float32": "F32", "float16": "F16"}.get(stated, "BF16")
+
+
+def _head(
+    dense: list[StoredTensor], config: Mapping[str, Any], kind: str, layers: Mapping[str, Layer]
+) -> tuple[RoundedLayer, list[StoredTensor], dict[str, Any]]:
+    """The output head to be rounded, the other dense tensors, and the config of a model that has one of its own."""
+    by_end = {end: [tensor for tensor in dense if tensor.spec.name.endswith(end)] for end in (HEAD, EMBEDDING_SUFFIX)}
+    found = by_end[HEAD] or by_end[EMBEDDING_SUFFIX]
+    if len(found) != 1:
+        raise Refused(f"the model has {len(found)} dense tensors that could be its last matrix", "last_matrix: float32")
+    values, name = found[0], found[0].spec.name if by_end[HEAD] else HEAD
+    usual = next((layer.blocks.block for layer in layers.values()), 32)
+    block = _block(usual, values.spec.columns)
+    if block is None:
+        raise Refused(
+            f"{name}: {values.spec.columns} columns are no multiple of {BLOCK_SIZES[0]}", "last_matrix: float32"
+        )
+    others = [tensor for tensor in dense if not by_end[HEAD] or tensor is not values]
+    return RoundedLayer(renamed(values, name).spec, values, Blocks(BITS[kind], block, False)), others, untied(config)
+
+
+def _replacement(
+    layers: Mapping[str, Layer], files: SourceFiles, accuracy_level: int, product: Product, runs: tuple[Run, ...]
+) -> Replacement:
+    kinds = {layers[run.weight].blocks for run in runs}
+    if len(kinds) > 1:
+        raise MixedRows(f"{product.weight}: its rows are of layers with other bits or blocks", "use one for q, k and v")
+    (cut,) = kinds
+    if sum(run.rows for run in runs) != product.rows or product.columns != layers[runs[0].weight].spec.columns:
+        raise InputError(
+            f"{product.weight}: {product.rows} rows of {product.columns} columns, other than its layers have"
+        )
+    count = product.columns // cut.block
+    shape = (product.rows, count, cut.block * cut.bits // 8)
+    new = [
+        NewTensor(f"{product.weight}_Q{cut.bits}", UINT8, shape, partial(_codes, layers, files, runs)),
+        NewTensor(f"{product.weight}_scales", FLOAT, (product.rows, count), partial(_scales, layers, files, runs)),
+    ]
+    if cut.zeros:
+        packed = (product.rows, -(-count * cut.bits // 8))
+        new.append(NewTensor(f"{product.weight}_zero_points", UINT8, packed, partial(_zeros, layers, files, runs)))
+    made = node(
+        "MatMulNBits",
+        [product.input, *(tensor.name for tensor in new)],
+        product.output,
+        f"{product.node}_Q{cut.bits}",
+        K=product.columns,
+        N=product.rows,
+        bits=cut.bits,
+        block_size=cut.block,
+        accuracy_level=accuracy_level,
+    )
+    return Replacement((made,), tuple(new))
+
+
+def _slices(layers: Mapping[str, Layer], runs: tuple[Run, ...]) -> Iterator[tuple[Layer, int, int]]:
+    """Some rows at a time, of all runs in their order."""
+    for run in runs:
+        layer = layers[run.weight]
+        height = max(1, CHUNK_VALUES // layer.spec.columns)
+        for first in range(run.first_row, run.first_row + run.rows, height):
+            yield layer, first, min(height, run.first_row + run.rows - first)
+
+
+def _codes(layers: Mapping[str, Layer], files: SourceFiles, runs: tuple[Run, ...]) -> Iterator[Raw]:
+    for layer, first, count in _slices(layers, runs):
+        yield layer.codes(files, first, count)
+
+
+def _scales(layers: Mapping[str, Layer], files: SourceFiles, runs: tuple[Run, ...]) -> Iterator[Raw]:
+    for layer, first, count in _slices(layers, runs):
+        yield layer.scales(files, first, count).view(np.uint8)
+
+
+def _zeros(layers: Mapping[str, Layer], files: SourceFiles, runs: tuple[Run, ...]) -> Iterator[Raw]:
+    for layer, first, count in _slices(layers, runs):
+        zeros, bits = layer.zeros(files, first, count), layer.blocks.bits
+        words = np.empty((count, packing.words(zeros.shape[1], bits)), np.int32)
+        packing.pack(np.ascontiguousarray(zeros), bits, words)
+        row_bytes = -(-zeros.shape[1] * bits // 8)
+        yield np.ascontiguousarray(words.view(np.uint8)[:, :row_bytes]).reshape(-1)

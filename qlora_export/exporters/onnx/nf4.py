@@ -1,0 +1,162 @@
+"""`onnx-nf4-adapter`: the NF4 base of training in MatMulBnb4, the adapter beside it as two small matrix products.
+
+    y = MatMulBnb4(x, B, absmax) + (x A) (s B'),   A [in, rank], B' [rank, out], float32
+
+    B        uint8 [out * in / 2]: bitsandbytes' own bytes, the first code of a pair in the high nibble
+    absmax   float32 [blocks]: decoded from double quantisation, blocks of the flat weight
+
+The scale s of the adapter (alpha / r, or alpha / sqrt(r), by module) is multiplied into B'. MatMulBnb4 multiplies with
+codebook[code] * absmax in float32; training rounded that product to its compute dtype first.
+Source: ONNX Runtime `docs/ContribOperators.md`, MatMulBnb4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_export.contracts import Takes
+from qlora_export.errors import PlanRefused, Refused
+from qlora_export.exporters.onnx.builder import known_architectures, require_packages
+from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, array, node
+from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
+from qlora_export.exporters.onnx.skeleton import MixedRows, Run
+from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.changes import LowRank
+from qlora_export.merge.homes import match_adapter
+from qlora_export.sources.adapter import open_adapter
+from qlora_export.sources.checkpoint import open_checkpoint
+from qlora_export.sources.weights import FourBitWeight, PlainWeight
+from qlora_export.tensors.reading import SourceFiles
+
+CHUNK_VALUES = 1 << 22
+NF4 = 1
+
+
+@dataclass(frozen=True)
+class Nf4AdapterExporter:
+    """Takes an `nf4-adapter` folder and the builder's graph of its base, and brings them together."""
+
+    options: Nf4Options
+    name: str = "onnx-nf4-adapter"
+    takes: Takes = "nf4-adapter"
+    bytes_per_weight: float = 0.8
+    runtime: str = "onnxruntime"
+
+    def facts(self) -> Mapping[str, Any]:
+        """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
+        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
+
+    def architectures(self) -> frozenset[str]:
+        """Those that the builder knows; empty where it cannot be told."""
+        return known_architectures()
+
+    def export(self, source: Path, destination: Path) -> None:
+        """Fill `destination` from a folder of codes with its adapter."""
+        checkpoint = open_checkpoint(source)
+        match = match_adapter(open_adapter(source / ADAPTER_FOLDER), checkpoint)
+        if match.problems:
+            raise PlanRefused(list(match.problems))
+        layers, dense = {}, []
+        for name, weight in checkpoint.weights.items():
+            change = match.model.outputs[name].changes if name in match.model.outputs else ()
+            if isinstance(weight, FourBitWeight):
+                layers[name] = AdaptedLayer(weight, _plain(name, change))
+            elif isinstance(weight, PlainWeight) and not change:
+                dense.append(weight.tensor)
+            else:
+                raise Refused(f"{name}: changed by the adapter and not in 4 bits", "choose a merged format")
+        model = Model(source, checkpoint.config, dense, tuple(layer.weight.spec for layer in layers.values()))
+        with SourceFiles() as files:
+            replace = partial(_replacement, layers, files)
+            make_exact(self.name, model, self.options.provider, False, replace, destination)
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A 4-bit weight, and what the adapter adds to it."""
+
+    weight: FourBitWeight
+    change: LowRank | None
+
+
+def _plain(name: str, changes: tuple[Any, ...]) -> LowRank | None:
+    """The only change of a layer; raises Refused for anything but a whole pair of factors."""
+    if not changes:
+        return None
+    found = changes[0]
+    if (
+        len(changes) > 1
+        or not isinstance(found, LowRank)
+        or found.transposed
+        or found.experts
+        or found.blocks != (1, 1)
+    ):
+        raise Refused(f"{name}: its adapter is no plain LoRA", "choose a merged format")
+    return found
+
+
+def _replacement(
+    layers: Mapping[str, AdaptedLayer], files: SourceFiles, product: Product, runs: tuple[Run, ...]
+) -> Replacement:
+    if len(runs) > 1:
+        raise MixedRows(f"{product.weight}: rows of {len(runs)} layers in one product", "choose a merged format")
+    (run,) = runs
+    layer = layers[run.weight]
+    weight, block, first = layer.weight, layer.weight.block, run.first_row * product.columns
+    size = product.rows * product.columns
+    if weight.storage != "nf4" or block not in BLOCK_SIZES or first % (2 * block):
+        raise Refused(f"{run.weight}: its blocks of {block} are none that MatMulBnb4 has", "choose a merged format")
+    codes = NewTensor(f"{product.weight}_NF4", UINT8, (-(-size // 2),), partial(_codes, weight, files, run))
+    absmax = NewTensor(f"{product.weight}_absmax", FLOAT, (-(-size // block),), partial(_absmax, weight, files, run))
+    base = product.output if layer.change is None else f"{product.output}/base"
+    made = node(
+        "MatMulBnb4",
+        [product.input, codes.name, absmax.name],
+        base,
+        f"{product.node}_NF4",
+        K=product.columns,
+        N=product.rows,
+        block_size=block,
+        quant_type=NF4,
+    )
+    if layer.change is None:
+        return Replacement((made,), (codes, absmax))
+    nodes, factors = _beside(product, layer.change, run, files, base)
+    return Replacement((made, *nodes), (codes, absmax, *factors))
+
+
+def _beside(
+    product: Product, change: LowRank, run: Run, files: SourceFiles, base: str
+) -> tuple[tuple[Any, ...], tuple[NewTensor, ...]]:
+    """The adapter's products and the sum."""
+    factor_b = files.values(change.b)[run.first_row : run.first_row + run.rows]
+    a = array(f"{product.weight}.lora_A", files.values(change.a).T)
+    b = array(f"{product.weight}.lora_B", (factor_b * np.float32(change.scale)).T)
+    inner, added = f"{product.output}/lora_A", f"{product.output}/lora_B"
+    nodes = (
+        node("MatMul", [product.input, a.name], inner, f"{product.node}/lora_A"),
+        node("MatMul", [inner, b.name], added, f"{product.node}/lora_B"),
+        node("Add", [base, added], product.output, f"{product.node}/lora_Add"),
+    )
+    return nodes, (a, b)
+
+
+def _codes(weight: FourBitWeight, files: SourceFiles, run: Run) -> Iterator[Raw]:
+    """The bytes of some rows at a time, whole blocks of them."""
+    least = weight.row_multiple * (2 if weight.row_multiple * weight.spec.columns % 2 else 1)
+    height = max(1, CHUNK_VALUES // weight.spec.columns // least) * least
+    for first in range(run.first_row, run.first_row + run.rows, height):
+        yield weight.packed(files, first, min(height, run.first_row + run.rows - first))
+
+
+def _absmax(weight: FourBitWeight, files: SourceFiles, run: Run) -> Iterator[Raw]:
+    first = run.first_row * weight.spec.columns // weight.block
+    count = -(-run.rows * weight.spec.columns // weight.block)
+    yield weight.scales(files).scales[first : first + count].view(np.uint8)

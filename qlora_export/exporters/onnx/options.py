@@ -1,0 +1,122 @@
+"""The options of ONNX artifacts: checked once, then facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from qlora_export.contracts import Options
+from qlora_export.errors import UsageError
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ALGORITHMS = ("default", "rtn", "k_quant")
+ACCURACY_LEVELS = (1, 2, 3, 4)
+PROVIDERS = ("cpu", "cuda")
+Chosen = TypeVar("Chosen")
+
+
+def choice(default: object, *known: object) -> Any:
+    """A field that is one of some values."""
+    return field(default=default, metadata={"known": known or (default,)})
+
+
+@dataclass(frozen=True)
+class FloatOptions:
+    """The execution provider that the graph is laid out for."""
+
+    provider: str = choice("cpu", *PROVIDERS)
+
+
+@dataclass(frozen=True)
+class IntegerOptions:
+    """What decides integers that the builder rounds: values in a block, rounding, grid, and where 8 bits stand in.
+
+    `accuracy_level` 4 rounds activations to int8 (the builder's default on a CPU), 1 keeps float32. `sensitive_layers`
+    are those that llama.cpp gives more bits: the first and last eighth and every third between, their inputs of
+    attention and the outputs of their MLP. `exclude` are names of nodes that stay dense, with commas between.
+    """
+
+    block_size: int = choice(32, *BLOCK_SIZES)
+    symmetric: bool = choice(True, True, False)
+    algorithm: str = choice("default", *ALGORITHMS)
+    last_matrix: str = choice("int8", "int4", "int8")
+    sensitive_layers: str = choice("int4", "int4", "int8")
+    exclude: str = ""
+    accuracy_level: int = choice(4, *ACCURACY_LEVELS)
+    provider: str = choice("cpu", *PROVIDERS)
+
+    def words(self) -> tuple[str, ...]:
+        """The builder's key=value words."""
+        # The builder shares a tied embedding with the last matrix, and loses it when that one is int8 (0.18.0).
+        shared = ("shared_embeddings=false",) if self.last_matrix == "int8" else ()
+        mixed = [f"last_matmul:{self.last_matrix}"]
+        mixed += ["mixed_layers:int8"] if self.sensitive_layers == "int8" else []
+        return (
+            *shared,
+            *(() if self.symmetric else ("is_symmetric=false",)),
+            f"block_size={self.block_size}",
+            f"algo_config={self.algorithm}",
+            f"accuracy_level={self.accuracy_level}",
+            f"matmul_mixed_precision={','.join(mixed)}",
+            *((f"nodes_to_exclude={self.exclude}",) if self.exclude else ()),
+        )
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """The same for integers of 8 bits, where no matrix has fewer."""
+
+    block_size: int = choice(32, *BLOCK_SIZES)
+    symmetric: bool = choice(True, True, False)
+    algorithm: str = choice("default", *ALGORITHMS)
+    exclude: str = ""
+    accuracy_level: int = choice(4, *ACCURACY_LEVELS)
+    provider: str = choice("cpu", *PROVIDERS)
+
+    def words(self) -> tuple[str, ...]:
+        """The builder's key=value words."""
+        return (
+            "shared_embeddings=false",
+            *(() if self.symmetric else ("is_symmetric=false",)),
+            f"block_size={self.block_size}",
+            f"algo_config={self.algorithm}",
+            f"accuracy_level={self.accuracy_level}",
+            *((f"nodes_to_exclude={self.exclude}",) if self.exclude else ()),
+        )
+
+
+@dataclass(frozen=True)
+class SameIntegerOptions:
+    """Of integers that another artifact has: its block and grid where several could be meant, and what is around them.
+
+    `last_matrix` is the output head, float32 as the source has it, or rounded to nearest.
+    """
+
+    block_size: int | None = choice(None, None, *BLOCK_SIZES)
+    symmetric: bool | None = choice(None, None, True, False)
+    last_matrix: str = choice("float32", "float32", "int8", "int4")
+    accuracy_level: int = choice(4, *ACCURACY_LEVELS)
+    provider: str = choice("cpu", *PROVIDERS)
+
+
+@dataclass(frozen=True)
+class Nf4Options:
+    """What is around the 4-bit base."""
+
+    provider: str = choice("cpu", *PROVIDERS)
+
+
+def chosen(name: str, kind: type[Chosen], options: Options) -> Chosen:
+    """The options of an artifact; raises UsageError for one that it has not, or that cannot have this value."""
+    table: Mapping[str, Any] = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    for option, value in options.items():
+        if option not in table:
+            hint = f"its options: {', '.join(sorted(table))}" if table else "it has none"
+            raise UsageError(f"{name} has no option {option!r}", hint)
+        known = table[option].metadata.get("known")
+        if known is None and not isinstance(value, str):
+            raise UsageError(f"{name}: {option} is {value!r}", "give text")
+        if known is not None and not any(value == item and type(value) is type(item) for item in known):
+            raise UsageError(f"{name}: {option} is {value!r}", f"choose one of {', '.join(map(str, known))}")
+    return kind(**options)
