@@ -18,28 +18,28 @@ from qlora_export.contracts import Float32
 from qlora_export.drift.measure import divergence
 
 SAME_MODEL_KL = 1e-4
-NEAR_TIE_NATS = math.sqrt(8 * SAME_MODEL_KL)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Two ways on some tokens; `top1_differs` leaves `near_ties` out."""
+    """Two ways on some tokens; `top1_differs` leaves `near_ties` out. Without a `limit` it is only told."""
 
     tokens: int
     mean_kl: float
     max_kl: float
     top1_differs: int
     near_ties: int
+    limit: float | None
 
     @property
     def agrees(self) -> bool:
-        """Whether both compute the same; not so where a number is NaN."""
-        return self.mean_kl <= SAME_MODEL_KL and not self.top1_differs
+        """Whether both compute the same, where there is a limit to it; not so where a number is NaN."""
+        return self.limit is None or (self.mean_kl <= self.limit and not self.top1_differs)
 
     def said(self) -> str:
         """Why not, in words."""
-        if not self.mean_kl <= SAME_MODEL_KL:
-            return f"mean KL {self.mean_kl:.2g} over {self.tokens} tokens, the limit is at most {SAME_MODEL_KL:g}"
+        if self.limit is not None and not self.mean_kl <= self.limit:
+            return f"mean KL {self.mean_kl:.2g} over {self.tokens} tokens, the limit is at most {self.limit:.2g}"
         return f"{self.top1_differs} of {self.tokens} most likely tokens differ, near ties not counted"
 
 
@@ -69,7 +69,12 @@ class GraphFindings:
     breaches: tuple[str, ...]
 
 
-def distance(first: Sequence[Float32], second: Sequence[Float32]) -> Distance:
+def near_tie_nats(kl: float) -> float:
+    """The lead over an equally likely token that such a KL can turn over."""
+    return math.sqrt(8 * kl)
+
+
+def distance(first: Sequence[Float32], second: Sequence[Float32], limit: float | None = None) -> Distance:
     """Two ways by their log-probabilities [tokens, vocabulary] of the same windows."""
     one, other = np.concatenate(first), np.concatenate(second)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -78,7 +83,7 @@ def distance(first: Sequence[Float32], second: Sequence[Float32]) -> Distance:
     ours, theirs = one.argmax(axis=1), other.argmax(axis=1)
     differs = ours != theirs
     leads = np.maximum(one[every, ours] - one[every, theirs], other[every, theirs] - other[every, ours])
-    ties = differs & (leads <= NEAR_TIE_NATS)
+    ties = differs & (leads <= near_tie_nats(SAME_MODEL_KL if limit is None else limit))
     finite = np.isfinite(found).all()
     return Distance(
         tokens=len(one),
@@ -86,4 +91,5 @@ def distance(first: Sequence[Float32], second: Sequence[Float32]) -> Distance:
         max_kl=float(found.max()) if finite else math.nan,
         top1_differs=int((differs & ~ties).sum()),
         near_ties=int(ties.sum()),
+        limit=limit,
     )

@@ -1,10 +1,11 @@
 """The layout that transformers.js loads, made of a folder in that of ONNX Runtime GenAI, which goes on loading it.
 
-On disk: `onnx/model{suffix}.onnx` and `onnx/model{suffix}.onnx_data`, the one graph and the one data file of the folder,
-and `config.json` with `transformers.js_config`; `genai_config.json` names the graph where it lies now. The suffix says
+On disk: `onnx/model{suffix}.onnx` and `onnx/model{suffix}.onnx_data`, the folder's one graph and one data file, and
+`config.json` with `transformers.js_config`; `genai_config.json` names the graph where it lies now. The suffix says
 how weights are stored: none, `_fp16`, `_int8`, `_q4`, `_q4f16` or `_bnb4`. The name of the data is written into the
 graph, so that the graph is rewritten and the data moved. The builder leaves the size of a head open in the cache's
-inputs, of which transformers.js would make 0; here it is baked in.
+inputs, of which transformers.js would make 0; here it is baked in. The chat template also goes into
+tokenizer_config.json, since transformers.js reads no other file for it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ NOT_OF_GRAPHS = ("quantization_config",)
 
 
 def lay_out(layout: str, source: Path, folder: Path) -> None:
-    """Turn a finished folder of the builder's into the layout asked for; `source` is the one that it was made from."""
+    """Turn a folder that is complete into the layout asked for; `source` is the one that it was made from."""
     if layout == "genai":
         return
+    _tell_chat_template(folder)
     model = read_graph(folder / "model.onnx")
     settings = read_json(folder / "genai_config.json")
     decoder = settings["model"]["decoder"]
@@ -104,6 +106,15 @@ def _settings(dtype: str, name: str, graph: Any) -> Mapping[str, Any]:
     """
     found: dict[str, Any] = {"dtype": dtype, "use_external_data_format": {name: 1}}
     return {**found, "kv_cache_dtype": {dtype: "float16"}} if _is_half(graph) else found
+
+
+def _tell_chat_template(folder: Path) -> None:
+    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not template.is_file() or not config.is_file():
+        return
+    stated = read_json(config)
+    if "chat_template" not in stated:
+        _write_json(config, {**stated, "chat_template": template.read_text(encoding="utf-8")})
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
