@@ -625,6 +625,15 @@ class Exporter(Protocol):
 
 
 @runtime_checkable
+class FinishingExporter(Exporter, Protocol):
+    """An exporter that has the last word on a folder, when its tokenizer is there."""
+
+    def finish(self, source: Path, destination: Path) -> None:
+        """Change what it must; the caller adds the manifest."""
+        ...
+
+
+@runtime_checkable
 class RoundedExporter(Exporter, Protocol):
     """An exporter that takes over the integers of an artifact with this rounding."""
 

@@ -116,6 +116,7 @@ LONG_FILES = (
     "tests/cli/test_cli.py",
     "tests/cli/test_publishing.py",
     "tests/exporters/test_onnx.py",
+    "tests/exporters/test_transformers_js.py",
     "tests/tools/test_tools.py",
     "tests/tools/test_quality_tools.py",
 )

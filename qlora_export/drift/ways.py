@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_export.contracts import Float32
-from qlora_export.drift.measure import divergence
+from qlora_export.drift.divergence import divergences
 
 SAME_MODEL_KL = 1e-4
 
@@ -78,13 +78,13 @@ def distance(first: Sequence[Float32], second: Sequence[Float32], limit: float |
     """Two ways by their log-probabilities [tokens, vocabulary] of the same windows."""
     one, other = np.concatenate(first), np.concatenate(second)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = divergence(one, other)
+        found = divergences(one, other)
     every = np.arange(len(one))
     ours, theirs = one.argmax(axis=1), other.argmax(axis=1)
     differs = ours != theirs
     leads = np.maximum(one[every, ours] - one[every, theirs], other[every, theirs] - other[every, ours])
     ties = differs & (leads <= near_tie_nats(SAME_MODEL_KL if limit is None else limit))
-    finite = np.isfinite(found).all()
+    finite = bool(np.isfinite(one).all() and np.isfinite(other).all() and np.isfinite(found).all())
     return Distance(
         tokens=len(one),
         mean_kl=float(found.mean()) if finite else math.nan,

@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_export.contracts import Artifact
+from qlora_export.contracts import Artifact, FinishingExporter
 from qlora_export.engine.building import disk_errors, locked
 from qlora_export.engine.journal import JOURNAL_NAME, Journal, is_ours
 from qlora_export.engine.manifest import (
@@ -45,6 +45,8 @@ def export(plan: Plan, item: ExportPlan, source: Artifact | None, out: Path) -> 
         with disk_errors(out, item.bytes):
             item.exporter.export(folder, partial)
             _carry(folder, partial)
+            if isinstance(item.exporter, FinishingExporter):
+                item.exporter.finish(folder, partial)
             _finish(plan, item, source, partial)
         partial.rename(final)
         sync_folder(out)

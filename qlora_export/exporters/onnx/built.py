@@ -10,6 +10,7 @@ from typing import Any
 from qlora_export.contracts import Takes
 from qlora_export.exporters.onnx.builder import Order, known_architectures, require_packages, run_builder
 from qlora_export.exporters.onnx.options import FloatOptions, Int8Options, IntegerOptions
+from qlora_export.exporters.transformers_js import lay_out
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,7 @@ class BuiltExporter:
         """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
         extra = () if isinstance(self.options, FloatOptions) else self.options.words()
         run_builder(self.name, Order(self.precision, self.options.provider, extra), source, destination)
+
+    def finish(self, source: Path, destination: Path) -> None:
+        """Give the complete folder the layout that was asked for."""
+        lay_out(self.options.layout, source, destination)

@@ -30,6 +30,7 @@ from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, 
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
 from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
 from qlora_export.quant.packing import CODES_PER_WORD
@@ -178,6 +179,10 @@ class SameIntegersExporter:
         with SourceFiles() as files:
             replace = partial(_replacement, layers, files, self.options.accuracy_level)
             make_exact(self.name, model, self.options.provider, True, replace, destination)
+
+    def finish(self, source: Path, destination: Path) -> None:
+        """Give the complete folder the layout that was asked for."""
+        lay_out(self.options.layout, source, destination)
 
     def _read(self, source: Path) -> tuple[Model, dict[str, Layer]]:
         config = read_json(source / "config.json")

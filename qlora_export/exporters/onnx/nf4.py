@@ -27,6 +27,7 @@ from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, 
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
 from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.homes import match_adapter
@@ -76,6 +77,10 @@ class Nf4AdapterExporter:
         with SourceFiles() as files:
             replace = partial(_replacement, layers, files)
             make_exact(self.name, model, self.options.provider, False, replace, destination)
+
+    def finish(self, source: Path, destination: Path) -> None:
+        """Give the complete folder the layout that was asked for."""
+        lay_out(self.options.layout, source, destination)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from qlora_export.contracts import Options
 from qlora_export.errors import UsageError
+from qlora_export.exporters.transformers_js import LAYOUTS
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("default", "rtn", "k_quant")
@@ -23,9 +24,10 @@ def choice(default: object, *known: object) -> Any:
 
 @dataclass(frozen=True)
 class FloatOptions:
-    """The execution provider that the graph is laid out for."""
+    """The execution provider that the graph is laid out for, and the layout of the folder."""
 
     provider: str = choice("cpu", *PROVIDERS)
+    layout: str = choice("genai", *LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class IntegerOptions:
     exclude: str = ""
     accuracy_level: int = choice(4, *ACCURACY_LEVELS)
     provider: str = choice("cpu", *PROVIDERS)
+    layout: str = choice("genai", *LAYOUTS)
 
     def words(self) -> tuple[str, ...]:
         """The builder's key=value words."""
@@ -73,6 +76,7 @@ class Int8Options:
     exclude: str = ""
     accuracy_level: int = choice(4, *ACCURACY_LEVELS)
     provider: str = choice("cpu", *PROVIDERS)
+    layout: str = choice("genai", *LAYOUTS)
 
     def words(self) -> tuple[str, ...]:
         """The builder's key=value words."""
@@ -98,6 +102,7 @@ class SameIntegerOptions:
     last_matrix: str = choice("float32", "float32", "int8", "int4")
     accuracy_level: int = choice(4, *ACCURACY_LEVELS)
     provider: str = choice("cpu", *PROVIDERS)
+    layout: str = choice("genai", *LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Nf4Options:
     """What is around the 4-bit base."""
 
     provider: str = choice("cpu", *PROVIDERS)
+    layout: str = choice("genai", *LAYOUTS)
 
 
 def chosen(name: str, kind: type[Chosen], options: Options) -> Chosen:

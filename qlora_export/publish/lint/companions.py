@@ -24,15 +24,17 @@ COPY = "copy the file from the base, and build again"
 def companion_problems(contents: Contents, prefix: str) -> Iterator[Problem]:
     """What the model of a directory lacks."""
     names = {base_of(name) for name in contents.beside(prefix)}
-    graph = any(name.endswith(".onnx") for name in names)
-    config = "genai_config.json" if graph else "config.json"
-    if config not in names:
-        yield finding("companion", prefix + config, "is missing, nothing can load the weights", COPY)
+    inner = any(base_of(name).endswith(".onnx") for name in contents.beside(f"{prefix}onnx/"))
+    graph = inner or any(name.endswith(".onnx") for name in names)
+    configs = ["genai_config.json"] if graph else []
+    for config in (*configs, *(["config.json"] if inner or not graph else [])):
+        if config not in names:
+            yield finding("companion", prefix + config, "is missing, nothing can load the weights", COPY)
     if not any(VOCABULARY.fullmatch(name) for name in names):
         yield finding("companion", f"{prefix}tokenizer.json", "is missing, and no other vocabulary is there", COPY)
     yield from _tokenizer(contents, prefix, names)
     if graph:
-        yield from _graph_settings(contents, prefix, names)
+        yield from _graph_settings(contents, prefix)
 
 
 def _tokenizer(contents: Contents, prefix: str, names: set[str]) -> Iterator[Problem]:
@@ -44,11 +46,11 @@ def _tokenizer(contents: Contents, prefix: str, names: set[str]) -> Iterator[Pro
         yield finding("companion", path, what, COPY)
 
 
-def _graph_settings(contents: Contents, prefix: str, names: set[str]) -> Iterator[Problem]:
+def _graph_settings(contents: Contents, prefix: str) -> Iterator[Problem]:
     path = f"{prefix}genai_config.json"
     table = contents.table(path, "companion") or {}
     for key, value in _leaves(table):
-        if key == "filename" and isinstance(value, str) and value not in names:
+        if key == "filename" and isinstance(value, str) and prefix + value not in contents.names:
             yield finding("companion", path, f"names {value!r}, which does not lie beside it", COPY)
         if key.startswith("custom_ops_library") and value:
             yield finding("code", path, "names a library of operators to load", "leave custom_ops_library out")
