@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_export.contracts import Float32
-from qlora_export.drift.divergence import divergences
+from qlora_export.drift.measure import divergence
 
 SAME_MODEL_KL = 1e-4
 
@@ -78,7 +78,7 @@ def distance(first: Sequence[Float32], second: Sequence[Float32], limit: float |
     """Two ways by their log-probabilities [tokens, vocabulary] of the same windows."""
     one, other = np.concatenate(first), np.concatenate(second)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = divergences(one, other)
+        found = divergence(one, other)
     every = np.arange(len(one))
     ours, theirs = one.argmax(axis=1), other.argmax(axis=1)
     differs = ours != theirs
