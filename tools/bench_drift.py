@@ -12,33 +12,43 @@ not in it.
 the windows, drawn by chance, the gate says how many tokens would decide about a limit of no change at all; of as many
 others the verdict is taken. `decided` is the share of draws with a verdict there (0.8 is what the gate promises),
 `wrong` that of those in which it says that nothing got worse.
+
+`defects`: single things broken in a copy of the demo's merged folder, each checked against the folder it was copied
+from, by the public command's own function; what was said of each: the layer that broke, or why nothing was measured.
+`resharded` is the same weights in other files: the largest difference of any number, which has to be exactly zero.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_model import Shape, make_base
 from quality_models import DEMO, scaled_adapter
 
+from qlora_export.checking import Question, check_against
 from qlora_export.contracts import Drift, Measurement
 from qlora_export.drift.gate import deciding_tokens, judge
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
 from qlora_export.drift.statistics import compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
+from qlora_export.errors import ExportError
 from qlora_export.measuring import drift_text, drift_tokens, measure_references, reference_key
-from qlora_export.pipeline import untracked
+from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Limits, Recipe, make_recipe
+from qlora_export.report.data import report
+from qlora_export.report.run import Checked
 from qlora_export.runtimes.as_trained import open_as_trained
 
 BLOCKS = 6
@@ -47,6 +57,7 @@ CHANGE = 1.005
 DRAWS = 100
 FIRST_TOKENS = 300
 TINY = (64, 200, 512, 1)
+HOLDOUT = str(DEMO / "holdout.jsonl")
 NO_WORSE = Limits(perplexity_ratio=1.0)
 
 
@@ -131,10 +142,10 @@ def demo(folder: Path) -> Iterator[tuple[TokenSet, Measurement, Callable[[float]
         yield tokens, reference, scaled
 
 
-def recipe_of(adapter: Path) -> Recipe:
-    """The demo with an adapter in place of its own."""
-    data = {"base": str(DEMO / "base"), "adapter": str(adapter), "artifacts": ["adapter"]}
-    return make_recipe({**data, "drift": {"text": str(DEMO / "holdout.jsonl")}}, Path(), "benchmark")
+def recipe_of(adapter: Path, form: str = "adapter") -> Recipe:
+    """The demo with an adapter in place of its own, and one artifact."""
+    data = {"base": str(DEMO / "base"), "adapter": str(adapter), "artifacts": [form]}
+    return make_recipe({**data, "drift": {"text": HOLDOUT}}, Path(), "benchmark")
 
 
 def resolution(folder: Path, halvings: int) -> dict[str, float]:
@@ -189,6 +200,88 @@ def drift_on(windows: Sequence[int], candidate: Measurement, reference: Measurem
     return compare(ours, theirs, theirs, part)
 
 
+def defects(folder: Path, tokens: int) -> dict[str, str | float]:
+    """What is said of each planted defect."""
+    sound = build(recipe_of(DEMO / "adapter", "bf16"), RunOptions(folder / "out")).artifacts[0].path
+    settings = [f"drift.tokens={tokens}", "drift.limits={perplexity_ratio: 1.002, mean_kl: 0.001, gain_kept: null}"]
+
+    def said(name: str, change: Callable[[Path], None]) -> str | float:
+        copy = shutil.copytree(sound, folder / name)
+        (copy / "manifest.json").unlink()
+        change(copy)
+        question = Question(str(copy), str(sound))
+        try:
+            run = check_against(question, {"text": HOLDOUT}, settings, RunOptions(folder / "checks"))
+        except ExportError as error:
+            return error.message.partition(": ")[2]
+        return found_of(run)
+
+    return {name: said(name, change) for name, change in DEFECTS.items()}
+
+
+def found_of(run: Checked) -> str | float:
+    """The layer that broke, by the trace of a failed artifact; of a sound one its largest difference."""
+    found = report(run)["artifacts"][0]
+    if found["verdict"] == "pass":
+        drift, spread = found["drift"], found["distribution"]
+        return float(max(drift["mean_kl"], abs(drift["ln_ppl_ratio"]), spread["delta_p_rms"]))
+    broken = found.get("trace", {}).get("broken")
+    return f"{found['verdict']}, {broken['name'] if broken else 'no layer named'}"
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensors of a folder with one file of weights."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def scale_layer(folder: Path) -> None:
+    """One layer's weights times 1.05."""
+    edit_weights(folder, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].mul_(1.05))
+
+
+def swap_heads(folder: Path) -> None:
+    """The first two attention heads of one layer in each other's place."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+    def swap(tensors: dict[str, Any]) -> None:
+        weight = tensors["model.layers.1.self_attn.q_proj.weight"]
+        weight[: 2 * size] = weight[: 2 * size].reshape(2, size, -1).flip(0).reshape(2 * size, -1).clone()
+
+    edit_weights(folder, swap)
+
+
+def edit_template(folder: Path, old: str, new: str) -> None:
+    """Change the chat template."""
+    path = folder / "chat_template.jinja"
+    text = path.read_text()
+    if old not in text:
+        raise ValueError(f"{path} has no {old!r}")
+    path.write_text(text.replace(old, new))
+
+
+def reshard(folder: Path) -> None:
+    """The same weights in many files."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="1MB")
+
+
+DEFECTS: dict[str, Callable[[Path], None]] = {
+    "layer 2 down_proj x 1.05": scale_layer,
+    "layer 1 heads swapped": swap_heads,
+    "begin token dropped": lambda folder: edit_template(folder, "{{ bos_token }}", ""),
+    "wrong template": lambda folder: edit_template(folder, "<|assistant|>", "<|user|>"),
+    "resharded": reshard,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1536)
@@ -204,9 +297,10 @@ def main() -> None:
         else (arguments.hidden, arguments.vocabulary, arguments.tokens, arguments.repeats)
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = {
+        found: dict[str, dict[str, Any]] = {
             "overhead": overhead(*(TINY if arguments.tiny else sizes)),
             "resolution": resolution(Path(folder), 1 if arguments.tiny else 8),
+            "defects": defects(Path(folder), 200 if arguments.tiny else 3000),
         }
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -214,7 +308,7 @@ def main() -> None:
     for name, numbers in found.items():
         print(name)
         for key, value in numbers.items():
-            print(f"  {key:<26}{value:.6g}")
+            print(f"  {key:<26}{value if isinstance(value, str) else f'{value:.6g}'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,5 @@
 """One model on the token set: per token the NLL, the top-1 token with its probability, and KL(reference || model).
 
-    KL_t = sum_v p_ref(v) * (d(v) + exp(-d(v)) - 1),   d(v) = ln p_ref(v) - ln p(v),   summed in float64
-
-which is sum p_ref * d for distributions that sum to one, has no negative term, and does not take the rounding of
-float32 in their normalisation, some 1e-7, for drift.
-
 Windows run in batches of about `BATCH_TOKENS`, the same for every model of a ledger. The reference's log-probabilities
 come from the store (`reference_store.py`), so models are opened one after the other. Memory: the logits of a batch, and
 some 40 bytes a token.
@@ -18,12 +13,10 @@ import numpy as np
 
 from qlora_export.contracts import Float32, Measurement, Progress, Session
 from qlora_export.drift.batches import batched_rows
+from qlora_export.drift.divergence import divergences
 from qlora_export.drift.reference_store import ReferenceProbabilities
 from qlora_export.drift.tokens import Window, first_windows
 from qlora_export.errors import InputError
-
-# So many values of a distribution are widened to float64 at once: they fit the cache.
-VALUES_AT_ONCE = 1 << 17
 
 
 def keep_reference(session: Session, store: ReferenceProbabilities, progress: Progress) -> None:
@@ -80,7 +73,7 @@ def _compare(
                 "both must share one vocabulary",
             )
         nonfinite += int((~np.isfinite(rows).all(axis=1)).sum())
-        parts.append((*_of_tokens(window, rows), divergence(reference, rows)))
+        parts.append((*_of_tokens(window, rows), divergences(reference, rows)))
     nll, top1, confidence, kl = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Measurement(name, runtime, nll, top1, kl, confidence, nonfinite)
 
@@ -91,15 +84,3 @@ def _of_tokens(window: Window, rows: Float32) -> tuple[np.ndarray[tuple[int], np
     targets = np.array(window.tokens)[list(window.scored)]
     top1 = rows.argmax(axis=1)
     return -rows[every, targets].astype(np.float64), top1, np.exp(rows[every, top1])
-
-
-def divergence(reference: Float32, rows: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """KL(reference || rows) [tokens] of log-probabilities [tokens, vocabulary], in nats."""
-    out = np.empty(len(rows))
-    step = max(1, VALUES_AT_ONCE // rows.shape[1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        wide = reference[part].astype(np.float64)
-        difference = wide - rows[part]
-        out[part] = np.einsum("tv,tv->t", np.exp(wide), difference + np.expm1(-difference))
-    return out

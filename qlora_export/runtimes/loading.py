@@ -152,7 +152,7 @@ class ModelSession:
         inputs = _filled(windows, self._model.device)
         with torch.no_grad(), _out_of_memory(), self._computing():
             logits = self._model(**inputs, use_cache=False).logits
-            chosen = [logits[row, torch.tensor(list(at), device=logits.device)] for row, at in enumerate(places)]
+            chosen = [logits[row, _index(at, logits.device)] for row, at in enumerate(places)]
             del logits
             return [torch.log_softmax(rows.float(), dim=-1).cpu().numpy() for rows in chosen]
 
@@ -190,6 +190,13 @@ class ModelSession:
         """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
         with _out_of_memory(), self._computing():
             run_traced(self._model, tokens, names, see, give)
+
+
+def _index(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Places in a row; where they follow each other, without a copy of what stands there."""
+    if len(places) and places[-1] - places[0] == len(places) - 1:
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(list(places), device=device)
 
 
 def _filled(windows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
