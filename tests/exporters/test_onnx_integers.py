@@ -145,7 +145,12 @@ def test_rows_of_a_whole_scale_and_layers_unlike_their_neighbours(plain_builder:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """By the builder itself, with biases, a tied head of its own 8 bits, and zero points."""
-    shapes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "tie_word_embeddings": True}
+    shapes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    }
     base = save_base(tmp_path_factory.mktemp("base") / "base", seed=5, **shapes, attention_bias=True)
     options = {"accuracy_level": 1, "last_matrix": "int8"}
     packed = {"format": "w4a16", "rounding": "search", "options": {"group_size": 64, "symmetric": False}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +36,19 @@ class BuiltExporter:
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
         extra = () if isinstance(self.options, FloatOptions) else self.options.words()
-        run_builder(self.name, Order(self.precision, self.options.provider, extra), source, destination)
+        # For a CPU the builder lays float16 out around an attention that has none; the one of CUDA runs there as well.
+        provider = "cuda" if self.precision == "fp16" else self.options.provider
+        run_builder(self.name, Order(self.precision, provider, extra), source, destination)
+        if provider != self.options.provider:
+            _open_on_cpu(destination / "genai_config.json")
 
     def finish(self, source: Path, destination: Path) -> None:
         """Give the complete folder the layout that was asked for."""
         lay_out(self.options.layout, source, destination)
+
+
+def _open_on_cpu(path: Path) -> None:
+    """Have ONNX Runtime GenAI open the folder without an execution provider of its own."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    path.write_text(json.dumps(config, indent=4), encoding="utf-8")

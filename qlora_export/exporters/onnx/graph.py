@@ -20,9 +20,10 @@ from qlora_export.errors import EnvironmentProblem
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DOMAIN = "com.microsoft"
+CONTRIBUTED = ("MatMulNBits", "MatMulBnb4")
 PAGE_BYTES = 4096
 COPY_BYTES = 1 << 22
-FLOAT, UINT8 = 1, 2
+FLOAT, UINT8, INT32, FLOAT16, BFLOAT16 = 1, 2, 6, 10, 16
 ITEM_BYTES = {FLOAT: 4, UINT8: 1}
 Raw = NDArray[np.uint8]
 
@@ -88,8 +89,8 @@ class BuiltGraph:
         return raw.view(np.float32).reshape(count, product.rows)
 
     def write(self, replacements: Mapping[str, Replacement], destination: Path) -> None:
-        """Write graph and data with these products, by their nodes, replaced."""
-        new = [tensor for item in replacements.values() for tensor in item.tensors]
+        """Write graph and data with these products, by their nodes, replaced; tensors of one name are one."""
+        new = {tensor.name: tensor for item in replacements.values() for tensor in item.tensors}.values()
         gone = {product.weight for product in self.products() if product.node in replacements}
         kept = [name for name in self._stored if name not in gone]
         entries = []
@@ -141,11 +142,11 @@ class BuiltGraph:
                 yield chunk
 
 
-def node(op: str, inputs: list[str], output: str, name: str, **attributes: int) -> Any:
-    """A node; those with attributes are of com.microsoft."""
+def node(op: str, inputs: list[str], output: str, name: str, **attributes: int | list[int]) -> Any:
+    """A node of ONNX's own operators, or of those of com.microsoft that are used here."""
     from onnx import helper
 
-    made = helper.make_node(op, inputs, [output], name=name, domain=DOMAIN if attributes else None)
+    made = helper.make_node(op, inputs, [output], name=name, domain=DOMAIN if op in CONTRIBUTED else None)
     made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
     return made
 
@@ -154,6 +155,11 @@ def array(name: str, values: Float32) -> NewTensor:
     """A small float32 tensor that is at hand."""
     raw = np.ascontiguousarray(values, np.float32)
     return NewTensor(name, FLOAT, raw.shape, lambda: iter((raw.reshape(-1).view(np.uint8),)))
+
+
+def numbers(name: str, values: list[int]) -> Any:
+    """A node that is a small int64 tensor: a shape must stand in the graph itself."""
+    return node("Constant", [], name, name, value_ints=values)
 
 
 def _nodes(old: Any, replacements: Mapping[str, Replacement]) -> tuple[Any, ...]:

@@ -6,13 +6,18 @@
     absmax   float32 [blocks]: decoded from double quantisation, blocks of the flat weight
 
 The scale s of the adapter (alpha / r, or alpha / sqrt(r), by module) is multiplied into B'. MatMulBnb4 multiplies with
-codebook[code] * absmax in float32; training rounded that product to its compute dtype first.
-Source: ONNX Runtime `docs/ContribOperators.md`, MatMulBnb4.
+codebook[code] * absmax in float32; training rounded that product to its compute dtype first. With `decode: as-trained`
+operators of ONNX itself decode the same bytes and round them so, before a plain product:
+
+    w = Cast(Cast(Gather(pairs, codes) * absmax, bfloat16), float32),   pairs [256, 2] the values of a byte's codes
+
+which ONNX Runtime computes once, while it loads, and holds in float32. Source: ONNX Runtime
+`docs/ContribOperators.md`, MatMulBnb4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +25,23 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import Takes
+from qlora_export.contracts import FROM_TORCH_NAMES, Float32, Takes
 from qlora_export.errors import PlanRefused, Refused
 from qlora_export.exporters.onnx.builder import known_architectures, require_packages
-from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, array, node
+from qlora_export.exporters.onnx.graph import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    INT32,
+    UINT8,
+    NewTensor,
+    Product,
+    Raw,
+    Replacement,
+    array,
+    node,
+    numbers,
+)
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
 from qlora_export.exporters.onnx.surgery import Model, make_exact
@@ -31,13 +49,20 @@ from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.homes import match_adapter
-from qlora_export.sources.adapter import open_adapter
-from qlora_export.sources.checkpoint import open_checkpoint
+from qlora_export.quant import four_bit
+from qlora_export.sources.adapter import Adapter, open_adapter
+from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.weights import FourBitWeight, PlainWeight
 from qlora_export.tensors.reading import SourceFiles
 
 CHUNK_VALUES = 1 << 22
 NF4 = 1
+CASTS = {"F32": FLOAT, "F16": FLOAT16, "BF16": BFLOAT16}
+# Nodes that compute an output from codes and absmax, and the constants that they need.
+Nodes = tuple[tuple[Any, ...], tuple[NewTensor, ...]]
+# An operator, its inputs, its attributes.
+Step = tuple[str, list[str], dict[str, int | list[int]]]
+Multiply = Callable[[Product, int, NewTensor, NewTensor, str], Nodes]
 
 
 @dataclass(frozen=True)
@@ -61,7 +86,9 @@ class Nf4AdapterExporter:
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination` from a folder of codes with its adapter."""
         checkpoint = open_checkpoint(source)
-        match = match_adapter(open_adapter(source / ADAPTER_FOLDER), checkpoint)
+        adapter = open_adapter(source / ADAPTER_FOLDER)
+        roundings = _roundings(adapter, checkpoint)
+        match = match_adapter(adapter, checkpoint)
         if match.problems:
             raise PlanRefused(list(match.problems))
         layers, dense = {}, []
@@ -75,7 +102,8 @@ class Nf4AdapterExporter:
                 raise Refused(f"{name}: changed by the adapter and not in 4 bits", "choose a merged format")
         model = Model(source, checkpoint.config, dense, tuple(layer.weight.spec for layer in layers.values()))
         with SourceFiles() as files:
-            replace = partial(_replacement, layers, files)
+            multiply = _decoded if self.options.decode == "as-trained" else _kernel
+            replace = partial(_replacement, layers, files, partial(multiply, roundings))
             make_exact(self.name, model, self.options.provider, False, replace, destination)
 
     def finish(self, source: Path, destination: Path) -> None:
@@ -108,7 +136,7 @@ def _plain(name: str, changes: tuple[Any, ...]) -> LowRank | None:
 
 
 def _replacement(
-    layers: Mapping[str, AdaptedLayer], files: SourceFiles, product: Product, runs: tuple[Run, ...]
+    layers: Mapping[str, AdaptedLayer], files: SourceFiles, multiply: Multiply, product: Product, runs: tuple[Run, ...]
 ) -> Replacement:
     if len(runs) > 1:
         raise MixedRows(f"{product.weight}: rows of {len(runs)} layers in one product", "choose a merged format")
@@ -121,20 +149,71 @@ def _replacement(
     codes = NewTensor(f"{product.weight}_NF4", UINT8, (-(-size // 2),), partial(_codes, weight, files, run))
     absmax = NewTensor(f"{product.weight}_absmax", FLOAT, (-(-size // block),), partial(_absmax, weight, files, run))
     base = product.output if layer.change is None else f"{product.output}/base"
-    made = node(
-        "MatMulBnb4",
-        [product.input, codes.name, absmax.name],
-        base,
-        f"{product.node}_NF4",
-        K=product.columns,
-        N=product.rows,
-        block_size=block,
-        quant_type=NF4,
-    )
+    made, constants = multiply(product, block, codes, absmax, base)
     if layer.change is None:
-        return Replacement((made,), (codes, absmax))
+        return Replacement(made, (codes, absmax, *constants))
     nodes, factors = _beside(product, layer.change, run, files, base)
-    return Replacement((made, *nodes), (codes, absmax, *factors))
+    return Replacement((*made, *nodes), (codes, absmax, *constants, *factors))
+
+
+def _kernel(
+    roundings: tuple[str, ...], product: Product, block: int, codes: NewTensor, absmax: NewTensor, output: str
+) -> Nodes:
+    """The product with 4-bit weights, which are not rounded."""
+    cut = {"K": product.columns, "N": product.rows, "block_size": block, "quant_type": NF4}
+    inputs = [product.input, codes.name, absmax.name]
+    return (node("MatMulBnb4", inputs, output, f"{product.node}_NF4", **cut),), ()
+
+
+def _decoded(
+    roundings: tuple[str, ...], product: Product, block: int, codes: NewTensor, absmax: NewTensor, output: str
+) -> Nodes:
+    """The product with weights that are decoded and rounded in the graph."""
+    if product.rows * product.columns % (2 * block):
+        what = f"{product.weight}: {product.rows} x {product.columns} values end inside of a block of {block}"
+        raise Refused(what, "leave `decode` out")
+    weight, pairs = product.weight, array("nf4_pairs", _pairs())
+    made = [
+        numbers(f"{weight}_blocks", [-1, block]),
+        numbers(f"{weight}_column", [-1, 1]),
+        numbers(f"{weight}_shape", [product.rows, product.columns]),
+        node("Reshape", [absmax.name, f"{weight}_column"], f"{weight}_scales", f"{product.node}/scales"),
+    ]
+    last = ""
+    for number, (op, inputs, attributes) in enumerate(_steps(weight, codes.name, pairs.name, roundings)):
+        name = f"{weight}/decode_{number}"
+        made.append(node(op, [item or last for item in inputs], name, f"{product.node}/decode_{number}", **attributes))
+        last = name
+    made.append(node("MatMul", [product.input, last], output, f"{product.node}_decoded"))
+    return tuple(made), (pairs,)
+
+
+def _steps(weight: str, codes: str, pairs: str, roundings: tuple[str, ...]) -> list[Step]:
+    """From codes to the weight [in, out], where "" is the output of the step before."""
+    steps: list[Step] = [
+        ("Cast", [codes], {"to": INT32}),
+        ("Gather", [pairs, ""], {"axis": 0}),
+        ("Reshape", ["", f"{weight}_blocks"], {}),
+        ("Mul", ["", f"{weight}_scales"], {}),
+        ("Reshape", ["", f"{weight}_shape"], {}),
+    ]
+    for dtype in roundings:
+        steps += [("Cast", [""], {"to": CASTS[dtype]}), ("Cast", [""], {"to": FLOAT})]
+    return [*steps, ("Transpose", [""], {"perm": [1, 0]})]
+
+
+def _pairs() -> Float32:
+    """The values of the two codes of every byte, [256, 2]."""
+    bytes_of = np.arange(256)
+    return four_bit.NF4.codebook[np.stack([bytes_of >> 4, bytes_of & 15], axis=1)]
+
+
+def _roundings(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The dtypes that training rounded a decoded weight to: by the sidecar, else its compute dtype alone."""
+    if adapter.training.recorded:
+        return adapter.training.weight_roundings
+    stated = checkpoint.config["quantization_config"]["bnb_4bit_compute_dtype"]
+    return (FROM_TORCH_NAMES[stated],)
 
 
 def _beside(

@@ -107,8 +107,9 @@ class SameIntegerOptions:
 
 @dataclass(frozen=True)
 class Nf4Options:
-    """What is around the 4-bit base."""
+    """What multiplies: `kernel`, with 4-bit weights, or weights `as-trained`, decoded and rounded as in training."""
 
+    decode: str = choice("kernel", "kernel", "as-trained")
     provider: str = choice("cpu", *PROVIDERS)
     layout: str = choice("genai", *LAYOUTS)
 
