@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_export.contracts import Float32
-from qlora_export.drift.measure import divergence
+from qlora_export.drift.divergence import divergences
 
 SAME_MODEL_KL = 1e-4
+# The same integers, which torch rounds to 16 bits once they are decoded.
+SAME_INTEGERS_KL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def distance(first: Sequence[Float32], second: Sequence[Float32], limit: float |
     """Two ways by their log-probabilities [tokens, vocabulary] of the same windows."""
     one, other = np.concatenate(first), np.concatenate(second)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = divergence(one, other)
+        found = divergences(one, other)
     every = np.arange(len(one))
     ours, theirs = one.argmax(axis=1), other.argmax(axis=1)
     differs = ours != theirs

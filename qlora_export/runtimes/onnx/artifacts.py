@@ -12,9 +12,12 @@ from qlora_export.drift.ways import GraphFindings
 from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnx.validation import Source, validate
+from qlora_export.sources.checkpoint import read_json
 
 RUNTIME = "onnxruntime"
 TORCH_RUNTIME = "transformers"
+# Where an exporter of integers leaves the output head as its source has it.
+FLOAT_HEAD = "float32"
 
 
 def validated(artifact: Artifact, tokens: TokenSet, track: Track, model: Path | None = None) -> GraphFindings | None:
@@ -26,7 +29,7 @@ def validated(artifact: Artifact, tokens: TokenSet, track: Track, model: Path | 
         return None
     source = source_of(artifact)
     if source is None and model is not None and not artifact.manifest_sha256:
-        source = _source("the model", model)
+        source = _source("the model", model, False)
     with track(f"validate {artifact.name}"):
         return validate(artifact.path, tokens, source)
 
@@ -45,8 +48,13 @@ def source_of(artifact: Artifact) -> Source | None:
         return None
     found = read_artifact(folder)
     same = found.manifest_sha256 == made_from["manifest_sha256"]
-    return _source(found.name, folder) if same and found.manifest["runtime"] == TORCH_RUNTIME else None
+    if not same or found.manifest["runtime"] != TORCH_RUNTIME:
+        return None
+    options = artifact.manifest.get("exporter", {}).get("options", {})
+    rounded_head = options.get("last_matrix", FLOAT_HEAD) != FLOAT_HEAD
+    quantised = bool(read_json(folder / "config.json").get("quantization_config"))
+    return _source(found.name, folder, quantised and not rounded_head)
 
 
-def _source(name: str, folder: Path) -> Source:
-    return Source(name, partial(catalog.load_runtime(TORCH_RUNTIME).open, folder))
+def _source(name: str, folder: Path, same_integers: bool) -> Source:
+    return Source(name, partial(catalog.load_runtime(TORCH_RUNTIME).open, folder), same_integers)

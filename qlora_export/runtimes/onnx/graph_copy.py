@@ -5,6 +5,7 @@ The data stays in its file; a session of a copy is told the folder to find it in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ LAYER_OPERATORS = frozenset(
         "SkipSimplifiedLayerNormalization",
     )
 )
+# uint8, int8, uint4, int4
+SMALL_INTEGERS = (2, 3, 21, 22)
+LARGEST_TABLE = 1024
 QUANTISED_WORDS = ("Quant", "NBits", "Bnb4", "QMoE", "Integer", "QLinear")
 
 
@@ -78,9 +82,15 @@ def stored_as(model: Any) -> str:
     bits = {attribute.i for node, _ in _products(model) for attribute in node.attribute if attribute.name == "bits"}
     if bits:
         return " and ".join(f"{count}-" for count in sorted(bits)) + "bit"
-    if any(word in node.op_type for node in model.graph.node for word in QUANTISED_WORDS):
+    named = any(word in node.op_type for node in model.graph.node for word in QUANTISED_WORDS)
+    if named or any(_is_codes(tensor) for tensor in model.graph.initializer):
         return "quantised"
     return "float16" if any(tensor.data_type == 10 for tensor in model.graph.initializer) else "float32"
+
+
+def _is_codes(tensor: Any) -> bool:
+    """Whether a tensor is of small integers, and too large to be a table or a shape."""
+    return tensor.data_type in SMALL_INTEGERS and math.prod(tensor.dims) > LARGEST_TABLE
 
 
 def add_output(model: Any, name: str) -> None:

@@ -3,9 +3,10 @@
 Prefill, decoding with the cache, a batch of unequal lengths, with graph optimisation and without, and for integer
 weights every accuracy of their products, on real tokens of three lengths. Ways of one graph must agree, and a graph
 with float weights must agree with the model that it was made from: mean KL at most 1e-4, and the same most likely
-tokens but for near ties. Where products round activations to integers, ways may differ by what that rounding does, the
-distance to the same graph without it: a last bit before it is a step of the grid after it. Cost: nine runs of some 160
-tokens, six loads of the graph, one of the source's model.
+tokens but for near ties; one with the integers of its source within 1e-3, where no activations are rounded. Where
+products round activations to integers, ways may differ by what that rounding does, the distance to the same graph
+without it: a last bit before it is a step of the grid after it. Cost: nine runs of some 160 tokens, six loads of the
+graph, one of the source's model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from qlora_export.contracts import Float32, Session, TracedSession
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.ways import SAME_MODEL_KL, Distance, GraphFindings, RunWay, distance
+from qlora_export.drift.ways import SAME_INTEGERS_KL, SAME_MODEL_KL, Distance, GraphFindings, RunWay, distance
 from qlora_export.runtimes.onnx.cached_graph import LOGITS
 from qlora_export.runtimes.onnx.departure import first_departing, in_torch
 from qlora_export.runtimes.onnx.folder import open_graph
@@ -38,10 +39,11 @@ Windows = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Source:
-    """What the graph was made from, in words, and what opens it in torch."""
+    """What the graph was made from, in words, and what opens it in torch; `same_integers` where it has those."""
 
     name: str
     open: Callable[[], AbstractContextManager[Session]]
+    same_integers: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFind
             accuracy_level=accuracy_level(model),
             window_tokens=tuple(len(window) for window in windows),
             source=source.name if source else None,
-            ways=tuple(_ways(runs, in_source, stored_as(model), accuracy_level(model))),
+            ways=tuple(_ways(runs, in_source, _source_limit(model, source), accuracy_level(model))),
             departs=None,
             breaches=(),
         )
@@ -118,23 +120,43 @@ def _source_rows(source: Source | None, windows: Windows) -> list[Float32] | Non
         return [session.log_probabilities(window) for window in windows]
 
 
-def _ways(runs: _Runs, in_source: list[Float32] | None, weights: str, shipped: int | None) -> list[RunWay]:
+def _source_limit(model: object, source: Source | None) -> float | None:
+    """How far the graph may be from its source in torch; None where its weights are rounded anew."""
+    if stored_as(model) in FLOATS:
+        return SAME_MODEL_KL
+    return SAME_INTEGERS_KL if source is not None and source.same_integers else None
+
+
+def _ways(
+    runs: _Runs, in_source: list[Float32] | None, source_limit: float | None, shipped: int | None
+) -> list[RunWay]:
     """Prefill, the other ways of the same graph, and its other accuracies."""
     prefill = runs.rows(PREFILL)
-    exact = SAME_MODEL_KL if weights in FLOATS else None
-    apart = None if in_source is None else distance(in_source, prefill, exact)
-    levels = [] if shipped is None else [level for level in LEVELS if level != shipped]
-    others = [_way(runs, Way(f"accuracy_level {level}", accuracy_level=level), prefill, in_source) for level in levels]
-    limit = SAME_MODEL_KL
-    if shipped not in (None, *EXACT_LEVELS):
-        rounding = [way.from_prefill.mean_kl for way in others if way.from_prefill]
-        limit = max(limit, rounding[0])
+    rounds = shipped not in (None, *EXACT_LEVELS)
+    apart = None if in_source is None else distance(in_source, prefill, None if rounds else source_limit)
+    others = []
+    for way in _other_levels(shipped):
+        to_source = source_limit if rounds and way.accuracy_level in EXACT_LEVELS else None
+        others.append(_way(runs, way, prefill, in_source, None, to_source))
+    rounding = [way.from_prefill.mean_kl for way in others if way.from_prefill] if rounds else []
+    limit = max([SAME_MODEL_KL, *rounding[:1]])
     same = [_way(runs, way, prefill, in_source, limit) for way in SAME_GRAPH]
     return [RunWay(PREFILL.name, None, apart), *same, *others]
 
 
+def _other_levels(shipped: int | None) -> list[Way]:
+    """The ways of integer products that were not shipped."""
+    levels = [] if shipped is None else [level for level in LEVELS if level != shipped]
+    return [Way(f"accuracy_level {level}", accuracy_level=level) for level in levels]
+
+
 def _way(
-    runs: _Runs, way: Way, prefill: list[Float32], in_source: list[Float32] | None, limit: float | None = None
+    runs: _Runs,
+    way: Way,
+    prefill: list[Float32],
+    in_source: list[Float32] | None,
+    limit: float | None,
+    source_limit: float | None = None,
 ) -> RunWay:
     """One way beside prefill and source; of a way that decodes only what was decoded."""
     rows = runs.rows(way)
@@ -143,7 +165,7 @@ def _way(
     def apart(first: list[Float32], limit: float | None) -> Distance:
         return distance([window[-decoded:] for window in first], [window[-decoded:] for window in rows], limit)
 
-    return RunWay(way.name, apart(prefill, limit), None if in_source is None else apart(in_source, None))
+    return RunWay(way.name, apart(prefill, limit), None if in_source is None else apart(in_source, source_limit))
 
 
 @dataclass(frozen=True)
@@ -163,8 +185,8 @@ class _Search:
             layers, lambda name: self.runs.rows(way, name), lambda name: self.runs.rows(PREFILL, name), self.weights
         )
 
-    def from_source(self) -> str | None:
-        """The first layer that prefill computes otherwise than the source; None where torch shows no layers."""
+    def from_source(self, way: Way) -> str | None:
+        """The first layer that a way computes otherwise than the source; None where torch shows no layers."""
         if self.source is None:
             return None
         with tempfile.TemporaryDirectory() as folder, Recording(Path(folder)) as recording:
@@ -176,7 +198,7 @@ class _Search:
                 found = (recording.outputs(number, names[output], 0) for number in range(count))
                 return [rows for rows in found if rows is not None]
 
-            return first_departing(layers, lambda name: self.runs.rows(PREFILL, name), theirs, self.weights)
+            return first_departing(layers, lambda name: self.runs.rows(way, name), theirs, self.weights)
 
     def _record(self, source: Source, recording: Recording) -> dict[str, str]:
         """Keep what the layers in torch give that the graph has too; their names by the graph's."""
@@ -196,16 +218,15 @@ class _Search:
 
 def _judged(found: GraphFindings, search: _Search) -> GraphFindings:
     """The findings with what is wrong, and of the first such thing the layer that it begins at."""
+    known = {way.name: way for way in (PREFILL, *SAME_GRAPH, *_other_levels(found.accuracy_level))}
     wrong: list[tuple[str, Callable[[], str | None]]] = []
-    prefill, *others = found.ways
-    if prefill.from_source is not None and not prefill.from_source.agrees:
-        what = f"{prefill.name} differs from {found.source} in torch: {prefill.from_source.said()}"
-        wrong.append((what, search.from_source))
-    by_name = {way.name: way for way in SAME_GRAPH}
-    for way in others:
+    for way in found.ways:
+        if way.from_source is not None and not way.from_source.agrees:
+            what = f"{way.name} differs from {found.source} in torch: {way.from_source.said()}"
+            wrong.append((what, partial(search.from_source, known[way.name])))
         if way.from_prefill is not None and not way.from_prefill.agrees:
             what = f"{way.name} differs from prefill: {way.from_prefill.said()}"
-            wrong.append((what, partial(search.between_ways, by_name[way.name])))
+            wrong.append((what, partial(search.between_ways, known[way.name])))
     if not wrong:
         return found
     departs = wrong[0][1]()
