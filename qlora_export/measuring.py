@@ -227,7 +227,8 @@ def measure_artifact(
     with track(f"measure {artifact.name}") as progress:
         measured = measure(artifact.name, str(artifact.manifest["runtime"]), session, rows, progress)
     kept = kept_layers(plan, planned[artifact.name], artifact) if artifact.name in planned else ()
-    return Measured(artifact, recipe, measured, kept)
+    source = next((item.source_name for item in plan.exports if item.name == artifact.name), None)
+    return Measured(artifact, recipe, measured, kept, source=source)
 
 
 def judged(recipe: Recipe, found: Sequence[Measured], references: References, tokens: TokenSet) -> tuple[Entry, ...]:

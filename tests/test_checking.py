@@ -80,7 +80,12 @@ def test_against_a_base_with_its_adapter(check: Check, merged: Path, pico_base: 
     assert run.ledger.merged is not None
     assert 0 < drift_of(run).mean_kl < 1e-4
     assert drift_of(run).mean_kl == pytest.approx(run.ledger.merged.mean_kl, rel=0.5)
-    assert report(run)["reference"]["model"] == "4-bit base with live adapter"
+    found = report(run)
+    assert found["reference"]["model"] == "4-bit base with live adapter"
+    (step,) = found["artifacts"][0]["steps"]
+    assert step["artifact"] == "merged"
+    assert step["mean_kl"] == pytest.approx(drift_of(run).mean_kl - run.ledger.merged.mean_kl)
+    assert step["ln_ppl_ratio"] == pytest.approx(drift_of(run).ln_ppl_ratio - run.ledger.merged.ln_ppl_ratio)
 
 
 def test_an_adapter_on_its_base(check: Check, pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:

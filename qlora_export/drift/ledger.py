@@ -46,6 +46,7 @@ class Entry:
     generation: Generation | None = None
     trace: Trace | None = None
     onnx: GraphFindings | None = None
+    steps: tuple[Beside, ...] = ()
 
     @property
     def survival(self) -> Mapping[str, float]:
@@ -101,7 +102,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class Measured:
-    """An artifact, what it measured, and its layers; those are none when its weights cannot be read back."""
+    """An artifact, what it measured, and its layers; those are none when its weights cannot be read back.
+
+    An export also names the artifact that it was made from.
+    """
 
     artifact: Artifact
     recipe: ArtifactRecipe
@@ -110,6 +114,7 @@ class Measured:
     worst: Worst | None = None
     answers: Answers = NO_ANSWERS
     onnx: GraphFindings | None = None
+    source: str | None = None
 
 
 def enter(
@@ -119,7 +124,7 @@ def enter(
     tokens: TokenSet,
     yardsticks: Mapping[str, Measurement] = NO_YARDSTICKS,
 ) -> Entry:
-    """Judge one measured artifact; `yardsticks` are measurements by name of artifacts that limits speak of."""
+    """Judge one measured artifact; `yardsticks` are measurements of the artifacts by name."""
     artifact, recipe, measured, layers = found.artifact, found.recipe, found.measurement, found.layers
     drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
     drift = summarised(drift, layers)
@@ -153,7 +158,16 @@ def enter(
         found.answers.choices,
         found.answers.generation,
         onnx=found.onnx,
+        steps=_steps(found, references, tokens, yardsticks),
     )
+
+
+def _steps(
+    found: Measured, references: References, tokens: TokenSet, yardsticks: Mapping[str, Measurement]
+) -> tuple[Beside, ...]:
+    """What came after merging in 16 bits, and of an export what came after its source."""
+    before = (references.merged, yardsticks.get(found.source) if found.source else None)
+    return tuple(beside(found.measurement, item, tokens) for item in before if item is not None)
 
 
 def make_ledger(tokens: TokenSet, references: References, entries: tuple[Entry, ...], device: str = "cpu") -> Ledger:

@@ -36,6 +36,8 @@ def findings_of(entry: Entry) -> dict[str, Any]:
     found: dict[str, Any] = {"distribution": _distribution(entry.distribution)}
     if entry.beside is not None:
         found["beside"] = asdict(entry.beside)
+    if entry.steps:
+        found["steps"] = [asdict(step) for step in entry.steps]
     if entry.worst is not None:
         found["worst"] = asdict(entry.worst)
     if entry.choices is not None:
@@ -55,6 +57,7 @@ def findings_schema() -> Schema:
     return {
         "distribution": _distribution_schema(),
         "beside": numbers_of(Beside),
+        "steps": _list(numbers_of(Beside)),
         "worst": object_of(worst),
         "choices": _with_list(numbers_of(Choices), "flipped", Flip),
         "generation": _with_list(numbers_of(Generation), "worst", Continuation),

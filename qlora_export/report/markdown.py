@@ -84,8 +84,20 @@ def _ledger(ledger: Ledger) -> list[str]:
     ]
     lines = ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
     lines += ["", f"{protocol_line(tokens_data(ledger.tokens))}; tokens `{ledger.tokens.sha256}`."]
+    lines += _steps(ledger)
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines
+
+
+def _steps(ledger: Ledger) -> list[str]:
+    """How far each artifact went on from the merged model, and an export from what it was made of."""
+    said = [
+        f"- `{entry.artifact.name}` after `{step.artifact}`: perplexity x {math.exp(step.ln_ppl_ratio):.5f} "
+        f"± {math.exp(step.ln_ppl_ratio) * step.ln_ppl_ratio_stderr:.1g}, mean KL {step.mean_kl:+.2g}"
+        for entry in ledger.entries
+        for step in entry.steps
+    ]
+    return ["", "Step by step:", "", *said] if said else []
 
 
 def _row(name: str, size: str, drift: Drift, verdict: str) -> str:
