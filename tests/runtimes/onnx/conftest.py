@@ -18,9 +18,15 @@ Spoil = Callable[[Callable[[Any], None]], Path]
 
 @pytest.fixture(scope="package")
 def graphs(tmp_path_factory: pytest.TempPathFactory, pico_base: Path, pico_adapter: Path) -> Path:
-    """The run folder of bf16, onnx-fp32 and onnx-int4."""
+    """The run folder of bf16 and w4a16, each with its graph."""
     out = tmp_path_factory.mktemp("graphs")
-    artifacts = ["bf16", "onnx-fp32", "onnx-int4"]
+    packed = {"name": "w4a16", "options": {"group_size": 32}, "keep": ["*.down_proj"]}
+    artifacts = [
+        "bf16",
+        "onnx-fp32",
+        {"format": "w4a16", "rounding": "nearest", **packed},
+        {"format": "onnx-int4", "rounding": "nearest", "name": "onnx-int4"},
+    ]
     data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts}
     build(make_recipe(data, Path(), "test"), RunOptions(out))
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,31 @@ def test_a_right_graph_agrees_in_every_way(graphs: Path) -> None:
 
 def test_accuracies_of_integer_products_are_told_apart(graphs: Path) -> None:
     found = found_of(read_artifact(graphs / "onnx-int4"))
-    assert (found.weights, found.accuracy_level, found.breaches) == ("4- and 8-bit", 4, ())
+    assert (found.weights, found.accuracy_level, found.breaches) == ("4-bit", 4, ())
+    assert found.source == "w4a16"
     levels = {way.name: way for way in found.ways if way.name.startswith("accuracy_level")}
     assert list(levels) == ["accuracy_level 0", "accuracy_level 1"]
     for way in levels.values():
         assert way.from_prefill is not None
         assert 1e-6 < way.from_prefill.mean_kl < 1e-3
+        assert way.from_source is not None
+        assert way.from_source.limit == 1e-3
+        assert way.from_source.mean_kl < 1e-5
     assert found.ways[0].from_source is not None
-    assert found.ways[0].from_source.mean_kl > 1e-3
+    assert found.ways[0].from_source.limit is None
+
+
+def test_integers_that_are_not_those_of_the_source_are_found(graphs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(graphs / "onnx-int4", tmp_path / "copied"))
+    scales = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    product = next(item for item in scales if item.name.startswith("/model/layers.0/mlp/up_proj"))
+    doubled(folder, product.input[2])
+    source = source_of(read_artifact(graphs / "onnx-int4"))
+    assert source is not None
+    found = validate(folder, TOKENS, source)
+    assert found.departs == "model.layers.0.mlp.up_proj"
+    assert found.breaches[0].startswith("ONNX: accuracy_level 0 differs from w4a16 in torch: mean KL ")
+    assert len(found.breaches) == 2
 
 
 def test_a_source_that_is_another_one_is_none(graphs: Path, copied: Path) -> None:
