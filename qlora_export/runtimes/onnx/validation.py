@@ -87,10 +87,16 @@ def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFind
 
 
 def validation_windows(tokens: TokenSet) -> list[tuple[int, ...]]:
-    """The beginnings of three windows of the text, or of as many as there are over again, in three lengths."""
-    found = [tokens.windows[place % len(tokens.windows)].fed for place in range(len(WINDOW_TOKENS))]
-    cut = [tuple(fed[:length]) for fed, length in zip(found, WINDOW_TOKENS, strict=True)]
-    return [window for window in cut if len(window) > 1] or cut[:1]
+    """The beginnings of three windows of the text, or of as many as there are over again, in three lengths.
+
+    Of shorter windows as much less, so that lengths differ wherever there are tokens enough.
+    """
+    found = []
+    for place, length in enumerate(WINDOW_TOKENS):
+        fed = tokens.windows[place % len(tokens.windows)].fed
+        share = max(2, len(fed) * length // WINDOW_TOKENS[0])
+        found.append(tuple(fed[: min(length, share)]))
+    return [window for window in found if len(window) > 1] or found[:1]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qlora_export.report.data import exit_code, write_report
 from qlora_export.report.probes import probe_lines
 from qlora_export.report.schemas import report_schema
 from qlora_export.runtimes.onnx.artifacts import source_of, validated
-from qlora_export.runtimes.onnx.validation import validate
+from qlora_export.runtimes.onnx.validation import validate, validation_windows
 from tests.runtimes.onnx.conftest import Spoil
 
 GENERATOR = np.random.default_rng(3)
@@ -35,6 +35,22 @@ TOKENS = TokenSet(
     Protocol("test", "as the test says", 101),
 )
 SAME = ("decoding with the cache", "a batch of three, padded", "decoding a batch of three, padded")
+
+
+def windows_of(*lengths: int) -> list[int]:
+    """The lengths of what is run of windows that feed so many tokens."""
+    ids = IDS[0]
+    windows = tuple(Window(ids[: length + 1], tuple(range(1, length + 1)), "", 0) for length in lengths)
+    return [len(window) for window in validation_windows(TokenSet(windows, TOKENS.protocol))]
+
+
+def test_lengths_differ_wherever_there_are_tokens_enough() -> None:
+    assert windows_of(100, 100, 100) == [96, 48, 16]
+    assert windows_of(60, 60, 60) == [60, 30, 10]
+    assert windows_of(100) == [96, 48, 16]
+    assert windows_of(100, 30, 100) == [96, 15, 16]
+    assert windows_of(4) == [4, 2, 2]
+    assert windows_of(1) == [1]
 
 
 def found_of(artifact: Artifact) -> GraphFindings:
