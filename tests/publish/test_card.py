@@ -101,6 +101,20 @@ def test_the_front_matter_is_what_the_hub_and_its_client_read(release: Release) 
     assert data.tags == ["support", "qlora-export", "bitsandbytes", "4-bit", "qlora"]
 
 
+def test_a_folder_for_transformers_js_says_how_to_load_it_there(release: Release) -> None:
+    exporter = {"options": {"layout": "transformers.js"}}
+    item = release.item("onnx-int4", exporter=exporter)
+    card = make_card(release.facts("onnx-int4", items=(item,)), None)
+    assert card_problems(card) == ([], [])
+    assert "transformers.js" in metadata_of(card)["tags"]
+    assert f"AutoModelForCausalLM.from_pretrained('{REPOSITORY}')" in card
+    assert "import onnxruntime_genai" in card
+    for items in ((replace(item, prefix="onnx-int4/"),), (release.items["onnx-int4"],)):
+        card = make_card(release.facts("onnx-int4", items=items), None)
+        assert "transformers.js" not in metadata_of(card)["tags"]
+        assert "npm install" not in card
+
+
 def test_vllm_serves_compressed_tensors_as_they_are(release: Release) -> None:
     card = make_card(release.facts("fp8"), None)
     assert card_problems(card) == ([], [])

@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_export.publish.card.escaping import code, escape, recipe_yaml
 from qlora_export.publish.card.facts import CardFacts, CardItem, drift_from
+from qlora_export.publish.card.javascript import javascript
 from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.markdown import ArtifactRow, ledger_table
@@ -108,6 +109,10 @@ def _loading(facts: CardFacts) -> Iterator[str]:
             yield f"{code(item.artifact.name)}:"
         yield _fenced("bash", f"pip install {' '.join(item.kind.packages)}")
         yield _fenced("python", snippet(facts, item))
+        if script := javascript(facts, item):
+            yield "In a browser, or in Node:"
+            yield _fenced("bash", "npm install @huggingface/transformers")
+            yield _fenced("js", script)
         block_size = (item.manifest.get("training_quantization") or {}).get("block_size", 64)
         if item.artifact.format == "adapter" and block_size != 64:
             yield (

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_export.errors import UsageError
 from qlora_export.publish.card.facts import CardFacts
+from qlora_export.publish.card.javascript import LAYOUT, loads_in_javascript
 from qlora_export.publish.card.model_index import model_index
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -81,7 +82,8 @@ def _unless_listed(base_id: str, before: Any) -> Any:
 def _tags(facts: CardFacts, before: Any) -> list[Any]:
     """People's tags, then those of the recipe and of the formats that are not among them."""
     theirs = before if isinstance(before, list) else [before] if before else []
-    ours = [TOOL_TAG, *(tag for item in facts.items for tag in item.kind.tags), *_training_tag(facts)]
+    script = [LAYOUT] if any(loads_in_javascript(item) for item in facts.items) else []
+    ours = [TOOL_TAG, *(tag for item in facts.items for tag in item.kind.tags), *script, *_training_tag(facts)]
     return list(theirs) + [tag for tag in dict.fromkeys((*facts.settings.tags, *ours)) if tag not in theirs]
 
 
