@@ -35,7 +35,7 @@ from qlora_export.measuring import (
 )
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.recipe import Recipe
 from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.runtimes.opening import open_artifact
 
@@ -176,13 +176,15 @@ def _recipe_of(recipe: Recipe, items: Sequence[Candidate]) -> Recipe:
     made = [item.artifact(recipe) for item in items]
     for item in items:
         if item.format in catalog.EXPORTERS:
-            source = ArtifactRecipe(format="bf16", name=_source_name(item), onto=item.onto)
+            source = _source(item).artifact(recipe)
             made = [source, *(artifact for artifact in made if artifact.name != source.name)]
     return recipe.model_copy(update={"artifacts": tuple(made)})
 
 
-def _source_name(item: Candidate) -> str:
-    return Candidate("bf16", None, item.onto).name
+def _source(item: Candidate) -> Candidate:
+    """What an exporter starts from."""
+    takes = catalog.load_exporter(item.format, {}, item.rounding).takes
+    return Candidate("bf16" if takes in ("dense", "adapter") else takes, item.rounding, item.onto)
 
 
 def _groups(items: Sequence[Candidate]) -> list[list[Candidate]]:

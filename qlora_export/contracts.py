@@ -610,6 +610,7 @@ class Exporter(Protocol):
     takes: Takes
     runtime: str
     bytes_per_weight: float
+    working_bytes_per_weight: float  # of disk, while it works
 
     def architectures(self) -> frozenset[str]:
         """The architectures of config.json that it knows; empty where it takes any, or cannot tell."""

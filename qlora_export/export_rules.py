@@ -29,6 +29,12 @@ def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, 
         except UsageError:
             continue  # told elsewhere
         problems += _architecture_problems(item, exporter.architectures(), checkpoint.config)
+        if exporter.takes not in ("dense", "adapter") and facts.experts:
+            what = f"{item.format}: the builder's graph has no products to put the codes of experts into"
+            problems.append(_refused(item, what, "choose onnx-fp32, or a safetensors format"))
+        if exporter.takes == "nf4-adapter" and item.onto == "original":
+            what = f"artifact {item.name}: {item.format} ships the base of training as it was"
+            problems.append(Problem(ExitCode.USAGE, what, "leave `onto` out"))
         if exporter.takes == "nf4-adapter":
             problems += [_refused(item, what, MERGE_INSTEAD) for what in _beside_problems(checkpoint, model, facts)]
     return problems

@@ -140,12 +140,13 @@ class ArtifactPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One artifact that an exporter makes from a dense one or from the adapter; its bytes are an estimate."""
+    """One artifact that an exporter makes from another or from the adapter; bytes are estimates."""
 
     recipe: ArtifactRecipe
     exporter: Exporter
     source: ArtifactPlan | None
     bytes: int
+    working_bytes: int
     digest: str
 
     @property
@@ -257,7 +258,8 @@ def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
     assumptions = (*notes, *combination_notes(sources.combined, recipe.merge), *assumptions_of(inputs))
     assumptions += tuple(note for name, choice in roundings.items() if (note := choice.note(name)) is not None)
     plan = Plan(recipe, sources, model, facts.stored, facts.live, artifacts, exports, assumptions, libraries)
-    if problems := disk_problems(out, plan.sizes):
+    working = max((item.working_bytes for item in exports if not (out / item.name).exists()), default=0)
+    if problems := disk_problems(out, plan.sizes, working):
         raise PlanRefused(problems)
     return plan
 
@@ -313,7 +315,8 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
         "facts": dict(exporter.facts()),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return ExportPlan(item, exporter, source, size, digest)
+    working = int(weights * exporter.working_bytes_per_weight)
+    return ExportPlan(item, exporter, source, size, working, digest)
 
 
 def _export_source(

@@ -323,9 +323,12 @@ def allocated_bytes(folder: Path) -> int:
     return sum(path.lstat().st_blocks * SECTOR_BYTES for path in folder.rglob("*"))
 
 
-def disk_problems(out: Path, sizes: Mapping[str, int]) -> list[Problem]:
-    """A problem when the artifacts that are not finished yet, by name and bytes, do not fit the disk."""
-    needed = 0
+def disk_problems(out: Path, sizes: Mapping[str, int], working: int = 0) -> list[Problem]:
+    """A problem when the artifacts that are not finished yet, by name and bytes, do not fit the disk.
+
+    `working` bytes come and go while one of them is made.
+    """
+    needed = working
     for name, size in sizes.items():
         if not (out / name).exists():
             needed += max(0, size - allocated_bytes(out / f"{name}.partial"))
@@ -333,5 +336,6 @@ def disk_problems(out: Path, sizes: Mapping[str, int]) -> list[Problem]:
     free = shutil.disk_usage(place).free
     if needed <= free:
         return []
-    message = f"{out}: the artifacts need {needed} bytes, the disk has {free} free"
+    while_working = f", {working} of them while they are made" if working else ""
+    message = f"{out}: the artifacts need {needed} bytes{while_working}, the disk has {free} free"
     return [Problem(ExitCode.ENVIRONMENT, message, "free some disk space or choose another --out")]

@@ -26,6 +26,7 @@ class AdapterExporter:
     takes: Takes = "adapter"
     runtime: str = "as-trained"
     bytes_per_weight: float = 0.0
+    working_bytes_per_weight: float = 0.0
 
     def facts(self) -> Mapping[str, Any]:
         """Nothing but the adapter decides the bytes."""

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -28,6 +30,7 @@ from qlora_export.errors import (
     UsageError,
     VerifyMismatch,
 )
+from qlora_export.exporters.onnx.options import IntegerOptions, chosen
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from tests.conftest import RecipeMaker, edit_json, folder_bytes
@@ -168,6 +171,64 @@ def test_options_that_are_wrong(pico_recipe: RecipeMaker, tmp_path: Path, artifa
         make_plan(pico_recipe("bf16", artifact), tmp_path)
     assert error.value.exit_code == 2
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "says"),
+    [
+        ("onnx", "1.16.0", "onnx-fp32 needs onnx 1.21 or newer, 1.16.0 is installed"),
+        ("onnxruntime-genai", "0.9.2", "onnx-fp32 needs onnxruntime-genai 0.18 or newer, 0.9.2 is installed"),
+        ("onnxruntime", None, "onnx-fp32 needs onnxruntime, which is not installed"),
+    ],
+)
+def test_a_package_that_is_missing_or_too_old_is_told_by_the_plan(
+    pico_recipe: RecipeMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    found: str | None,
+    says: str,
+) -> None:
+    def version(name: str) -> str:
+        if name == package and found is None:
+            raise PackageNotFoundError(name)
+        return str(found) if name == package else "99.0"
+
+    monkeypatch.setattr("qlora_export.exporters.onnx.builder.version", version)
+    with pytest.raises(EnvironmentProblem, match=re.escape(says)) as error:
+        make_plan(pico_recipe("bf16", "onnx-fp32"), tmp_path)
+    assert error.value.hint == "pip install -U 'qlora-export[onnx]'"
+
+
+def test_every_option_is_a_word_of_the_builder() -> None:
+    mixed = {"sensitive_layers": "int8", "exclude": "/lm_head/MatMul"}
+    stated: dict[str, Any] = {"block_size": 64, "symmetric": False, **mixed}
+    assert chosen("onnx-int4", IntegerOptions, stated).words() == (
+        "shared_embeddings=false",
+        "is_symmetric=false",
+        "block_size=64",
+        "algo_config=default",
+        "accuracy_level=4",
+        "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8",
+        "nodes_to_exclude=/lm_head/MatMul",
+    )
+
+
+def test_float16_and_mixed_integers_run_on_a_cpu(exported: Path, tmp_path: Path) -> None:
+    """Zero points, sensitive layers in 8 bits and one left dense; float16 with the graph that was meant for CUDA."""
+    exclude = "/model/layers.0/mlp/up_proj/MatMul"
+    options: dict[str, Any] = {"symmetric": False, "sensitive_layers": "int8", "exclude": exclude, "accuracy_level": 1}
+    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+        exact = session.log_probabilities(TOKENS)
+    for name, settings, most in (("onnx-fp16", {}, 1e-4), ("onnx-int4", options, 0.5)):
+        (tmp_path / name).mkdir()
+        catalog.load_exporter(name, settings).export(exported / "bf16", tmp_path / name)
+        with catalog.load_runtime("onnxruntime").open(tmp_path / name) as session:
+            found = session.log_probabilities(TOKENS)
+        assert 0 < (np.exp(exact) * (exact - found)).sum(axis=1).mean() < most
+    operators = [node.op_type for node in onnx.load(tmp_path / "onnx-int4/model.onnx").graph.node]
+    assert operators.count("MatMul") == 1
+    assert "MatMulNBits" in operators
 
 
 def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: Path) -> None:

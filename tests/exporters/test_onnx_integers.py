@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from onnx import numpy_helper
 from qlora_export import catalog
 from qlora_export.contracts import Artifact, Float32, TensorSpec, TrainingQuantization
 from qlora_export.engine import BuildOptions, build, export
-from qlora_export.errors import ExportError, Refused
+from qlora_export.engine.journal import JOURNAL_NAME
+from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, require_all_placed, runs_of
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
@@ -105,8 +107,7 @@ W4A16: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", W4A16)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("options", "tied"), list(zip(W4A16, (False, True, True, False), strict=True)))
 def test_the_graph_holds_the_packed_weights_to_the_last_bit(
     plain_builder: None, tmp_path: Path, options: dict[str, Any], tied: bool
 ) -> None:
@@ -225,6 +226,46 @@ def test_a_plan_without_the_integers(
         make_plan(make_recipe(data, Path(), "test"), tmp_path)
     assert error.value.exit_code == 2
     assert error.value.hint
+
+
+def test_the_plan_counts_the_disk_that_the_builder_needs_meanwhile(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {"format": "w4a16", "rounding": "nearest", "options": {"group_size": 32}, "keep": ["*.down_proj"]}
+    artifacts = [packed, {"format": "onnx-int4", "rounding": "nearest"}]
+    recipe = make_recipe({"base": str(pico_base), "artifacts": artifacts}, Path(), "test")
+    plan = make_plan(recipe, tmp_path)
+    (item,) = plan.exports
+    assert item.working_bytes > 4 * plan.checkpoint.weights["lm_head.weight"].spec.size
+    for free, fits in ((plan.bytes + item.working_bytes, True), (plan.bytes + item.working_bytes - 1, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        if fits:
+            make_plan(recipe, tmp_path)
+            continue
+        with pytest.raises(ExportError, match=f"{item.working_bytes} of them while they are made") as error:
+            make_plan(recipe, tmp_path)
+        assert error.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("builder", "error", "says"),
+    [
+        ("tests.exporters.killed_builder", EnvironmentProblem, "onnx-int4: the model builder was killed by SIGKILL"),
+        ("tests.exporters.no_such_builder", EnvironmentProblem, "onnx-int4: the model builder failed: .*No module"),
+    ],
+)
+def test_a_builder_that_dies_leaves_nothing_final(
+    plain_builder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: str, error: Any, says: str
+) -> None:
+    base = save_base(tmp_path / "base", seed=3, **ODD)
+    monkeypatch.setattr("qlora_export.exporters.onnx.builder.BUILDER", builder)
+    packed = {"format": "w4a16", "rounding": "nearest", "keep": ["*.o_proj"]}
+    with pytest.raises(error, match=says) as raised:
+        make(base, tmp_path / "out", packed, {"format": "onnx-int4", "rounding": "nearest"})
+    assert raised.value.exit_code == 6
+    assert raised.value.hint
+    assert not (tmp_path / "out/onnx-int4-nearest").exists()
+    assert {path.name for path in (tmp_path / "out/onnx-int4-nearest.partial").iterdir()} == {JOURNAL_NAME}
 
 
 def test_marks_are_read_as_they_are_meant() -> None:

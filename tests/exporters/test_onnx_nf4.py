@@ -118,6 +118,7 @@ def test_what_is_no_plain_adapter_is_refused_by_the_plan(
     [
         (["bf16", "onnx-nf4-adapter"], "holds the codes of another artifact, nf4-adapter: there is none"),
         (["nf4-adapter", {"format": "onnx-nf4-adapter", "rounding": "nearest"}], "nothing to be nearest"),
+        (["nf4-adapter", {"format": "onnx-nf4-adapter", "onto": "original"}], "ships the base of training as it was"),
         (["nf4-adapter", {"format": "onnx-nf4-adapter", "options": {"decode": "x"}}], "decode is 'x'"),
     ],
 )

@@ -24,6 +24,7 @@ class BuiltExporter:
     options: FloatOptions | IntegerOptions | Int8Options
     takes: Takes = "dense"
     runtime: str = "onnxruntime"
+    working_bytes_per_weight: float = 0.0
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""

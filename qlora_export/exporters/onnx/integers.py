@@ -29,7 +29,7 @@ from qlora_export.exporters.onnx.builder import known_architectures, require_pac
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
-from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
@@ -157,6 +157,7 @@ class SameIntegersExporter:
     bytes_per_weight: float
     options: SameIntegerOptions
     runtime: str = "onnxruntime"
+    working_bytes_per_weight: float = SURGERY_BYTES_PER_WEIGHT
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""

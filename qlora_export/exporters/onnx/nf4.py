@@ -44,7 +44,7 @@ from qlora_export.exporters.onnx.graph import (
 )
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
-from qlora_export.exporters.onnx.surgery import Model, make_exact
+from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import LowRank
@@ -73,6 +73,7 @@ class Nf4AdapterExporter:
     name: str = "onnx-nf4-adapter"
     takes: Takes = "nf4-adapter"
     bytes_per_weight: float = 0.8
+    working_bytes_per_weight: float = SURGERY_BYTES_PER_WEIGHT
     runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:

@@ -22,6 +22,8 @@ from qlora_export.exporters.onnx.skeleton import (
 )
 from qlora_export.tensors.header import StoredTensor
 
+# The skeleton in 16 bits, and the builder's graph of it in float32.
+SURGERY_BYTES_PER_WEIGHT = 6.0
 # What stands in for a product that is made of these rows; raises MixedRows where they are not stored alike.
 Replace = Callable[[Product, tuple[Run, ...]], Replacement]
 
