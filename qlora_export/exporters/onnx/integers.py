@@ -19,24 +19,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import Float32, Options, Rounding, Takes, TensorSpec
+from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import InputError, Refused
 from qlora_export.exporters.onnx.builder import known_architectures, require_packages
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
+from qlora_export.exporters.onnx.layers import Blocks, Layer, RoundedLayer, block_of, packed_layer
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
-from qlora_export.quant import integers, packing
-from qlora_export.quant.integers import Grid
-from qlora_export.quant.packing import CODES_PER_WORD
-from qlora_export.quant.scales import Int8
+from qlora_export.quant import packing
 from qlora_export.sources.checkpoint import read_json, read_tensors
-from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
 
@@ -44,107 +41,6 @@ CHUNK_VALUES = 1 << 22
 HEAD = "lm_head.weight"
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 BITS = {"int4": 4, "int8": 8}
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a weight is cut: bits of a code, columns of a block, and whether blocks have zero points."""
-
-    bits: int
-    block: int
-    zeros: bool
-
-
-class Layer(Protocol):
-    """A weight [out, in] on an integer grid."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Name, dtype and shape of the weight."""
-        ...
-
-    @property
-    def blocks(self) -> Blocks:
-        """How it is cut."""
-        ...
-
-    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
-        """Packed codes of some rows."""
-        ...
-
-    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
-        """Scales of some rows, one for each block."""
-        ...
-
-    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """Zero points [rows, blocks] of some rows."""
-        ...
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer as `w4a16` and `w8a16` store it."""
-
-    spec: TensorSpec
-    packed: StoredTensor
-    scale: StoredTensor
-    zero: StoredTensor | None
-    blocks: Blocks
-
-    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
-        """The words as they are."""
-        return files.read(self.packed, first, count)
-
-    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
-        """Widened; that of a longer group is repeated for its blocks."""
-        values = widen(files.read(self.scale, first, count), self.scale.spec.dtype)
-        return np.repeat(values, self.spec.columns // self.blocks.block // self.scale.spec.columns)
-
-    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """Unpacked from the words that hold these rows."""
-        if self.zero is None:
-            raise ValueError(f"{self.spec.name} is symmetric")
-        height = CODES_PER_WORD[self.blocks.bits]
-        skipped = first % height
-        words = files.read(self.zero, first // height, -(-(skipped + count) // height)).view(np.int32)
-        words = words.reshape(-1, self.zero.spec.columns)
-        values = packing.unpack_down(words, self.blocks.bits, skipped + count)[skipped:]
-        return np.repeat(values, self.spec.columns // self.blocks.block // values.shape[1], axis=1)
-
-
-@dataclass(frozen=True)
-class RoundedLayer:
-    """A dense weight, rounded to the nearest symmetric code of each block while it is written."""
-
-    spec: TensorSpec
-    values: StoredTensor
-    blocks: Blocks
-
-    def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
-        """Rounded and packed."""
-        values = self._values(files, first, count)
-        scales, zeros = integers.fit(values, self._grid)
-        codes = np.empty(values.shape, np.int8)
-        integers.encode(values, scales, zeros, self._grid, codes)
-        packed = np.empty((count, packing.words(self.spec.columns, self.blocks.bits)), np.int32)
-        packing.pack(codes, self.blocks.bits, packed)
-        return packed.reshape(-1).view(np.uint8)
-
-    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
-        """Half the range of a block over half the range of the codes."""
-        return integers.fit(self._values(files, first, count), self._grid)[0].reshape(-1)
-
-    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """None."""
-        raise ValueError(f"{self.spec.name} is symmetric")
-
-    @property
-    def _grid(self) -> Grid:
-        return Grid(self.blocks.bits, self.blocks.block, dtype="F32")
-
-    def _values(self, files: SourceFiles, first: int, count: int) -> Float32:
-        raw = files.read(self.values, first, count)
-        return widen(raw, self.values.spec.dtype).reshape(count, self.spec.columns)
 
 
 @dataclass(frozen=True)
@@ -192,7 +88,7 @@ class SameIntegersExporter:
         dense = []
         for name, tensor in tensors.items():
             if name.endswith(".weight_packed"):
-                layer = _packed_layer(name.removesuffix("_packed"), tensors, _dtype(config))
+                layer = packed_layer(name.removesuffix("_packed"), tensors, _dtype(config))
                 layers[layer.spec.name] = layer
             elif not name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape")):
                 dense.append(tensor)
@@ -200,29 +96,6 @@ class SameIntegersExporter:
             head, dense, config = _head(dense, config, self.options.last_matrix, layers)
             layers[head.spec.name] = head
         return Model(source, config, dense, tuple(layer.spec for layer in layers.values())), layers
-
-
-def _packed_layer(name: str, tensors: Mapping[str, StoredTensor], dtype: str) -> PackedLayer:
-    packed, scale = tensors[f"{name}_packed"], tensors[f"{name}_scale"]
-    zero = tensors.get(f"{name}_zero_point")
-    with SourceFiles() as files:
-        shape = tensors[f"{name}_shape"]
-        rows, columns = (int(length) for length in files.read_bytes(shape, 0, shape.bytes).view(np.int64))
-    bits = 32 * packed.spec.columns // columns
-    block = _block(columns // scale.spec.columns, columns)
-    if bits not in CODES_PER_WORD or bits * columns != 32 * packed.spec.columns or block is None:
-        raise Refused(
-            f"{name}: {columns} columns in {scale.spec.columns} groups of {bits} bits have no MatMulNBits of their own",
-            f"its blocks have {', '.join(map(str, BLOCK_SIZES))} columns; keep the layer dense",
-        )
-    return PackedLayer(
-        TensorSpec(name, dtype, (rows, columns)), packed, scale, zero, Blocks(bits, block, zero is not None)
-    )
-
-
-def _block(group: int, columns: int) -> int | None:
-    """The longest block that a group is a multiple of."""
-    return next((size for size in reversed(BLOCK_SIZES) if group % size == 0 and columns % size == 0), None)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -240,7 +113,7 @@ def _head(
         raise Refused(f"the model has {len(found)} dense tensors that could be its last matrix", "last_matrix: float32")
     values, name = found[0], found[0].spec.name if by_end[HEAD] else HEAD
     usual = next((layer.blocks.block for layer in layers.values()), 32)
-    block = _block(usual, values.spec.columns)
+    block = block_of(usual, values.spec.columns)
     if block is None:
         raise Refused(
             f"{name}: {values.spec.columns} columns are no multiple of {BLOCK_SIZES[0]}", "last_matrix: float32"
