@@ -51,7 +51,7 @@ from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.onnx.artifacts import look_over, validated
 from qlora_export.runtimes.recognising import recognised
 from qlora_export.sources.adapter import adapter_config
-from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
+from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.context import context_tokens
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
 from qlora_export.sources.text import DriftText
@@ -162,6 +162,7 @@ def check_against(
     stated = recipe.drift or DriftRecipe(text="")
     tokens = model.tokens(text, tokenizer, stated)
     probes = model.probes(asked, tokenizer)
+    _require_rows(candidate, tokens, probes)
     opening = partial(_opening, candidate, model, question, options)
     key = {**model.key(options), **probes.key}
     with open_reference(reference_store(recipe, options.out), key, tokens) as kept:
@@ -232,6 +233,15 @@ def _require_same_tokenizer(candidate: Artifact, reference: FolderTokenizer, tex
         return [f"{candidate.name} {inside}: tokens are those of the reference"]
     require_same_tokenizer(str(candidate.path), FolderTokenizer(candidate.path), reference, text)
     return []
+
+
+def _require_rows(candidate: Artifact, tokens: TokenSet, probes: Probes) -> None:
+    """Raise InputError for a candidate of transformers whose embedding lacks rows for tokens of the reference."""
+    if candidate.manifest["runtime"] != "transformers":
+        return
+    config = Checkpoint(candidate.path, read_json(candidate.path / "config.json"), {}, ()).text_config
+    highest = max(probes.highest_token, *(max(window.tokens) for window in tokens.windows))
+    require_row(highest, config.get("vocab_size"), candidate.path, "both must share one vocabulary")
 
 
 def _has_tokenizer(folder: Path) -> bool:

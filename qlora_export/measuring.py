@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 # What the noise floor is measured in, on about so many tokens.
 NOISE_DTYPE = "bfloat16"
 NOISE_TOKENS = 512
+RESIZED_HINT = "the adapter's tokenizer has more tokens than the base: was the vocabulary resized in training?"
 
 
 def drift_text(recipe: Recipe) -> DriftText:
@@ -91,13 +92,10 @@ def require_in_vocabulary(highest_of_windows: Sequence[int], plan: Plan) -> None
     require_row(max(highest_of_windows), rows, plan.checkpoint.folder)
 
 
-def require_row(highest: int, rows: Any, folder: Path) -> None:
+def require_row(highest: int, rows: Any, folder: Path, hint: str = RESIZED_HINT) -> None:
     """Raise InputError when an embedding with so many rows has none for a token of the text."""
     if isinstance(rows, int) and highest >= rows:
-        raise InputError(
-            f"{folder}: token {highest} of the text has no row in an embedding of {rows}",
-            "the adapter's tokenizer has more tokens than the base: was the vocabulary resized in training?",
-        )
+        raise InputError(f"{folder}: token {highest} of the text has no row in an embedding of {rows}", hint)
 
 
 def reference_store(recipe: Recipe, out: Path) -> ReferenceStore:
@@ -122,9 +120,11 @@ def model_key(checkpoint: Checkpoint, workers: int, device: str = "cpu") -> dict
     """Everything that decides the numbers of a model on its own, but for the tokens."""
     digests = SourceDigests(checkpoint.files)
     digests.hash_all([path.name for path in digests.paths], workers)
+    # The second says which tokens end what the model writes.
+    configs = [checkpoint.folder / name for name in ("config.json", "generation_config.json")]
     return {
         "base": {name: facts["sha256"] for name, facts in digests.sorted().items()},
-        "config": hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest(),
+        "config": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs if path.is_file()},
         **computing(device),
     }
 

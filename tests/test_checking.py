@@ -18,6 +18,7 @@ from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
+from qlora_export.runtimes.loading import FolderTokenizer
 from tests.conftest import edit_json, edit_tensors, folder_bytes
 from tests.gguf_files import write_gguf
 
@@ -166,6 +167,7 @@ def test_logits_that_are_no_numbers(check: Check, merged: Path, tmp_path: Path) 
         ("list", InputError, "no JSON object"),
         ("model.gguf", InputError, "transformers cannot load it"),
         ("ggufs", InputError, "a folder of 2 GGUF files"),
+        ("foreign", InputError, "foreign/manifest.json: no manifest of ours"),
     ],
 )
 def test_folders_that_are_none(
@@ -175,12 +177,57 @@ def test_folders_that_are_none(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "ggufs").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "ggufs" / name).write_bytes(b"GGUF")
     with pytest.raises(error, match=says):
         check(tmp_path / artifact, merged / "bf16")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"hidden_size": "wide"}, "Validation error for field 'hidden_size': TypeError: "),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"dtype": "float1"}, "has no attribute 'float1'"),
+        ({"vocab_size": 3}, "of the text has no row in an embedding of 3"),
+    ],
+)
+def test_a_damaged_config_is_no_bug_of_ours(
+    check: Check, merged: Path, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    broken = Path(shutil.copytree(merged / "bf16", tmp_path / "broken"))
+    edit_json(broken / "config.json", **config)
+    with pytest.raises(InputError, match="broken: ") as caught:
+        check(broken, merged / "bf16")
+    assert says in caught.value.message
+
+
+def test_torn_weights_are_named(check: Check, merged: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(merged / "bf16", tmp_path / "broken"))
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(InputError, match="broken: transformers cannot load it: Error while deserializing header"):
+        check(broken, merged / "bf16")
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 1 + messages[0].content }}", "{{ messages[0].nothing.at }}"])
+def test_a_template_that_fails_is_no_bug_of_ours(template: str, merged: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(merged / "bf16", tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="the chat template refuses a chat"):
+        FolderTokenizer(broken).render([{"role": "user", "content": "x"}], answering=True)
+
+
+def test_other_tokens_that_end_a_text_ask_the_reference_anew(check: Check, merged: Path, tmp_path: Path) -> None:
+    reference = Path(shutil.copytree(merged / "bf16", tmp_path / "reference"))
+    check(merged / "bf16", reference)
+    edit_json(reference / "generation_config.json", eos_token_id=[1, 5])
+    check(merged / "bf16", reference)
+    assert len(kept_references(tmp_path / "out")) == 2
 
 
 def test_other_vocabularies_do_not_compare(check: Check, merged: Path, tmp_path: Path) -> None:

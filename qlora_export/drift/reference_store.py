@@ -78,8 +78,11 @@ class ReferenceProbabilities:
             except OSError as error:
                 message = f"no room for {4 * shape[0] * shape[1]} bytes of reference probabilities ({error.strerror})"
                 raise EnvironmentProblem(message, "free some disk space, or set drift.tokens lower") from None
-            self._rows = np.memmap(self._file, np.float32, "r+", shape=shape)
-        self._rows[self._starts[number] : self._starts[number + 1]] = rows
+            self._rows = np.memmap(self._file, np.float32, "r", shape=shape)
+        # Written by its offset: stores to fresh pages of a mapping take ten times as long, a fault each.
+        self._file.seek(4 * int(self._starts[number]) * rows.shape[1])
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._file.flush()
         self.checksums[number] = _checksum(rows)
 
     def get(self, number: int) -> Float32:
@@ -100,8 +103,7 @@ class ReferenceProbabilities:
 
     def flush(self) -> None:
         """Bring everything to the disk."""
-        if isinstance(self._rows, np.memmap):
-            self._rows.flush()
+        os.fsync(self._file.fileno())
 
 
 @dataclass
@@ -160,7 +162,7 @@ class _Place:
             with (self.folder / MEASURED).open("rb") as raw, np.load(raw, allow_pickle=False) as columns:
                 found = dict(columns)
             file = (self.folder / ROWS).open("rb")
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):
             return None
         try:
             rows = ReferenceProbabilities(file, tokens, dict(enumerate(kept["checksums"])))
@@ -175,9 +177,7 @@ class _Place:
         """A file for the rows: in our partial folder, or without a name while another run fills that one."""
         self.partial.mkdir(exist_ok=True)
         folder = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._owns(folder):
             os.close(folder)
             with tempfile.TemporaryFile(dir=self.store.folder) as unnamed:
                 yield unnamed
@@ -186,9 +186,19 @@ class _Place:
             with (self.partial / ROWS).open("w+b") as file:
                 yield file
         finally:
-            # Finished or not kept, the partial folder is no more; a killed run leaves it to the next one.
-            shutil.rmtree(self.partial, ignore_errors=True)
+            # Finished or not kept, the partial folder is no more; a killed run leaves it to the next one. Where this
+            # one was finished and then made room, the name may be that of another run's by now.
+            if self._owns(folder):
+                shutil.rmtree(self.partial, ignore_errors=True)
             os.close(folder)
+
+    def _owns(self, folder: int) -> bool:
+        """Whether an open folder is the partial one by name, and no other run's."""
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(folder), self.partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            return False
 
     def finish(self, rows: ReferenceProbabilities, columns: Columns) -> None:
         """Give the folder its name, where it may stay."""

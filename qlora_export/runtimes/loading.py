@@ -22,9 +22,10 @@ import peft
 import torch
 import transformers
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from qlora_export.contracts import Float32, Give, See, TracedLayer
-from qlora_export.errors import InputError
+from qlora_export.errors import ExportError, InputError
 from qlora_export.runtimes.tracing import run_traced, traced_layers
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,14 +48,18 @@ def quietly_loading(folder: Path) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ExportError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged config.json or weight file raises has no class in common
         raise InputError(
             f"{folder}: transformers cannot load it: {_first_line(error)}", "is the folder complete?"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says in a line; a first line that ends in a colon goes on with the next."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def decompress(model: Any) -> None:
@@ -90,7 +95,7 @@ def attach_adapter(model: Any, folder: Path) -> Any:
             # peft 0.21 rewrites the patterns of packed experts, and no longer knows them when it loads them.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             return peft.PeftModel.from_pretrained(model, folder, local_files_only=True).eval()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{folder}: peft cannot load it: {_first_line(error)}", "does it belong to this base?"
         ) from error
@@ -232,9 +237,10 @@ class FolderTokenizer:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # transformers and tokenizers raise what they meet, of any class
             raise InputError(
-                f"{folder}: no tokenizer can be loaded: {_first_line(error)}", "add the tokenizer's files"
+                f"{folder}: no tokenizer can be loaded: {_first_line(error)}",
+                "are the tokenizer's files and config.json there, and whole?",
             ) from error
         self._folder = folder
 
@@ -283,6 +289,6 @@ class FolderTokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answering
             )
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{self._folder}: the chat template refuses a chat: {error}", "see the text") from error
         return text

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_export.contracts import Artifact
 from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
-from qlora_export.errors import InputError
+from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe import FOLDER_NAME
 
 ADAPTER_CONFIG, GENAI_CONFIG, CONFIG = "adapter_config.json", "genai_config.json", "config.json"
@@ -30,7 +30,7 @@ def recognised(path: Path) -> Artifact:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder", HINT)
     if (path / MANIFEST_NAME).is_file():
-        return read_artifact(path)
+        return _ours(path)
     runtime, form = _runtime_and_format(path)
     sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
     files = {name: {"bytes": size} for name, size in sorted(sizes.items())}
@@ -41,6 +41,13 @@ def artifact_name(path: Path) -> str:
     """A folder's own name, where it can be one in a report."""
     name = path.resolve().name
     return name if FOLDER_NAME.fullmatch(name) else "artifact"
+
+
+def _ours(path: Path) -> Artifact:
+    try:
+        return read_artifact(path)
+    except UsageError as error:
+        raise InputError(error.message, "move that file away, and the folder is measured by its other files") from None
 
 
 def _runtime_and_format(path: Path) -> tuple[str, str]:

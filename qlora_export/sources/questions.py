@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import InputError
+from qlora_export.sources.json_lines import value_of_line
 from qlora_export.sources.text_entries import Chat, entry_of
 
 HINT = 'a line is {"question": text, "choices": [text, text], "answer": number from 0 or text}, or with "messages"'
@@ -51,10 +51,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 
 def _question(path: Path, number: int, line: str) -> Question:
     place = f"line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise InputError(f"{path}: {place} is not valid JSON", HINT) from None
+    row = value_of_line(line, f"{path}: {place}", HINT)
     content, choices = _content(row, place), row.get("choices") if isinstance(row, dict) else None
     if content is None:
         raise InputError(f"{path}: {place} has no question", HINT)

@@ -6,11 +6,11 @@ notes.txt        anything else that is UTF-8 is one piece of running text
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.errors import InputError
+from qlora_export.sources.json_lines import value_of_line
 from qlora_export.sources.text_entries import ROW_HINT, Chat, Entry, entry_of
 from qlora_export.sources.text_tables import HUB_PREFIX, PARQUET_SUFFIX, hub_entries, parquet_entries
 
@@ -66,17 +66,14 @@ def _lines(path: Path) -> tuple[Entry, ...]:
     try:
         raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     if path.suffix != ".jsonl":
         return (Entry(raw, "line 1", is_file=True),)
     return tuple(_entry(path, number, line) for number, line in enumerate(raw.split("\n"), 1) if line.strip())
 
 
 def _entry(path: Path, number: int, line: str) -> Entry:
-    try:
-        entry = entry_of(json.loads(line), f"line {number}")
-    except ValueError:
-        raise InputError(f"{path}: line {number} is not valid JSON", ROW_HINT) from None
+    entry = entry_of(value_of_line(line, f"{path}: line {number}", ROW_HINT), f"line {number}")
     if entry is None:
         raise InputError(f"{path}: line {number} has neither messages nor text", ROW_HINT)
     return entry

@@ -110,6 +110,8 @@ def test_the_models_own_answers_are_no_flips(session: Session, tokenizer: Folder
     ("rows", "message"),
     [
         ([TEXT, "{'question'"], "line 2 is not valid JSON"),
+        ([TEXT, "[" * 100_000], "line 2 is nested too deep"),
+        ([{**TEXT, "choices": ["a", "\udc00"]}], "line 1 has half of a surrogate pair"),
         ([TEXT, "", "[1]"], "line 3 has no question"),
         ([{**TEXT, "question": " "}], "line 1 has no question"),
         ([{**TEXT, "question": None, "messages": [{"role": "user"}]}], "line 1 has no question"),

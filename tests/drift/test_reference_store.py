@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,12 @@ def test_a_damaged_row_is_named_and_not_used(tmp_path: Path) -> None:
             reference.rows.get(1)
 
 
+@pytest.mark.parametrize("left", [0, 11])
 @pytest.mark.parametrize("cut", [ROWS, FACTS, "measured.npz"])
-def test_what_is_cut_short_is_measured_again(tmp_path: Path, cut: str) -> None:
+def test_what_is_cut_short_is_measured_again(tmp_path: Path, cut: str, left: int) -> None:
     store = ReferenceStore(tmp_path, 100_000)
     path = keep(store) / cut
-    path.write_bytes(path.read_bytes()[:11])
+    path.write_bytes(path.read_bytes()[:left])
     with open_reference(store, KEY, TOKENS) as reference:
         assert not reference.known
         fill(reference)
@@ -133,6 +136,18 @@ def test_what_a_dead_run_left_is_taken_over(tmp_path: Path) -> None:
     keep(store)
     assert kept_references(tmp_path) == [partial, folder] or kept_references(tmp_path) == [folder]
     assert folder.is_dir()
+
+
+def test_the_end_of_a_run_leaves_what_another_fills_by_now(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path, 100_000)
+    with ExitStack() as first, ExitStack() as second:
+        fill(first.enter_context(open_reference(store, KEY, TOKENS)))
+        (folder,) = kept_references(tmp_path)
+        shutil.rmtree(folder)
+        again = second.enter_context(open_reference(store, KEY, TOKENS))
+        first.close()
+        fill(again)
+    assert kept_references(tmp_path) == [folder]
 
 
 def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:

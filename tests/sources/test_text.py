@@ -34,6 +34,8 @@ def test_a_prompt_and_its_completion_are_a_chat(tmp_path: Path) -> None:
     ("content", "says"),
     [
         ("{", "line 1 is not valid JSON"),
+        ('{"text": "a"}\n' + "[" * 100_000, "line 2 is nested too deep"),
+        ('{"text": "a \\ud83d b"}', r"line 1 has half of a surrogate pair, \\ud83d"),
         ('{"text": "a"}\n[1]', "line 2 has neither messages nor text"),
         ('{"messages": []}', "line 1 has neither"),
         ('{"prompt": "a"}', "line 1 has neither"),
