@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qlora_export import checking
 from qlora_export.checking import Question, check_against
@@ -212,6 +213,17 @@ def test_torn_weights_are_named(check: Check, merged: Path, tmp_path: Path) -> N
         file.truncate(5000)
     with pytest.raises(InputError, match="broken: transformers cannot load it: Error while deserializing header"):
         check(broken, merged / "bf16")
+
+
+def test_no_weight_is_made_up(check: Check, merged: Path, tmp_path: Path) -> None:
+    lacking = Path(shutil.copytree(merged / "bf16", tmp_path / "lacking"))
+    path = lacking / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    for artifact, against in ((lacking, merged / "bf16"), (merged / "bf16", lacking)):
+        with pytest.raises(InputError, match=r"lacking: has no model\.norm\.weight, 1 weights are missing"):
+            check(artifact, against)
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 1 + messages[0].content }}", "{{ messages[0].nothing.at }}"])

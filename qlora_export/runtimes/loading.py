@@ -35,10 +35,23 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` on the CPU, without output; raises InputError when it does not load."""
     # What is turned aside are bars of compressed-tensors, which nothing else turns off.
     with quietly_loading(folder), redirect_stderr(io.StringIO()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False, **options
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={"": "cpu"},
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
+    _require_stored(folder, {name for name, _ in model.named_parameters()} & set(loaded["missing_keys"]))
     return model.eval()
+
+
+def _require_stored(folder: Path, missing: Collection[str]) -> None:
+    """Raise InputError for weights that the folder lacks, in whose place transformers puts random numbers."""
+    if missing:
+        first = min(missing)
+        raise InputError(f"{folder}: has no {first}, {len(missing)} weights are missing", "is the folder complete?")
 
 
 @contextmanager
