@@ -93,8 +93,7 @@ def _run() -> int:
         _print_error(error.message, error.hint, error.exit_code, isinstance(error, PlanRefused))
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print(f"interrupted: {RESUME}", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
+        code = ExitCode.INTERRUPTED
     except Terminated:
         print(f"terminated: {RESUME}", file=sys.stderr)
         return int(ExitCode.TERMINATED)
@@ -112,6 +111,9 @@ def _run() -> int:
         print(public(traceback.format_exc()), file=sys.stderr)
         _print_error(f"{type(error).__name__}: {error}", "this is a bug: please report it", ExitCode.BUG)
         return int(ExitCode.BUG)
+    # typer itself makes this code of Ctrl-C, and says nothing.
+    if code == ExitCode.INTERRUPTED:
+        print(f"interrupted: {RESUME}", file=sys.stderr)
     return int(code or 0)
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from qlora_export.cli import main
+from qlora_export.errors import ExitCode
 from tests.conftest import edit_json, edit_tensors
 from tests.processes import forked, fresh
 
@@ -287,3 +290,15 @@ def test_inspect_in_words_and_as_json(pico_base: Path, pico_adapter: Path, tmp_p
     data = json.loads(command("inspect", pico_adapter, "--json").stdout)
     assert (data["kind"], data["variant"], data["mergeable"]) == ("adapter", "LoRA", True)
     assert command("inspect", tmp_path).returncode == 5
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    app = typer.Typer()
+    app.command()(interrupted)
+    monkeypatch.setattr(main, "app", app)
+    monkeypatch.setattr(sys, "argv", ["qlora-export"])
+    assert main._run() == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted: run the same command again to go on where it stopped\n"
