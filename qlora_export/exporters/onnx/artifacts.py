@@ -8,7 +8,8 @@ from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.integers import SameIntegersExporter
 from qlora_export.exporters.onnx.nf4 import Nf4AdapterExporter
 from qlora_export.exporters.onnx.options import (
-    FloatOptions,
+    Float16Options,
+    Float32Options,
     Int8Options,
     IntegerOptions,
     Nf4Options,
@@ -25,13 +26,13 @@ SAME_INTEGERS: dict[str, tuple[Rounding, ...]] = {
 def fp32(options: Options, rounding: Rounding | None) -> BuiltExporter:
     """Float32 weights and activations."""
     _require_unrounded("onnx-fp32", rounding)
-    return BuiltExporter("onnx-fp32", "fp32", 4.1, chosen("onnx-fp32", FloatOptions, options))
+    return BuiltExporter("onnx-fp32", "fp32", 4.1, chosen("onnx-fp32", Float32Options, options))
 
 
 def fp16(options: Options, rounding: Rounding | None) -> BuiltExporter:
     """Float16 weights and activations."""
     _require_unrounded("onnx-fp16", rounding)
-    return BuiltExporter("onnx-fp16", "fp16", 2.1, chosen("onnx-fp16", FloatOptions, options))
+    return BuiltExporter("onnx-fp16", "fp16", 2.1, chosen("onnx-fp16", Float16Options, options))
 
 
 def int4(options: Options, rounding: Rounding | None) -> BuiltExporter | SameIntegersExporter:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_export.contracts import Takes
 from qlora_export.exporters.onnx.builder import Order, known_architectures, require_packages, run_builder
-from qlora_export.exporters.onnx.options import FloatOptions, Int8Options, IntegerOptions
+from qlora_export.exporters.onnx.options import Float16Options, Float32Options, Int8Options, IntegerOptions
 from qlora_export.exporters.transformers_js import lay_out
 
 
@@ -21,7 +21,7 @@ class BuiltExporter:
     name: str
     precision: str
     bytes_per_weight: float
-    options: FloatOptions | IntegerOptions | Int8Options
+    options: Float32Options | Float16Options | IntegerOptions | Int8Options
     takes: Takes = "dense"
     runtime: str = "onnxruntime"
     working_bytes_per_weight: float = 0.0
@@ -36,11 +36,12 @@ class BuiltExporter:
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
-        extra = () if isinstance(self.options, FloatOptions) else self.options.words()
+        extra = self.options.words() if isinstance(self.options, IntegerOptions | Int8Options) else ()
+        stated = "cpu" if isinstance(self.options, Float32Options) else self.options.provider
         # For a CPU the builder lays float16 out around an attention that has none; the one of CUDA runs there as well.
-        provider = "cuda" if self.precision == "fp16" else self.options.provider
+        provider = "cuda" if self.precision == "fp16" else stated
         run_builder(self.name, Order(self.precision, provider, extra), source, destination)
-        if provider != self.options.provider:
+        if provider != stated:
             _open_on_cpu(destination / "genai_config.json")
 
     def finish(self, source: Path, destination: Path) -> None:

@@ -75,7 +75,7 @@ class SameIntegersExporter:
         model, layers = self._read(source)
         with SourceFiles() as files:
             replace = partial(_replacement, layers, files, self.options.accuracy_level)
-            make_exact(self.name, model, self.options.provider, True, replace, destination)
+            make_exact(self.name, model, True, replace, destination)
 
     def finish(self, source: Path, destination: Path) -> None:
         """Give the complete folder the layout that was asked for."""

@@ -105,7 +105,7 @@ class Nf4AdapterExporter:
         with SourceFiles() as files:
             multiply = _decoded if self.options.decode == "as-trained" else _kernel
             replace = partial(_replacement, layers, files, partial(multiply, roundings))
-            make_exact(self.name, model, self.options.provider, False, replace, destination)
+            make_exact(self.name, model, False, replace, destination)
 
     def finish(self, source: Path, destination: Path) -> None:
         """Give the complete folder the layout that was asked for."""

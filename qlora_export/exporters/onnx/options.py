@@ -23,7 +23,14 @@ def choice(default: object, *known: object) -> Any:
 
 
 @dataclass(frozen=True)
-class FloatOptions:
+class Float32Options:
+    """The layout of the folder; a float32 graph for CUDA could not be measured on a CPU."""
+
+    layout: str = choice("genai", *LAYOUTS)
+
+
+@dataclass(frozen=True)
+class Float16Options:
     """The execution provider that the graph is laid out for, and the layout of the folder."""
 
     provider: str = choice("cpu", *PROVIDERS)
@@ -101,7 +108,6 @@ class SameIntegerOptions:
     symmetric: bool | None = choice(None, None, True, False)
     last_matrix: str = choice("float32", "float32", "int8", "int4")
     accuracy_level: int = choice(4, *ACCURACY_LEVELS)
-    provider: str = choice("cpu", *PROVIDERS)
     layout: str = choice("genai", *LAYOUTS)
 
 
@@ -110,7 +116,6 @@ class Nf4Options:
     """What multiplies: `kernel`, with 4-bit weights, or weights `as-trained`, decoded and rounded as in training."""
 
     decode: str = choice("kernel", "kernel", "as-trained")
-    provider: str = choice("cpu", *PROVIDERS)
     layout: str = choice("genai", *LAYOUTS)
 
 

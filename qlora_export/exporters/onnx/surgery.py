@@ -38,7 +38,7 @@ class Model:
     marked: Sequence[TensorSpec]
 
 
-def make_exact(name: str, model: Model, provider: str, stacked: bool, replace: Replace, destination: Path) -> None:
+def make_exact(name: str, model: Model, stacked: bool, replace: Replace, destination: Path) -> None:
     """Fill `destination`; where `stacked`, q, k and v share a product, unless their rows do not go together."""
     with tempfile.TemporaryDirectory(prefix=".graph-", dir=destination) as work:
         skeleton = Path(work) / "skeleton"
@@ -47,7 +47,7 @@ def make_exact(name: str, model: Model, provider: str, stacked: bool, replace: R
         for fused in (True, False) if stacked else (False,):
             built = Path(work) / f"built-{fused}"
             words = () if fused else ("fuse_qkv=false",)
-            run_builder(name, Order("fp32", provider, words), skeleton, built)
+            run_builder(name, Order("fp32", "cpu", words), skeleton, built)
             try:
                 graph = BuiltGraph(built)
                 replacements = _replacements(name, graph, model, replace)
