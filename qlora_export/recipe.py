@@ -254,7 +254,10 @@ class Recipe(_Facts):
     def _yardsticks_are_others(self) -> Recipe:
         names = {artifact.name for artifact in self.artifacts}
         stated = [(artifact.limits, names - {artifact.name}) for artifact in self.artifacts]
-        for limits, others in [*stated, *([(self.drift.limits, names)] if self.drift else [])]:
+        for limits, others in [
+            *stated,
+            *([(self.drift.limits, names if len(names) > 1 else set())] if self.drift else []),
+        ]:
             if limits.no_worse_than and limits.no_worse_than.artifact not in others:
                 raise ValueError(f"no_worse_than: {limits.no_worse_than.artifact!r} is no other artifact of the recipe")
         return self

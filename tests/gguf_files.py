@@ -23,7 +23,7 @@ PARTS = {
 }
 
 
-def write_gguf(folder: Path, path: Path, kind: str) -> None:
+def write_gguf(folder: Path, path: Path, kind: str, leaves_out: str = "") -> None:
     """Write the model; matrices whose rows hold whole blocks in a type of GGML, such as F32 or Q8_0, others in F32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config, wanted = model.config, gguf.GGMLQuantizationType[kind]
@@ -39,6 +39,8 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     for name, tensor in model.state_dict().items():
+        if _stored(name) == leaves_out:
+            continue
         values = _ordered(name, tensor.numpy(), config)
         block, _ = gguf.GGML_QUANT_SIZES[wanted]
         quantised = wanted if values.ndim == 2 and values.shape[1] % block == 0 else gguf.GGMLQuantizationType.F32

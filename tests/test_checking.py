@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -248,6 +249,23 @@ def test_other_vocabularies_do_not_compare(check: Check, merged: Path, tmp_path:
     model.save_pretrained(tmp_path / "larger")
     with pytest.raises(InputError, match="tokens in the vocabulary, the reference has"):
         check(tmp_path / "larger", merged / "bf16")
+
+
+def test_pickled_weights_are_not_opened(check: Check, merged: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(merged / "bf16", tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    torch.save(tensors, other / "pytorch_model.bin")
+    for name in ("model.safetensors", "manifest.json"):
+        (other / name).unlink()
+    with pytest.raises(InputError, match="transformers cannot load it: .*safetensors"):
+        check(other, merged / "bf16")
+
+
+def test_a_gguf_file_without_a_weight_is_refused(check: Check, merged: Path, tmp_path: Path) -> None:
+    without = Path(shutil.copytree(merged / "fp32", tmp_path / "without"))
+    write_gguf(without, tmp_path / "model.gguf", "F32", leaves_out="blk.1.ffn_up.weight")
+    with pytest.raises(InputError, match=r"has no model.layers.1.mlp.up_proj.weight, 1 weights are missing"):
+        check(tmp_path / "model.gguf", merged / "fp32")
 
 
 @pytest.mark.parametrize(("kind", "most"), [("F32", 1e-9), ("Q8_0", 1e-2)])

@@ -211,17 +211,22 @@ class _Place:
             with (self.partial / name).open("rb") as file:
                 os.fsync(file.fileno())
         size = _folder_bytes(self.partial)
+        self._make_room(self.store.limit_bytes - size)
         if size > self.store.limit_bytes:
             return
-        self._make_room(self.store.limit_bytes - size)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.partial.rename(self.folder)
 
     def _make_room(self, limit_bytes: int) -> None:
-        kept = [path for path in kept_references(self.store.out) if path.suffix != PARTIAL]
+        found = []
+        for path in kept_references(self.store.out):
+            # Another run may make room, too.
+            with suppress(FileNotFoundError):
+                if path.suffix != PARTIAL:
+                    found.append(((path / FACTS).stat().st_mtime_ns, _folder_bytes(path), path))
         total = 0
-        for path in sorted(kept, key=lambda path: -(path / FACTS).stat().st_mtime_ns):
-            total += _folder_bytes(path)
+        for _, size, path in sorted(found, reverse=True):
+            total += size
             if total > limit_bytes:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -20,7 +20,7 @@ import transformers
 
 from qlora_export.contracts import Session
 from qlora_export.errors import EnvironmentProblem, InputError
-from qlora_export.runtimes.loading import ModelSession, placed, quietly_loading
+from qlora_export.runtimes.loading import ModelSession, placed, quietly_loading, require_stored
 
 
 class GgufRuntime:
@@ -39,9 +39,11 @@ class GgufRuntime:
 def _load(path: Path) -> Any:
     try:
         with quietly_loading(path), redirect_stderr(StringIO()):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, **options
             )
     except (struct.error, IndexError, NotImplementedError) as error:
         raise InputError(f"{path}: transformers cannot load it: {error}", "is the file complete?") from error
+    require_stored(path, model, loaded)
     return model.eval()

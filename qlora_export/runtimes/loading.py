@@ -41,14 +41,16 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            use_safetensors=True,
             **options,
         )
-    _require_stored(folder, {name for name, _ in model.named_parameters()} & set(loaded["missing_keys"]))
+    require_stored(folder, model, loaded)
     return model.eval()
 
 
-def _require_stored(folder: Path, missing: Collection[str]) -> None:
+def require_stored(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
     """Raise InputError for weights that the folder lacks, in whose place transformers puts random numbers."""
+    missing = {name for name, _ in model.named_parameters()} & set(loaded["missing_keys"])
     if missing:
         first = min(missing)
         raise InputError(f"{folder}: has no {first}, {len(missing)} weights are missing", "is the folder complete?")
