@@ -34,11 +34,16 @@ class Candidate:
 
     def artifact(self, recipe: Recipe) -> ArtifactRecipe:
         """The artifact to make; options and dense layers are those of the recipe where it makes the same format."""
-        like = next((item for item in recipe.artifacts if item.format == self.format), None)
+        like = next((item for item in recipe.artifacts if self._is_like(item)), None)
         facts = {"options": like.options, "keep": like.keep, "seed": like.seed} if like else {}
         return ArtifactRecipe(
             format=self.format, name=self.name, rounding=self.rounding, onto=self.onto, limits=Limits(), **facts
         )
+
+    def _is_like(self, item: ArtifactRecipe) -> bool:
+        """Whether an artifact's options are this one's: an export of other integers has options of its own."""
+        same = (item.rounding is None) == (self.rounding is None)
+        return item.format == self.format and (same or self.format not in EXPORTERS)
 
 
 def candidates(spelled: Sequence[str], recipe: Recipe) -> tuple[Candidate, ...]:

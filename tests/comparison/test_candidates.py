@@ -51,3 +51,9 @@ def test_options_are_those_of_the_recipe(pico_recipe: RecipeMaker) -> None:
     artifact = candidate("w4a16").artifact(pico_recipe(stated))
     assert (artifact.options, artifact.keep) == ({"group_size": 32}, ("*",))
     assert (artifact.name, artifact.expect) == ("w4a16", "pass")
+
+
+def test_an_export_of_other_integers_has_options_of_its_own(pico_recipe: RecipeMaker) -> None:
+    recipe = pico_recipe("bf16", {"format": "onnx-int4", "options": {"block_size": 16}})
+    assert candidate("onnx-int4").artifact(recipe).options == {"block_size": 16}
+    assert candidate("onnx-int4:nearest").artifact(recipe).options == {}
