@@ -125,7 +125,7 @@ def test_options_that_are_wrong_are_a_problem_of_the_plan(pico_recipe: RecipeMak
         make_plan(pico_recipe(*wrong), tmp_path)
     assert [problem.message for problem in caught.value.problems] == [
         "artifact bf16: bf16 has no options",
-        "artifact w4a16: w4a16 has no option 'group'; known: group_size",
+        "artifact w4a16: w4a16 has no option 'group'; known: group_size, symmetric",
     ]
 
 

@@ -60,7 +60,8 @@ def test_the_calibration_benchmark() -> None:
 
 def test_the_demo_maker(tmp_path: Path) -> None:
     """A base and an adapter of a few steps, texts that have nothing in common, and no trace of this machine."""
-    sizes = ["--base-steps", "2", "--steps", "2", "--dialogues", "20"]
+    # A step takes half a minute on a processor that has no units for bfloat16.
+    sizes = ["--base-steps", "1", "--steps", "1", "--dialogues", "20"]
     tool("make_demo.py", "--out", str(tmp_path), *sizes, "--general", str(tmp_path / "general.txt"))
     halves = [{"text": name, "share": 0.5} for name in ("calibration.jsonl", "general.txt")]
     parts = read_calibration(CalibrationRecipe.model_validate(halves), tmp_path)
