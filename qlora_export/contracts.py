@@ -396,10 +396,10 @@ class BatchedSession(Session, Protocol):
 
 @runtime_checkable
 class NarrowableSession(Session, Protocol):
-    """A model that can also compute in another dtype."""
+    """A model that can also round as another dtype does."""
 
     def narrowed(self, dtype: str) -> Session:
-        """The same model with linear layers that compute in this dtype."""
+        """The same model with linear layers whose inputs, weights and outputs are rounded to this dtype."""
         ...
 
 

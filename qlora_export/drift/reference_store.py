@@ -33,7 +33,7 @@ from qlora_export.contracts import Float32, Measurement
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.errors import EnvironmentProblem, InputError
 
-VERSION = 1
+VERSION = 2
 FOLDER = "references"
 ROWS, MEASURED, FACTS = "rows.f32", "measured.npz", "reference.json"
 PARTIAL = ".partial"

@@ -23,6 +23,7 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from qlora_export.contracts import Float32, Give, See, TracedLayer
 from qlora_export.errors import ExportError, InputError
@@ -156,8 +157,30 @@ def _forward(layer: Any, roundings: Sequence[torch.dtype], inputs: torch.Tensor)
     return torch.nn.functional.linear(inputs.float(), decoded_weight(layer, roundings), bias)
 
 
+class _Rounding(TorchFunctionMode):
+    """Linear layers whose inputs, weights and outputs are rounded to a dtype, computed in float32.
+
+    What differs from a server in that dtype is the order of its sums. A processor without units for bfloat16 would take
+    some twenty times as long for the real thing.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.linear:
+            return func(*args, **kwargs)
+        rounded = [self._round(value) for value in args]
+        return self._round(func(*rounded, **{name: self._round(value) for name, value in kwargs.items()}))
+
+    def _round(self, value: Any) -> Any:
+        return value.to(self._dtype).to(value.dtype) if isinstance(value, torch.Tensor) else value
+
+
 class ModelSession:
-    """A loaded causal language model; with a `dtype`, linear layers compute in that one."""
+    """A loaded causal language model; with a `dtype`, linear layers round to that one."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         self._model = model
@@ -177,13 +200,13 @@ class ModelSession:
             return [torch.log_softmax(rows.float(), dim=-1).cpu().numpy() for rows in chosen]
 
     def narrowed(self, dtype: str) -> ModelSession:
-        """The same model with linear layers that compute in this dtype."""
+        """The same model with linear layers that round to this dtype."""
         return ModelSession(self._model, getattr(torch, dtype))
 
     def _computing(self) -> AbstractContextManager[Any]:
         if self._dtype is None:
             return nullcontext()
-        return torch.autocast(self._model.device.type, self._dtype)
+        return _Rounding(self._dtype)
 
     @property
     def ends(self) -> frozenset[int]:
