@@ -139,7 +139,7 @@ def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) 
     require_in_vocabulary([max(window) for window in tokens.windows], plan)
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
-        chosen = calibration_options(plan.recipe, options.out, options.accelerator or "cpu")
+        chosen = calibration_options(plan.recipe, options.out, options.device)
         return calibrated(plan, items, tokens, chosen, options.track)
 
 

@@ -7,7 +7,6 @@ Memory: the decoded model.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import torch
 import transformers
 
 from qlora_export.contracts import Session
-from qlora_export.errors import EnvironmentProblem, InputError
+from qlora_export.errors import EnvironmentProblem
 from qlora_export.runtimes.loading import ModelSession, placed, quietly_loading, require_stored
 
 
@@ -37,13 +36,8 @@ class GgufRuntime:
 
 
 def _load(path: Path) -> Any:
-    try:
-        with quietly_loading(path), redirect_stderr(StringIO()):
-            options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, **options
-            )
-    except (struct.error, IndexError, NotImplementedError) as error:
-        raise InputError(f"{path}: transformers cannot load it: {error}", "is the file complete?") from error
+    options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    with quietly_loading(path), redirect_stderr(StringIO()):
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     require_stored(path, model, loaded)
     return model.eval()
