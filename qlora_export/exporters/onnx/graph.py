@@ -7,7 +7,7 @@ tensor begins at a multiple of 4,096 bytes, so that a runtime can map the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +24,10 @@ CONTRIBUTED = ("MatMulNBits", "MatMulBnb4")
 PAGE_BYTES = 4096
 COPY_BYTES = 1 << 22
 FLOAT, UINT8, INT32, FLOAT16, BFLOAT16 = 1, 2, 6, 10, 16
-ITEM_BYTES = {FLOAT: 4, UINT8: 1}
+ITEM_BYTES = {FLOAT: 4, UINT8: 1, FLOAT16: 2}
+FLOATS: dict[int, Any] = {FLOAT: np.float32, FLOAT16: np.float16}
 Raw = NDArray[np.uint8]
+Floats = NDArray[np.float32] | NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of the graph by a float weight [columns, rows]: node, weight, and what goes in and out."""
+    """A matrix product of the graph by a float weight [columns, rows]: node, weight, and what goes in and out.
+
+    Where `turned` the weight is stored as [rows, columns]; `bias` is the name of what is added, if anything is; `type`
+    is that of the weight.
+    """
 
     node: str
     weight: str
@@ -61,6 +67,9 @@ class Product:
     rows: int
     input: str
     output: str
+    turned: bool = False
+    bias: str = ""
+    type: int = FLOAT
 
 
 class BuiltGraph:
@@ -88,10 +97,22 @@ class BuiltGraph:
         raw = np.concatenate(list(self._chunks(product.weight, 4 * count * product.rows)))
         return raw.view(np.float32).reshape(count, product.rows)
 
+    def slice(self, product: Product, first: int, count: int) -> Floats:
+        """Some rows of a product's weight, all of their columns: [columns, count], float32 or float16."""
+        place = self._place(product.weight)
+        path, offset = self._folder / place["location"], int(place.get("offset", 0))
+        values = np.memmap(path, FLOATS[product.type], "r", offset, tuple(self._stored[product.weight].dims))
+        part = values[first : first + count].T if product.turned else values[:, first : first + count]
+        return np.array(part, order="C")
+
     def write(self, replacements: Mapping[str, Replacement], destination: Path) -> None:
-        """Write graph and data with these products, by their nodes, replaced; tensors of one name are one."""
+        """Write graph and data with these products, by their nodes, replaced; tensors of one name are one.
+
+        What only they needed goes: their weights, and nodes that turned these.
+        """
         new = {tensor.name: tensor for item in replacements.values() for tensor in item.tensors}.values()
-        gone = {product.weight for product in self.products() if product.node in replacements}
+        nodes = _needed([new for old in self.model.graph.node for new in _nodes(old, replacements)], self.model.graph)
+        gone = _used(self.model.graph.node) - _used(nodes)
         kept = [name for name in self._stored if name not in gone]
         entries = []
         with (destination / DATA_NAME).open("xb") as file:
@@ -102,13 +123,10 @@ class BuiltGraph:
                 entries.append(_entry(tensor, file.tell()))
                 if (count := _append(file, tensor.chunks())) != tensor.bytes:
                     raise ValueError(f"{tensor.name}: {count} bytes, its shape {tensor.shape} says {tensor.bytes}")
-        self._finish(replacements, gone, entries, destination)
+        self._finish(nodes, gone, entries, destination)
 
-    def _finish(
-        self, replacements: Mapping[str, Replacement], gone: set[str], entries: list[Any], destination: Path
-    ) -> None:
+    def _finish(self, nodes: list[Any], gone: set[str], entries: list[Any], destination: Path) -> None:
         graph = self.model.graph
-        nodes = [new for old in graph.node for new in _nodes(old, replacements)]
         values = [value for value in graph.value_info if value.name not in gone]
         for field, items in ((graph.node, nodes), (graph.value_info, values), (graph.initializer, entries)):
             del field[:]
@@ -164,6 +182,23 @@ def numbers(name: str, values: list[int]) -> Any:
 
 def _nodes(old: Any, replacements: Mapping[str, Replacement]) -> tuple[Any, ...]:
     return replacements[old.name].nodes if old.name in replacements else (old,)
+
+
+def _used(nodes: Iterable[Any]) -> set[str]:
+    """The names that nodes and the graphs inside of them read."""
+    names: set[str] = set()
+    for item in nodes:
+        names.update(item.input)
+        for attribute in item.attribute:
+            for graph in (*attribute.graphs, attribute.g):
+                names |= _used(graph.node) | {value.name for value in graph.output}
+    return names
+
+
+def _needed(nodes: list[Any], graph: Any) -> list[Any]:
+    """Nodes without those that turn a weight which nobody reads any more."""
+    read = _used(nodes) | {value.name for value in graph.output}
+    return [item for item in nodes if item.op_type != "Transpose" or not read.isdisjoint(item.output)]
 
 
 def _entry(tensor: NewTensor, offset: int) -> Any:
