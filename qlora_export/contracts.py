@@ -20,7 +20,7 @@ from qlora_export.errors import GateFailed
 Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
 # What an exporter starts from: a dense artifact, the adapter, or an artifact of one format.
-Takes = Literal["dense", "adapter", "w4a16", "w8a16", "nf4-adapter"]
+Takes = Literal["dense", "adapter", "w4a16", "w8a16", "gptq", "awq", "nf4-adapter"]
 Onto = Literal["as-trained", "original"]
 OntoChoice = Literal["as-trained", "original", "auto"]
 # Which values of the base a delta is added to: two that an artifact can be merged onto, and two for dithering: rows as
@@ -636,9 +636,10 @@ class FinishingExporter(Exporter, Protocol):
 
 @runtime_checkable
 class RoundedExporter(Exporter, Protocol):
-    """An exporter that takes over the integers of an artifact with this rounding."""
+    """An exporter that takes over the integers of an artifact with this rounding; `sources` may be asked for them."""
 
     rounding: Rounding
+    sources: tuple[Takes, ...]
 
     def accepts(self, options: Options) -> bool:
         """Whether the integers of an artifact with these options are those that it was asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -327,20 +327,47 @@ def _export_source(
         return None
     if exporter.takes == "dense":
         return _dense_source(inputs, item, artifacts)
-    found = [artifact for artifact in artifacts if artifact.recipe.format == exporter.takes]
-    wanted: dict[str, object] = {"format": exporter.takes}
     if isinstance(exporter, RoundedExporter):
-        found = [artifact for artifact in found if artifact.onto == inputs.onto(item)]
-        found = [artifact for artifact in found if artifact.rounding.chosen == exporter.rounding]
-        found = [artifact for artifact in found if exporter.accepts(artifact.recipe.options)]
-        wanted["rounding"] = exporter.rounding
+        return _rounded_source(inputs, item, exporter, artifacts)
+    found = [artifact for artifact in artifacts if artifact.recipe.format == exporter.takes]
     if not found:
-        stated = ", ".join(f"{key}: {value}" for key, value in wanted.items())
-        raise UsageError(
-            f"artifact {item.name}: {item.format} holds the codes of another artifact, {exporter.takes}: there is none",
-            f"add `- {{{stated}}}` to the artifacts, merged onto the same base and with the same options",
-        )
+        raise _no_codes(item, exporter.takes, f"format: {exporter.takes}")
     return found[0]
+
+
+def _rounded_source(
+    inputs: Inputs, item: ArtifactRecipe, exporter: RoundedExporter, artifacts: tuple[ArtifactPlan, ...]
+) -> ArtifactPlan:
+    """The one artifact of this rounding and merge base whose integers are meant."""
+    alike = [
+        artifact
+        for artifact in artifacts
+        if artifact.onto == inputs.onto(item) and artifact.rounding.chosen == exporter.rounding
+    ]
+    found = [
+        artifact
+        for artifact in alike
+        if artifact.recipe.format == exporter.takes and exporter.accepts(artifact.recipe.options)
+    ]
+    if len(found) > 1:
+        names = ", ".join(artifact.name for artifact in found)
+        raise UsageError(
+            f"artifact {item.name}: the integers of {names} could be meant",
+            "state `block_size` or `symmetric` in its options, or make one of them alone",
+        )
+    if not found:
+        formats = dict.fromkeys(artifact.recipe.format for artifact in alike)
+        others = [f"`options: {{integers: {name}}}`" for name in formats if name in exporter.sources]
+        raise _no_codes(item, exporter.takes, f"format: {exporter.takes}, rounding: {exporter.rounding}", others)
+    return found[0]
+
+
+def _no_codes(item: ArtifactRecipe, takes: str, wanted: str, others: Iterable[str] = ()) -> UsageError:
+    return UsageError(
+        f"artifact {item.name}: {item.format} holds the codes of another artifact, {takes}: there is none",
+        f"add `- {{{wanted}}}` to the artifacts, merged onto the same base and with the same options"
+        + "".join(f", or give it {option}" for option in others),
+    )
 
 
 def _dense_source(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ArtifactPlan:

@@ -36,7 +36,7 @@ LINES = {
     "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",
     "nf4-lowrank": "merged, NF4 by calibration, a LoRA adapter corrects what is left; option correction_bits or rank",
     "adapter": "the adapter on its own, for the base it was trained on",
-    "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; with a rounding, the integers of w4a16",
+    "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; rounded: those of w4a16, gptq or awq",
     "onnx-int8": "merged, ONNX with 8-bit matrices for ONNX Runtime GenAI; with a rounding, the integers of w8a16",
     "onnx-nf4-adapter": "the NF4 base of training in ONNX with the adapter beside it, for ONNX Runtime GenAI",
     "onnx-fp16": "merged, ONNX in float16 for ONNX Runtime GenAI; needs the extra [onnx]",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.integers import SameIntegersExporter
 from qlora_export.exporters.onnx.nf4 import Nf4AdapterExporter
 from qlora_export.exporters.onnx.options import (
+    SOURCES_OF_INT4,
     Float16Options,
     Float32Options,
     Int8Options,
     IntegerOptions,
     Nf4Options,
+    SameInteger4Options,
     SameIntegerOptions,
     chosen,
 )
@@ -36,16 +40,20 @@ def fp16(options: Options, rounding: Rounding | None) -> BuiltExporter:
 
 
 def int4(options: Options, rounding: Rounding | None) -> BuiltExporter | SameIntegersExporter:
-    """4-bit integers: the builder's own, or with a rounding those of `w4a16`."""
+    """4-bit integers: the builder's own, or with a rounding those of `w4a16`, `gptq` or `awq`."""
     if rounding is not None:
-        return _same("onnx-int4", "w4a16", 0.8, options, rounding)
+        _require_known("onnx-int4", rounding, "w4a16")
+        stated = chosen("onnx-int4", SameInteger4Options, options)
+        return SameIntegersExporter("onnx-int4", cast(Takes, stated.integers), rounding, 0.8, stated, SOURCES_OF_INT4)
     return BuiltExporter("onnx-int4", "int4", 0.8, chosen("onnx-int4", IntegerOptions, options))
 
 
 def int8(options: Options, rounding: Rounding | None) -> BuiltExporter | SameIntegersExporter:
     """8-bit integers: the builder's own, or with a rounding those of `w8a16`."""
     if rounding is not None:
-        return _same("onnx-int8", "w8a16", 1.3, options, rounding)
+        _require_known("onnx-int8", rounding, "w8a16")
+        stated = chosen("onnx-int8", SameIntegerOptions, options)
+        return SameIntegersExporter("onnx-int8", "w8a16", rounding, 1.3, stated, ("w8a16",))
     return BuiltExporter("onnx-int8", "int8", 1.3, chosen("onnx-int8", Int8Options, options))
 
 
@@ -55,14 +63,11 @@ def nf4_adapter(options: Options, rounding: Rounding | None) -> Nf4AdapterExport
     return Nf4AdapterExporter(chosen("onnx-nf4-adapter", Nf4Options, options))
 
 
-def _same(
-    name: str, takes: Takes, bytes_per_weight: float, options: Options, rounding: Rounding
-) -> SameIntegersExporter:
+def _require_known(name: str, rounding: Rounding, takes: Takes) -> None:
     known = SAME_INTEGERS[name]
     if rounding not in known:
         hint = f"with {', '.join(known)} it holds the integers of {takes}, without a rounding those of the builder"
         raise UsageError(f"{name} is not rounded {rounding}", hint)
-    return SameIntegersExporter(name, takes, rounding, bytes_per_weight, chosen(name, SameIntegerOptions, options))
 
 
 def _require_unrounded(name: str, rounding: Rounding | None) -> None:

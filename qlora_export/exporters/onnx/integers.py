@@ -1,5 +1,6 @@
-"""`onnx-int4` and `onnx-int8` with a rounding: the integers of our `w4a16` or `w8a16`, unchanged, in MatMulNBits.
+"""`onnx-int4` and `onnx-int8` with a rounding: the integers of another of our artifacts, unchanged, in MatMulNBits.
 
+    source         `w4a16` and `w8a16`, whose layers are described here; `gptq` and `awq`: see `interleaved_layers`
     packed layer   `x.weight_packed` int32 words of a row, code + 2^(bits-1), low bits first; `x.weight_scale`
                    [out, groups]; with zero points `x.weight_zero_point`, eight rows a word
     MatMulNBits    B uint8 [out, blocks, block * bits / 8], the lower half of a byte first, w = (code - zero) * scale;
@@ -27,6 +28,7 @@ from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import InputError, Refused
 from qlora_export.exporters.onnx.builder import known_architectures, require_packages
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
+from qlora_export.exporters.onnx.interleaved_layers import interleaved_layer
 from qlora_export.exporters.onnx.layers import Blocks, Layer, RoundedLayer, block_of, packed_layer
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
@@ -41,6 +43,10 @@ CHUNK_VALUES = 1 << 22
 HEAD = "lm_head.weight"
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 BITS = {"int4": 4, "int8": 8}
+METHODS = ("gptq", "awq")
+# The part of a layer that holds its codes, and the others.
+PACKED = ("weight_packed", ("weight_scale", "weight_zero_point", "weight_shape"))
+INTERLEAVED = ("qweight", ("qzeros", "scales", "g_idx"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class SameIntegersExporter:
     rounding: Rounding
     bytes_per_weight: float
     options: SameIntegerOptions
+    sources: tuple[Takes, ...]
     runtime: str = "onnxruntime"
     working_bytes_per_weight: float = SURGERY_BYTES_PER_WEIGHT
 
@@ -66,7 +73,7 @@ class SameIntegersExporter:
 
     def accepts(self, options: Options) -> bool:
         """Whether block and grid, where they are stated, are those of a packed artifact with these options."""
-        group, symmetric = options.get("group_size", 128), options.get("symmetric", True)
+        group, symmetric = options.get("group_size", 128), options.get("symmetric", self.takes != "awq")
         stated = self.options
         return stated.block_size in (None, group) and stated.symmetric in (None, symmetric)
 
@@ -84,14 +91,12 @@ class SameIntegersExporter:
     def _read(self, source: Path) -> tuple[Model, dict[str, Layer]]:
         config = read_json(source / "config.json")
         tensors = read_tensors(source, sorted(path.name for path in source.glob("model*.safetensors")))
-        layers: dict[str, Layer] = {}
-        dense = []
-        for name, tensor in tensors.items():
-            if name.endswith(".weight_packed"):
-                layer = packed_layer(name.removesuffix("_packed"), tensors, _dtype(config))
-                layers[layer.spec.name] = layer
-            elif not name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape")):
-                dense.append(tensor)
+        read, first, others = (interleaved_layer, *INTERLEAVED) if self.takes in METHODS else (packed_layer, *PACKED)
+        modules = [name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")]
+        found = (read(module, tensors, _dtype(config)) for module in modules)
+        layers: dict[str, Layer] = {layer.spec.name: layer for layer in found}
+        parts = {f"{module}.{part}" for module in modules for part in (first, *others)}
+        dense = [tensor for name, tensor in tensors.items() if name not in parts]
         if self.options.last_matrix != "float32":
             head, dense, config = _head(dense, config, self.options.last_matrix, layers)
             layers[head.spec.name] = head

@@ -122,7 +122,9 @@ class RoundedLayer:
         return widen(raw, self.values.spec.dtype).reshape(count, self.spec.columns)
 
 
-def packed_layer(name: str, tensors: Mapping[str, StoredTensor], dtype: str) -> PackedLayer:
+def packed_layer(module: str, tensors: Mapping[str, StoredTensor], dtype: str) -> PackedLayer:
+    """A layer by its parts; raises Refused where MatMulNBits has no blocks like its groups."""
+    name = f"{module}.weight"
     packed, scale = tensors[f"{name}_packed"], tensors[f"{name}_scale"]
     zero = tensors.get(f"{name}_zero_point")
     with SourceFiles() as files:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from qlora_export.contracts import Options
+from qlora_export.contracts import Options, Takes
 from qlora_export.errors import UsageError
 from qlora_export.exporters.transformers_js import LAYOUTS
 
@@ -14,6 +14,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("default", "rtn", "k_quant")
 ACCURACY_LEVELS = (1, 2, 3, 4)
 PROVIDERS = ("cpu", "cuda")
+SOURCES_OF_INT4: tuple[Takes, ...] = ("w4a16", "gptq", "awq")
 Chosen = TypeVar("Chosen")
 
 
@@ -109,6 +110,13 @@ class SameIntegerOptions:
     last_matrix: str = choice("float32", "float32", "int8", "int4")
     accuracy_level: int = choice(4, *ACCURACY_LEVELS)
     layout: str = choice("genai", *LAYOUTS)
+
+
+@dataclass(frozen=True)
+class SameInteger4Options(SameIntegerOptions):
+    """The same for 4 bits, which three formats store; `integers` names the one that is meant."""
+
+    integers: str = choice("w4a16", *SOURCES_OF_INT4)
 
 
 @dataclass(frozen=True)
