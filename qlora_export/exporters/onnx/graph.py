@@ -119,10 +119,7 @@ class BuiltGraph:
             for name in kept:
                 entries.append(self._entry(name, file.tell()))
                 _append(file, self._chunks(name, self._bytes(name)))
-            for tensor in new:
-                entries.append(_entry(tensor, file.tell()))
-                if (count := _append(file, tensor.chunks())) != tensor.bytes:
-                    raise ValueError(f"{tensor.name}: {count} bytes, its shape {tensor.shape} says {tensor.bytes}")
+            entries += write_tensors(new, file)
         self._finish(nodes, gone, entries, destination)
 
     def _finish(self, nodes: list[Any], gone: set[str], entries: list[Any], destination: Path) -> None:
@@ -167,6 +164,16 @@ def node(op: str, inputs: list[str], output: str, name: str, **attributes: int |
     made = helper.make_node(op, inputs, [output], name=name, domain=DOMAIN if op in CONTRIBUTED else None)
     made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
     return made
+
+
+def write_tensors(tensors: Iterable[NewTensor], file: BinaryIO) -> list[Any]:
+    """Append tensors to a data file; their entries in a graph."""
+    entries = []
+    for tensor in tensors:
+        entries.append(_entry(tensor, file.tell()))
+        if (count := _append(file, tensor.chunks())) != tensor.bytes:
+            raise ValueError(f"{tensor.name}: {count} bytes, its shape {tensor.shape} says {tensor.bytes}")
+    return entries
 
 
 def array(name: str, values: Float32) -> NewTensor:
