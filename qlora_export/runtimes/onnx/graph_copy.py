@@ -31,6 +31,7 @@ LAYER_OPERATORS = frozenset(
         "SkipSimplifiedLayerNormalization",
     )
 )
+LAYER_RANK = 3
 # uint8, int8, uint4, int4
 SMALL_INTEGERS = (2, 3, 21, 22)
 LARGEST_TABLE = 1024
@@ -48,9 +49,11 @@ class Layer:
 def layers_of(model: Any) -> tuple[Layer, ...]:
     """The layers of a graph in the order that they run; of several nodes on one path the last gives the value."""
     found: dict[str, str] = {}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
     for node in model.graph.node:
         path = [part for part in node.name.split("/")[:-1] if part]
         inner = any(part.endswith("subgraph") or part == "constants" for part in path)
+        inner = inner or ranks.get(node.output[0], LAYER_RANK) != LAYER_RANK
         if path and not inner and node.op_type in LAYER_OPERATORS and _gives_tokens(node):
             name = ".".join(path)
             found.pop(name, None)
@@ -61,6 +64,11 @@ def layers_of(model: Any) -> tuple[Layer, ...]:
 def _gives_tokens(node: Any) -> bool:
     """Whether its output has a row for each token: of what gathers rows those of token ids only."""
     return not node.op_type.startswith("Gather") or "input_ids" in node.input
+
+
+def cache_grows(model: Any) -> bool:
+    """Whether it appends to its caches and looks at the whole mask, as no GroupQueryAttention does."""
+    return all(node.op_type != "GroupQueryAttention" for node in model.graph.node)
 
 
 def accuracy_level(model: Any) -> int | None:

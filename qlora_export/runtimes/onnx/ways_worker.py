@@ -16,7 +16,7 @@ import onnxruntime
 
 from qlora_export.runtimes.onnx.answering import answers, put
 from qlora_export.runtimes.onnx.cached_graph import LOGITS, CachedGraph, Rows, log_softmax
-from qlora_export.runtimes.onnx.graph_copy import add_output, set_accuracy_level
+from qlora_export.runtimes.onnx.graph_copy import add_output, cache_grows, set_accuracy_level
 from qlora_export.runtimes.onnx.runtime_operators import know_runtime_operators
 
 LOG_ERRORS_ONLY = 3
@@ -58,14 +58,15 @@ class Ways:
         if not optimised:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         source: str | bytes = str(self._path)
+        model = onnx.load(self._path, load_external_data=False)
+        grows = cache_grows(model)
         if accuracy_level is not None or output != LOGITS:
-            model = onnx.load(self._path, load_external_data=False)
             if accuracy_level is not None:
                 set_accuracy_level(model, accuracy_level)
             add_output(model, output)
             source = model.SerializeToString()
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        return CachedGraph(session, self._decoder)
+        return CachedGraph(session, self._decoder, grows)
 
 
 def main() -> None:
