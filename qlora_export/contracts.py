@@ -612,8 +612,8 @@ class Exporter(Protocol):
     bytes_per_weight: float
     working_bytes_per_weight: float  # of disk, while it works
 
-    def architectures(self) -> frozenset[str]:
-        """The architectures of config.json that it knows; empty where it takes any, or cannot tell."""
+    def obstacle(self, config: Mapping[str, Any]) -> str | None:
+        """Why no model of this config.json can be exported; None where nothing stands in the way."""
         ...
 
     def facts(self) -> Mapping[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, Problem, UsageError
+from qlora_export.merge.carried import merged_config
 from qlora_export.merge.changes import AddedVector, Change, LowRank, Magnitude, ReplacedRows
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.training_facts import TrainingFacts
@@ -21,6 +19,7 @@ MERGE_INSTEAD = "choose a merged format: onnx-int4 or onnx-fp32"
 def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, facts: TrainingFacts) -> list[Problem]:
     """Architectures that an exporter lacks, and adapters that cannot stay beside its base."""
     problems = []
+    config = merged_config(checkpoint.config, "bfloat16", model.settings)
     for item in recipe.artifacts:
         if item.format not in catalog.EXPORTERS:
             continue
@@ -28,7 +27,8 @@ def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, 
             exporter = catalog.load_exporter(item.format, item.options, item.rounding)
         except UsageError:
             continue  # told elsewhere
-        problems += _architecture_problems(item, exporter.architectures(), checkpoint.config)
+        if (what := exporter.obstacle(config)) is not None:
+            problems.append(_refused(item, what, "choose a safetensors format for this architecture"))
         if exporter.takes not in ("dense", "adapter") and facts.experts:
             what = f"{item.format}: the builder's graph has no products to put the codes of experts into"
             problems.append(_refused(item, what, "choose onnx-fp32, or a safetensors format"))
@@ -38,17 +38,6 @@ def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, 
         if exporter.takes == "nf4-adapter":
             problems += [_refused(item, what, MERGE_INSTEAD) for what in _beside_problems(checkpoint, model, facts)]
     return problems
-
-
-def _architecture_problems(item: ArtifactRecipe, known: frozenset[str], config: Mapping[str, Any]) -> list[Problem]:
-    stated = config.get("architectures")
-    name = stated[0] if isinstance(stated, list) and stated else None
-    if not known or name in known:
-        return []
-    if name is None:
-        return [_refused(item, f"{item.format} needs `architectures` in config.json", "state it as transformers does")]
-    what = f"{item.format}: the architecture {name} is not currently supported by the model builder"
-    return [_refused(item, what, "choose a safetensors format for this architecture")]
 
 
 def _beside_problems(checkpoint: Checkpoint, model: MergedModel, facts: TrainingFacts) -> list[str]:

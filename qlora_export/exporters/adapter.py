@@ -32,9 +32,10 @@ class AdapterExporter:
         """Nothing but the adapter decides the bytes."""
         return {}
 
-    def architectures(self) -> frozenset[str]:
-        """Any."""
-        return frozenset()
+    def obstacle(self, config: Mapping[str, Any]) -> str | None:
+        """None: any architecture has it."""
+        del config
+        return None
 
     def export(self, source: Path, destination: Path) -> None:
         """Copy what peft reads, and the sidecar."""

@@ -97,7 +97,14 @@ def differing_tokenizer_files(checkpoint: Checkpoint, adapter: Adapter) -> list[
 
 def edited_config(config: Mapping[str, Any], form: Format, kept: tuple[str, ...], settings: Mapping[str, Any]) -> bytes:
     """config.json of an artifact, as bytes; `settings` are keys that changed with the weights."""
-    dtype = TORCH_NAMES[form.dense_dtype]
+    edited = merged_config(config, TORCH_NAMES[form.dense_dtype], settings)
+    if quantization := form.quantization_config(kept):
+        edited["quantization_config"] = quantization
+    return json.dumps(edited, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def merged_config(config: Mapping[str, Any], dtype: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the merged model in a dtype that torch has a name for, without quantisation."""
     edited = _cleaned(config, dtype)
     if not {"dtype", "torch_dtype"} & edited.keys():
         edited["dtype"] = dtype
@@ -107,9 +114,7 @@ def edited_config(config: Mapping[str, Any], form: Format, kept: tuple[str, ...]
         place[key] = value
         if key in text:
             text[key] = value
-    if quantization := form.quantization_config(kept):
-        edited["quantization_config"] = quantization
-    return json.dumps(edited, indent=2, ensure_ascii=False).encode() + b"\n"
+    return edited
 
 
 def _cleaned(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import Takes
-from qlora_export.exporters.onnx.builder import Order, known_architectures, require_packages, run_builder
+from qlora_export.exporters.onnx.builder import Order, require_packages
+from qlora_export.exporters.onnx.graphs import make_graph, obstacle
 from qlora_export.exporters.onnx.options import Float16Options, Float32Options, Int8Options, IntegerOptions
 from qlora_export.exporters.transformers_js import lay_out
 
@@ -30,9 +31,9 @@ class BuiltExporter:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
 
-    def architectures(self) -> frozenset[str]:
-        """Those that the builder knows; empty where it cannot be told."""
-        return known_architectures()
+    def obstacle(self, config: Mapping[str, Any]) -> str | None:
+        """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
+        return obstacle(self.name, config)
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
@@ -40,7 +41,7 @@ class BuiltExporter:
         stated = "cpu" if isinstance(self.options, Float32Options) else self.options.provider
         # For a CPU the builder lays float16 out around an attention that has none; the one of CUDA runs there as well.
         provider = "cuda" if self.precision == "fp16" else stated
-        run_builder(self.name, Order(self.precision, provider, extra), source, destination)
+        make_graph(self.name, Order(self.precision, provider, extra), source, destination)
         if provider != stated:
             _open_on_cpu(destination / "genai_config.json")
 

@@ -26,8 +26,9 @@ import numpy as np
 
 from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import InputError, Refused
-from qlora_export.exporters.onnx.builder import known_architectures, require_packages
+from qlora_export.exporters.onnx.builder import require_packages
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
+from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.interleaved_layers import interleaved_layer
 from qlora_export.exporters.onnx.layers import Blocks, Layer, RoundedLayer, block_of, packed_layer
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
@@ -67,9 +68,9 @@ class SameIntegersExporter:
         integers_of = {"integers": self.takes, "rounding": self.rounding}
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options), **integers_of}
 
-    def architectures(self) -> frozenset[str]:
-        """Those that the builder knows; empty where it cannot be told."""
-        return known_architectures()
+    def obstacle(self, config: Mapping[str, Any]) -> str | None:
+        """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
+        return obstacle(self.name, config)
 
     def accepts(self, options: Options) -> bool:
         """Whether block and grid, where they are stated, are those of a packed artifact with these options."""

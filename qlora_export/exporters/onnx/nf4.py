@@ -27,7 +27,7 @@ import numpy as np
 
 from qlora_export.contracts import FROM_TORCH_NAMES, Float32, Takes
 from qlora_export.errors import PlanRefused, Refused
-from qlora_export.exporters.onnx.builder import known_architectures, require_packages
+from qlora_export.exporters.onnx.builder import require_packages
 from qlora_export.exporters.onnx.graph import (
     BFLOAT16,
     FLOAT,
@@ -42,6 +42,7 @@ from qlora_export.exporters.onnx.graph import (
     node,
     numbers,
 )
+from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
@@ -80,9 +81,9 @@ class Nf4AdapterExporter:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
 
-    def architectures(self) -> frozenset[str]:
-        """Those that the builder knows; empty where it cannot be told."""
-        return known_architectures()
+    def obstacle(self, config: Mapping[str, Any]) -> str | None:
+        """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
+        return obstacle(self.name, config)
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination` from a folder of codes with its adapter."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import TensorSpec
-from qlora_export.exporters.onnx.builder import Order, run_builder
+from qlora_export.exporters.onnx.builder import Order
 from qlora_export.exporters.onnx.graph import DATA_NAME, GRAPH_NAME, BuiltGraph, Product, Replacement
+from qlora_export.exporters.onnx.graphs import make_graph
 from qlora_export.exporters.onnx.skeleton import (
     MARK_COLUMNS,
     MixedRows,
@@ -47,7 +48,7 @@ def make_exact(name: str, model: Model, stacked: bool, replace: Replace, destina
         for fused in (True, False) if stacked else (False,):
             built = Path(work) / f"built-{fused}"
             words = () if fused else ("fuse_qkv=false",)
-            run_builder(name, Order("fp32", "cpu", words), skeleton, built)
+            make_graph(name, Order("fp32", "cpu", words), skeleton, built)
             try:
                 graph = BuiltGraph(built)
                 replacements = _replacements(name, graph, model, replace)

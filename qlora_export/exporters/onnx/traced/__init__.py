@@ -1,1 +1,1 @@
-"""Graphs of `torch.onnx.export`, for architectures that the model builder lacks: traced without weights, filled after."""
+"""Graphs of `torch.onnx.export`, for what the model builder lacks: traced without weights, then filled."""

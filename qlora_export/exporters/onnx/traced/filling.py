@@ -7,7 +7,7 @@ Cost: reading the folder and writing the data, of memory some rows, or columns o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 
 CHUNK_VALUES = 1 << 22
-NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-WRITTEN = {FLOAT: np.dtype("<f4"), FLOAT16: np.dtype("<f2")}
+NUMPY: dict[str, Any] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+WRITTEN: dict[int, Any] = {FLOAT: "<f4", FLOAT16: "<f2"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,13 @@ def _stored(
 ) -> StoredTensor:
     homes = architecture.homes.get(weight.name) or architecture.homes.get(architecture.tied.get(weight.name, ""), ())
     if len(homes) != 1 or homes[0].window is not None or weight.name in architecture.rearranged:
-        raise _missing(weight, checkpoint) if not homes else Refused(
-            f"{checkpoint.folder}: {weight.name} is put together from {len(homes)} stored tensors",
-            "a traced graph takes weights that are stored one by one",
+        raise (
+            _missing(weight, checkpoint)
+            if not homes
+            else Refused(
+                f"{checkpoint.folder}: {weight.name} is put together from {len(homes)} stored tensors",
+                "a traced graph takes weights that are stored one by one",
+            )
         )
     stored = checkpoint.tensors.get(homes[0].tensor)
     if stored is None:
@@ -84,14 +88,14 @@ def _missing(weight: TracedWeight, checkpoint: Checkpoint) -> InputError:
     )
 
 
-def _rows(stored: StoredTensor, kind: np.dtype[Any]) -> Iterator[Raw]:
+def _rows(stored: StoredTensor, kind: str) -> Iterator[Raw]:
     """The values in their order."""
     values = _mapped(stored).reshape(-1)
     for first in range(0, values.size, CHUNK_VALUES):
         yield _written(stored, values[first : first + CHUNK_VALUES], kind)
 
 
-def _columns(stored: StoredTensor, kind: np.dtype[Any]) -> Iterator[Raw]:
+def _columns(stored: StoredTensor, kind: str) -> Iterator[Raw]:
     """The values column by column, as many columns at once as a chunk holds."""
     values = _mapped(stored)
     rows, columns = values.shape
@@ -104,10 +108,11 @@ def _mapped(stored: StoredTensor) -> np.ndarray[Any, Any]:
     shape = tuple(stored.spec.shape)
     if not math.prod(shape):
         return np.empty(shape, NUMPY[stored.spec.dtype])
-    return np.memmap(stored.path, NUMPY[stored.spec.dtype], "r", stored.offset, shape)
+    mapped: np.ndarray[Any, Any] = np.memmap(stored.path, NUMPY[stored.spec.dtype], "r", stored.offset, shape)
+    return mapped
 
 
-def _written(stored: StoredTensor, values: np.ndarray[Any, Any], kind: np.dtype[Any]) -> Raw:
+def _written(stored: StoredTensor, values: np.ndarray[Any, Any], kind: str) -> Raw:
     wide = widen(np.ascontiguousarray(values).view(np.uint8), stored.spec.dtype)
     with np.errstate(over="ignore"):
         narrow = wide.astype(kind, copy=False)

@@ -2,8 +2,9 @@
 
 torch stores the weight of a linear layer as [out, in] and turns it in the graph; here it is declared [in, out] and the
 turning left out, unless something else reads it as it is (a tied embedding). A product of two dimensions with its bias
-in one node becomes product and sum, as all others are. Constants become nodes, so that data are weights alone. Each node is called by the path of its module, from what torch
-notes of it; other notes, paths of source files among them, go.
+in one node becomes product and sum, as all others are. Constants become nodes, so that data are weights alone. Each
+node is called by the path of its module, from what torch notes of it; other notes, paths of source files among them,
+go.
 """
 
 from __future__ import annotations

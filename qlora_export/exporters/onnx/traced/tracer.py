@@ -19,6 +19,7 @@ from qlora_export.tensors.external_data import read_graph
 
 TRACING = "qlora_export.exporters.onnx.traced.tracing"
 GRAPH_NAME, FACTS_NAME = "traced.onnx", "traced.json"
+SHORTENED = "--shortened"
 CLASSIFIER = "ForSequenceClassification"
 INSTEAD = "choose a safetensors format for this architecture"
 
@@ -31,7 +32,10 @@ def trace(name: str, dtype: str, source: Path, destination: Path) -> None:
     destination.mkdir(exist_ok=True)
     checkpoint = open_checkpoint(source)
     with tempfile.TemporaryDirectory(prefix=".traced-", dir=destination) as work:
-        facts = follow(name, dtype, source, Path(work))
+        try:
+            facts = _follow(dtype, source, Path(work))
+        except Refused as error:
+            raise Refused(f"{name}: {error}", INSTEAD) from None
         model = read_graph(Path(work) / GRAPH_NAME)
     architecture = read_architecture(checkpoint, is_classifier(checkpoint.config))
     weights = [TracedWeight(item["name"], item["turned"]) for item in facts["weights"]]
@@ -47,10 +51,16 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
     return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith(CLASSIFIER)
 
 
-def follow(name: str, dtype: str, source: Path, work: Path) -> Mapping[str, Any]:
+def outline(folder: Path) -> None:
+    """Trace as few layers of a folder's config.json as there are kinds; raises Refused with what stands in the way."""
+    with tempfile.TemporaryDirectory(prefix=".traced-", dir=folder) as work:
+        _follow("fp32", folder, Path(work), SHORTENED)
+
+
+def _follow(dtype: str, source: Path, work: Path, *words: str) -> Mapping[str, Any]:
     """Leave the graph of a folder's config.json, without weights, in `work`; what is known of it."""
     found = subprocess.run(
-        [sys.executable, "-P", "-m", TRACING, str(source), str(work), dtype],
+        [sys.executable, "-P", "-m", TRACING, str(source), str(work), dtype, *words],
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
@@ -61,7 +71,7 @@ def follow(name: str, dtype: str, source: Path, work: Path) -> Mapping[str, Any]
     if found.returncode:
         last = next((line.strip() for line in reversed(found.stderr.splitlines()) if line.strip()), "no message")
         if found.returncode == 1:
-            raise Refused(f"{name}: {last}", INSTEAD)
-        raise EnvironmentProblem(f"{name}: torch.onnx.export ended with {found.returncode}: {last}")
+            raise Refused(last)
+        raise EnvironmentProblem(f"torch.onnx.export ended with {found.returncode}: {last}")
     facts: Mapping[str, Any] = json.loads((work / FACTS_NAME).read_text(encoding="utf-8"))
     return facts

@@ -1,4 +1,4 @@
-"""The process that traces: `python -m qlora_export.exporters.onnx.traced.tracing FOLDER DESTINATION DTYPE`.
+"""The process that traces: `python -m ...onnx.traced.tracing FOLDER DESTINATION DTYPE [--shortened]`.
 
 transformers makes the model of FOLDER's config.json. Its weights have no memory of their own, one zero stands for all
 values of each, and `torch.onnx.export(dynamo=True)` follows what is computed with them, batch, tokens and cached tokens
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tidying import tidy
@@ -41,7 +42,7 @@ class NotTraceable(Exception):
     """What this architecture has that a graph of this kind has not."""
 
 
-class Decoder(torch.nn.Module):
+class Decoder(torch.nn.Module):  # type: ignore[misc]
     """A model as its graph takes it: plain tensors in, logits and the grown cache out."""
 
     def __init__(self, model: Any, takes_positions: bool) -> None:
@@ -59,7 +60,7 @@ class Decoder(torch.nn.Module):
         return found.logits, *(kept for layer in found.past_key_values.layers for kept in (layer.keys, layer.values))
 
 
-class Classifier(torch.nn.Module):
+class Classifier(torch.nn.Module):  # type: ignore[misc]
     """A sequence classifier: the logits of each text's labels."""
 
     def __init__(self, model: Any) -> None:
@@ -72,11 +73,13 @@ class Classifier(torch.nn.Module):
         return self.model(input_ids=tokens, attention_mask=mask, **stated).logits
 
 
-def main(folder: Path, destination: Path, dtype: str) -> None:
+def main(folder: Path, destination: Path, dtype: str, shortened: bool) -> None:
     """Write the graph and its facts; ends with a line of what stands in the way."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if shortened:
+        _shorten(config)
     try:
         model = _without_weights(config, DTYPES[dtype])
         if config.architectures[0].endswith(CLASSIFIER):
@@ -94,6 +97,14 @@ def main(folder: Path, destination: Path, dtype: str) -> None:
     settings = genai_config(config, folder, caches[0], inputs) if caches else None
     facts = {"weights": weights, "genai_config": settings}
     (destination / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _shorten(config: Any) -> None:
+    """Leave as few layers as show every kind that there is."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    config.num_hidden_layers = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
+    if kinds:
+        config.layer_types = kinds[: config.num_hidden_layers]
 
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
@@ -121,9 +132,10 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
 
 def _caches(config: Any) -> list[tuple[int, int]]:
     """Heads and head size of each layer's keys and values."""
-    with torch.device("meta"):
+    with FakeTensorMode(), torch.no_grad():
         model = _build(config, torch.float32)
-        found = model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=True)
+        tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
+        found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
     layers = getattr(getattr(found, "past_key_values", None), "layers", None) or []
     shapes = [_cache(layer) for layer in layers]
     if not shapes or None in shapes:
@@ -134,11 +146,10 @@ def _caches(config: Any) -> list[tuple[int, int]]:
 
 
 def _cache(layer: Any) -> tuple[int, int] | None:
-    shapes = [getattr(getattr(layer, name, None), "shape", ()) for name in ("keys", "values")]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 4:
+    keys, values = (tuple(getattr(getattr(layer, name, None), "shape", ())) for name in ("keys", "values"))
+    if keys != values or len(keys) != 4 or keys[2] != TOKENS:
         return None
-    _, heads, tokens, size = shapes[0]
-    return (heads, size) if tokens == TOKENS else None
+    return keys[1], keys[3]
 
 
 def _decoder(model: Any, caches: Sequence[tuple[int, int]], dtype: torch.dtype) -> Any:
@@ -210,4 +221,4 @@ def _root(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], "--shortened" in sys.argv[4:])
