@@ -1,6 +1,6 @@
 """Make the embedded demo model: a small Llama, trained for real on a CPU, and a true QLoRA adapter on top of it.
 
-    python tools/make_demo.py --out qlora_export/demo [--stage base|adapter|texts|all] [--general general.txt]
+    python tools/make_demo.py --out qlora_export/demo [--stage base|adapter|texts|all] [--general general.txt] [--tiny]
 
 Base: byte-level BPE tokenizer and a 3.3 M parameter Llama, trained on the English that every Python carries
 (docstrings of the standard library, `pydoc_data.topics`), saved in bf16. Adapter: the base loaded in NF4 with double
@@ -23,7 +23,8 @@ import pydoc_data.topics
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,39 @@ class Schedule:
     rate: float
     decay: float
     seed: int = SEED
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model, how many texts it learns from, how long a training; `held_out` dialogues tell how well."""
+
+    hidden: int
+    inner: int
+    texts: int | None
+    base: Schedule
+    adapter: Schedule
+    dialogues: int
+    held_out: int
+
+
+FULL = Size(
+    hidden=256,
+    inner=640,
+    texts=None,
+    base=Schedule(1600, 24, 3e-3, 0.1),
+    adapter=Schedule(2000, 16, 2e-4, 10.0),
+    dialogues=6000,
+    held_out=HOLDOUT_DIALOGUES,
+)
+TINY = Size(
+    hidden=64,
+    inner=128,
+    texts=40,
+    base=Schedule(2, 2, 3e-3, 0.1),
+    adapter=Schedule(2, 2, 2e-4, 10.0),
+    dialogues=20,
+    held_out=4,
+)
 
 
 def documents() -> Iterator[str]:
@@ -109,12 +143,12 @@ def make_tokenizer(texts: list[str], folder: Path) -> transformers.PreTrainedTok
     return fast
 
 
-def base_config(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.LlamaConfig:
-    """Four layers, hidden size 256, grouped-query attention, tied embeddings."""
+def base_config(size: Size, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.LlamaConfig:
+    """Four layers, grouped-query attention, tied embeddings."""
     return transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=640,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -178,23 +212,22 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:
         return float(model.float()(input_ids=windows, labels=windows).loss)
 
 
-def train_base(folder: Path, steps: int) -> dict[str, Any]:
+def train_base(folder: Path, size: Size) -> dict[str, Any]:
     """Train the base from scratch and save it in bf16."""
-    texts = list(documents())
+    texts = list(islice(documents(), size.texts))
     tokenizer = make_tokenizer(texts, folder)
     ids = token_stream(texts, tokenizer)
     split = len(ids) * 98 // 100
     torch.manual_seed(SEED)
-    model = transformers.LlamaForCausalLM(base_config(tokenizer))
-    schedule = Schedule(steps, batch=24, rate=3e-3, decay=0.1)
-    losses = pretrain(model, ids[:split], schedule)
+    model = transformers.LlamaForCausalLM(base_config(size, tokenizer))
+    losses = pretrain(model, ids[:split], size.base)
     model.eval().to(torch.bfloat16).save_pretrained(folder)
     return {
         "corpus_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "tokens": len(ids),
-        "steps": steps,
+        "steps": size.base.steps,
         "window": WINDOW,
-        "batch": schedule.batch,
+        "batch": size.base.batch,
         "train_nll": float(np.mean(losses[-50:])),
         "held_out_nll": window_nll(model, ids[split:]),
     }
@@ -275,12 +308,12 @@ def fit_adapter(model: Any, train: list[tuple[list[int], int]], schedule: Schedu
     return losses
 
 
-def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def train_adapter(base: Path, folder: Path, size: Size) -> dict[str, Any]:
     """Train and save the QLoRA adapter with its sidecar."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     pad = tokenizer.pad_token_id
-    train = encode_dialogues(tokenizer, dialogues(TRAIN_SEED, options.dialogues))
-    held_out = encode_dialogues(tokenizer, dialogues(HOLDOUT_SEED, HOLDOUT_DIALOGUES))
+    train = encode_dialogues(tokenizer, dialogues(TRAIN_SEED, size.dialogues))
+    held_out = encode_dialogues(tokenizer, dialogues(HOLDOUT_SEED, size.held_out))
     torch.manual_seed(SEED)
     lora = peft.LoraConfig(
         r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", bias="none"
@@ -288,7 +321,7 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     model = peft.get_peft_model(load_qlora(base), lora)
     with torch.no_grad(), model.disable_adapter():
         base_nll = answer_loss(model.train(), held_out, pad).item()
-    losses = fit_adapter(model, train, Schedule(options.steps, 16, options.rate, options.decay), pad)
+    losses = fit_adapter(model, train, size.adapter, pad)
     with torch.no_grad():
         tuned_nll = answer_loss(model, held_out, pad).item()
     ratios = relative_deltas(model)
@@ -296,10 +329,10 @@ def train_adapter(base: Path, folder: Path, options: argparse.Namespace) -> dict
     tidy_adapter(folder, BASE_ID)
     record(model, folder)
     return {
-        "dialogues": options.dialogues,
-        "steps": options.steps,
-        "learning_rate": options.rate,
-        "weight_decay": options.decay,
+        "dialogues": size.dialogues,
+        "steps": size.adapter.steps,
+        "learning_rate": size.adapter.rate,
+        "weight_decay": size.adapter.decay,
         "train_nll": float(np.mean(losses[-50:])),
         "held_out_nll_base": base_nll,
         "held_out_nll_tuned": tuned_nll,
@@ -349,17 +382,32 @@ def update_record(path: Path, part: str, facts: dict[str, Any], seeds: dict[str,
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def asked_size(options: argparse.Namespace) -> Size:
+    """The size of the demo, or the tiny one, trained as long and as fast as the command says."""
+    size = TINY if options.tiny else FULL
+    base = _given(size.base, steps=options.base_steps)
+    adapter = _given(size.adapter, steps=options.steps, rate=options.rate, decay=options.decay)
+    found: Size = _given(size, base=base, adapter=adapter, dialogues=options.dialogues)
+    return found
+
+
+def _given(facts: Any, **changes: Any) -> Any:
+    return replace(facts, **{name: value for name, value in changes.items() if value is not None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for base/, adapter/, holdout.jsonl")
     parser.add_argument("--stage", choices=("base", "adapter", "texts", "all"), default="all")
     parser.add_argument("--general", type=Path, help="also write prose of the base's own kind to this file")
-    parser.add_argument("--base-steps", type=int, default=1600)
-    parser.add_argument("--dialogues", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rate", type=float, default=2e-4)
-    parser.add_argument("--decay", type=float, default=10.0)
+    parser.add_argument("--base-steps", type=int)
+    parser.add_argument("--dialogues", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--decay", type=float)
+    parser.add_argument("--tiny", action="store_true", help="a model of seconds, to see that the tool runs")
     options = parser.parse_args()
+    size = asked_size(options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "training_record.json"
     seeds = {
@@ -369,9 +417,9 @@ def main() -> None:
         "calibration_dialogues": CALIBRATION_SEED,
     }
     if options.stage in ("base", "all"):
-        update_record(path, "base", train_base(options.out / "base", options.base_steps), seeds)
+        update_record(path, "base", train_base(options.out / "base", size), seeds)
     if options.stage in ("adapter", "all"):
-        facts = train_adapter(options.out / "base", options.out / "adapter", options)
+        facts = train_adapter(options.out / "base", options.out / "adapter", size)
         update_record(path, "adapter", facts, seeds)
     if options.stage != "base":
         write_texts(options.out, options.general)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools.running import printed, tool
+
 # The benchmark with two more rows: of a format that will never exist, and one that is another's twin.
 WITH_STRANGERS = """
 import bench_quality as bench
@@ -19,16 +19,10 @@ bench.main()
 """
 
 
-def python(*words: str) -> str:
-    found = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True, cwd=TOOLS)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "tiny"
-    python("make_quality_model.py", "--out", str(folder), "--tiny")
+    tool("make_quality_model.py", "--out", str(folder), "--tiny")
     return folder
 
 
@@ -37,7 +31,7 @@ def data(model: Path) -> Any:
     """Some rows, two strangers, a peer that is not installed, and the sweep."""
     rows = "bf16;nf4 nearest;nf4 nearest, original;int8;twin;stranger"
     words = ["--models", str(model), "--rows", rows, "--sweep", "--peer-python", sys.executable, "--tiny", "--json"]
-    return json.loads(python("-c", WITH_STRANGERS, *words))
+    return json.loads(printed(WITH_STRANGERS, *words))
 
 
 def test_the_maker_of_the_second_model(model: Path) -> None:

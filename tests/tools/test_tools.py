@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from qlora_export.calibrate.overlap import require_apart
 from qlora_export.calibrate.text import read_calibration
 from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.sources.text import read_entries
-
-ROOT = Path(__file__).parents[2]
-
-
-def tool(name: str, *arguments: str) -> str:
-    words = [sys.executable, str(ROOT / "tools" / name), *arguments]
-    found = subprocess.run(words, check=False, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+from tests.tools.running import tool
 
 
 def test_the_build_benchmark() -> None:
@@ -60,14 +50,15 @@ def test_the_calibration_benchmark() -> None:
 
 def test_the_demo_maker(tmp_path: Path) -> None:
     """A base and an adapter of a few steps, texts that have nothing in common, and no trace of this machine."""
-    # A step takes half a minute on a processor that has no units for bfloat16.
-    sizes = ["--base-steps", "1", "--steps", "1", "--dialogues", "20"]
+    sizes = ["--tiny", "--base-steps", "1", "--steps", "3", "--dialogues", "20", "--rate", "1e-3"]
     tool("make_demo.py", "--out", str(tmp_path), *sizes, "--general", str(tmp_path / "general.txt"))
     halves = [{"text": name, "share": 0.5} for name in ("calibration.jsonl", "general.txt")]
     parts = read_calibration(CalibrationRecipe.model_validate(halves), tmp_path)
     assert 50_000 < len(str(parts[1].entries[0].content)) < 60_000
     require_apart(parts, read_entries("holdout.jsonl", tmp_path), "holdout.jsonl")
     record = json.loads((tmp_path / "training_record.json").read_text())
+    assert record["base"]["steps"] == 1
+    assert [record["adapter"][key] for key in ("dialogues", "steps", "learning_rate")] == [20, 3, 1e-3]
     assert len(record["adapter"]["relative_delta"]) == 28
     assert len(json.loads((tmp_path / "adapter/qlora_export.json").read_text())["modules"]) == 28
     texts = [path.read_text() for path in tmp_path.rglob("*.json*") if path.is_file()]
