@@ -1,11 +1,11 @@
 """The layout that transformers.js loads, made of a folder in that of ONNX Runtime GenAI, which goes on loading it.
 
 On disk: `onnx/model{suffix}.onnx` and `onnx/model{suffix}.onnx_data`, the folder's one graph and one data file, and
-`config.json` with `transformers.js_config`; `genai_config.json` names the graph where it lies now. The suffix says
-how weights are stored: none, `_fp16`, `_int8`, `_q4`, `_q4f16` or `_bnb4`. The name of the data is written into the
-graph, so that the graph is rewritten and the data moved. The builder leaves the size of a head open in the cache's
-inputs, of which transformers.js would make 0; here it is baked in. The chat template also goes into
-tokenizer_config.json, since transformers.js reads no other file for it.
+`config.json` with `transformers.js_config`; `genai_config.json`, which a sequence classifier has not, names the graph
+where it lies now. The suffix says how weights are stored: none, `_fp16`, `_int8`, `_q4`, `_q4f16` or `_bnb4`. The name
+of the data is written into the graph, so that the graph is rewritten and the data moved. The builder leaves the size
+of a head open in the cache's inputs, of which transformers.js would make 0; here it is baked in. The chat template
+also goes into tokenizer_config.json, since transformers.js reads no other file for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qlora_export.tensors.external_data import outside_tensors, read_graph
 
 LAYOUTS = ("genai", "transformers.js")
 SUBFOLDER = "onnx"
+GENAI_CONFIG = "genai_config.json"
 SUFFIXES = {
     "fp32": "", "fp16": "_fp16", "int8": "_int8", "q4": "_q4", "q4f16": "_q4f16", "bnb4": "_bnb4",
 }  # fmt: skip
@@ -30,24 +31,35 @@ NOT_OF_GRAPHS = ("quantization_config",)
 
 
 def lay_out(layout: str, source: Path, folder: Path) -> None:
-    """Turn a folder that is complete into the layout asked for; `source` is the one that it was made from."""
+    """Turn a folder that is complete into the layout asked for; `source` is the one that it was made from.
+
+    A classifier has its `config.json` in any, since nothing else names its labels.
+    """
+    stated = {key: value for key, value in read_json(source / "config.json").items() if key not in NOT_OF_GRAPHS}
+    is_decoder = (folder / GENAI_CONFIG).is_file()
     if layout == "genai":
+        if not is_decoder:
+            _write_json(folder / "config.json", stated)
         return
     _tell_chat_template(folder)
     model = read_graph(folder / "model.onnx")
-    settings = read_json(folder / "genai_config.json")
-    decoder = settings["model"]["decoder"]
-    _bake_head_size(model.graph, int(decoder["head_size"]))
     dtype = dtype_of(model.graph)
     name = f"model{SUFFIXES[dtype]}.onnx"
+    if is_decoder:
+        _bake_head_size(model.graph, int(read_json(folder / GENAI_CONFIG)["model"]["decoder"]["head_size"]))
     (folder / SUBFOLDER).mkdir()
     _move_data(model, folder, f"{name}_data")
     (folder / SUBFOLDER / name).write_bytes(model.SerializeToString())
     (folder / "model.onnx").unlink()
-    decoder["filename"] = f"{SUBFOLDER}/{name}"
-    _write_json(folder / "genai_config.json", settings)
-    stated = {key: value for key, value in read_json(source / "config.json").items() if key not in NOT_OF_GRAPHS}
+    if is_decoder:
+        _name_graph(folder / GENAI_CONFIG, f"{SUBFOLDER}/{name}")
     _write_json(folder / "config.json", {**stated, "transformers.js_config": _settings(dtype, name, model.graph)})
+
+
+def _name_graph(path: Path, graph: str) -> None:
+    settings = read_json(path)
+    settings["model"]["decoder"]["filename"] = graph
+    _write_json(path, settings)
 
 
 def dtype_of(graph: Any) -> str:

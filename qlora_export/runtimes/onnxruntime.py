@@ -19,7 +19,7 @@ WORKER = "qlora_export.runtimes.onnxruntime_worker"
 
 
 class OnnxRuntime:
-    """Opens ONNX folders with a `genai_config.json`."""
+    """Opens ONNX folders with a `genai_config.json`, or of a sequence classifier with a `config.json`."""
 
     name = "onnxruntime"
 
@@ -42,5 +42,5 @@ class WorkerSession:
         self.worker = worker
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
-        """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
+        """Log-probabilities [tokens, vocabulary] of the token that follows each position, or [1, labels], in nats."""
         return self.worker.ask(list(tokens), 1)[0]

@@ -13,18 +13,19 @@ import onnxruntime
 
 from qlora_export.runtimes.onnx.answering import answers, put
 from qlora_export.runtimes.onnx.cached_graph import CachedGraph, log_softmax
+from qlora_export.runtimes.onnx.label_graph import LabelGraph
+from qlora_export.runtimes.onnx.running_graph import graph_path, running_graph
 
 DECODED_TOKENS = 8
 LOG_ERRORS_ONLY = 3
 
 
-def opened(folder: Path) -> CachedGraph:
+def opened(folder: Path) -> CachedGraph | LabelGraph:
     """The graph that the folder's configuration names."""
-    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = LOG_ERRORS_ONLY
-    path = str(folder / decoder["filename"])
-    return CachedGraph(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]), decoder)
+    session = onnxruntime.InferenceSession(str(graph_path(folder)), options, providers=["CPUExecutionProvider"])
+    return running_graph(session, folder)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 adapter_config.json         a PEFT adapter: as-trained, on the base it was trained on
 genai_config.json           ONNX Runtime GenAI's layout: onnxruntime
-config.json                 a model of transformers
+config.json                 a model of transformers, or a sequence classifier's graph beside it: onnxruntime
 a file *.gguf               gguf
 """
 
@@ -16,6 +16,7 @@ from qlora_export.contracts import Artifact
 from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
 from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe import FOLDER_NAME
+from qlora_export.runtimes.onnx.described import classifier_of
 
 ADAPTER_CONFIG, GENAI_CONFIG, CONFIG = "adapter_config.json", "genai_config.json", "config.json"
 GGUF = ".gguf"
@@ -57,6 +58,8 @@ def _runtime_and_format(path: Path) -> tuple[str, str]:
         return "onnxruntime", "onnx"
     if (path / CONFIG).is_file():
         config = _json(path / CONFIG)
+        if classifier_of(path) is not None:
+            return "onnxruntime", "onnx"
         stated = config.get("quantization_config") or {}
         method = stated.get("quant_method") if isinstance(stated, dict) else None
         return "transformers", str(method or config.get("dtype") or config.get("torch_dtype") or "float32")

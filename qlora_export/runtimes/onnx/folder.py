@@ -1,8 +1,9 @@
-"""A folder in the layout of ONNX Runtime GenAI, looked at before a runtime opens anything of it.
+"""A folder with an ONNX graph, looked at before a runtime opens anything of it.
 
 `genai_config.json` names the graph and promises its inputs and outputs: token ids and attention mask, a key and a value
-of the past for each layer that has a cache, logits, and a present for each past. The graph's own data files must lie
-beside it, whole (`tensors/external_data.py`). Cost: parsing the graph, without its data.
+of the past for each layer that has a cache, logits, and a present for each past. A sequence classifier's has token ids,
+attention mask and logits. The graph's own data files must lie beside it, whole (`tensors/external_data.py`). Cost:
+parsing the graph, without its data.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qlora_export.errors import InputError, Refused
-from qlora_export.runtimes.onnx.cached_graph import PAST, POSITIONS, PRESENT, TOKENS_AND_MASK
+from qlora_export.runtimes.onnx.cached_graph import LOGITS, PAST, POSITIONS, PRESENT, TOKENS_AND_MASK
+from qlora_export.runtimes.onnx.described import GENAI_CONFIG as CONFIG_NAME
+from qlora_export.runtimes.onnx.described import classifier_of
 from qlora_export.sources.checkpoint import read_json
 from qlora_export.tensors.external_data import EXPORT_AGAIN, is_hostile, outside_tensors, place_of, read_graph
 
-CONFIG_NAME = "genai_config.json"
 NUMBERS = ("num_key_value_heads", "head_size")
 FLOATS = {1: "float32", 10: "float16"}
 INT64 = 7
@@ -25,12 +27,12 @@ INT64 = 7
 
 @dataclass(frozen=True)
 class GraphFolder:
-    """A folder whose graph is as its configuration says; `decoder` is that part of it, `model` the graph itself."""
+    """A folder whose graph is as its configuration says; `model` is the graph itself."""
 
     folder: Path
     graph: Path
-    decoder: Mapping[str, Any]
     model: Any
+    is_classifier: bool
 
 
 def open_graph(folder: Path) -> GraphFolder:
@@ -38,13 +40,15 @@ def open_graph(folder: Path) -> GraphFolder:
 
     Raises Refused for what leads out of the folder, and InputError for what is missing, cut short, or no graph of ours.
     """
-    decoder = _decoder(folder)
-    graph = _graph_path(folder, decoder)
+    classifier = classifier_of(folder)
+    decoder = {} if classifier else _decoder(folder)
+    graph = _contained(folder, folder / classifier.graph) if classifier else _graph_path(folder, decoder)
     model = read_graph(graph)
     _require_data(folder, graph, model)
-    if problem := next(_signature_problems(model.graph, decoder), None):
+    found = _classifier_problems(model.graph) if classifier else _signature_problems(model.graph, decoder)
+    if problem := next(found, None):
         raise InputError(f"{graph}: {problem}", "give a folder that the GenAI model builder made, or export it again")
-    return GraphFolder(folder, graph, decoder, model)
+    return GraphFolder(folder, graph, model, classifier is not None)
 
 
 def _decoder(folder: Path) -> Mapping[str, Any]:
@@ -93,6 +97,17 @@ def _require_data(folder: Path, graph: Path, model: Any) -> None:
             raise kind(f"{graph}: tensor {tensor.name!a} {place}", EXPORT_AGAIN)
 
 
+def _classifier_problems(graph: Any) -> Iterator[str]:
+    """What of a classifier's inputs and outputs is not as they are."""
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: _type(value) for value in graph.input if value.name not in weights}
+    if inputs != dict.fromkeys(TOKENS_AND_MASK, INT64):
+        found = ", ".join(map(ascii, sorted(inputs)))
+        yield f"has the inputs {found}, a classifier has {' and '.join(TOKENS_AND_MASK)}"
+    if [value.name for value in graph.output] != [LOGITS]:
+        yield f"has other outputs than {LOGITS}"
+
+
 def _signature_problems(graph: Any, decoder: Mapping[str, Any]) -> Iterator[str]:
     """What of a graph's inputs and outputs is not as promised."""
     weights = {tensor.name for tensor in graph.initializer}
@@ -109,7 +124,7 @@ def _signature_problems(graph: Any, decoder: Mapping[str, Any]) -> Iterator[str]
             yield f"takes {name} in another type than int64"
     if not pasts:
         yield "has no cache: no input begins with past_key_values"
-    if "logits" not in outputs:
+    if LOGITS not in outputs:
         yield "has no output logits"
     shape = {1: decoder["num_key_value_heads"], 3: decoder["head_size"]}
     for past in pasts:

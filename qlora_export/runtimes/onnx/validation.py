@@ -69,11 +69,12 @@ SAME_GRAPH = (
 
 def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFindings:
     """What running the folder in every way comes to; raises InputError for a graph that the checker refuses."""
-    model = open_graph(folder).model
+    opened = open_graph(folder)
+    model = opened.model
     windows = validation_windows(tokens)
     in_source = _source_rows(source, windows)
     with running(WORKER, folder) as worker:
-        runs = _Runs(worker, windows)
+        runs = _Runs(worker, windows, opened.is_classifier)
         found = GraphFindings(
             weights=stored_as(model),
             accuracy_level=accuracy_level(model),
@@ -105,6 +106,12 @@ class _Runs:
 
     worker: Worker
     windows: Windows
+    is_classifier: bool
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Those beside prefill that the graph should agree in; a classifier decodes nothing."""
+        return tuple(way for way in SAME_GRAPH if not (way.decoded and self.is_classifier))
 
     def rows(self, way: Way, output: str = LOGITS) -> list[Float32]:
         """An array for each window."""
@@ -146,7 +153,7 @@ def _ways(
         others.append(_way(runs, way, prefill, in_source, None, to_source))
     rounding = [way.from_prefill.mean_kl for way in others if way.from_prefill] if rounds else []
     limit = max([SAME_MODEL_KL, *rounding[:1]])
-    same = [_way(runs, way, prefill, in_source, limit) for way in SAME_GRAPH]
+    same = [_way(runs, way, prefill, in_source, limit) for way in runs.ways]
     return [RunWay(PREFILL.name, None, apart), *same, *others]
 
 

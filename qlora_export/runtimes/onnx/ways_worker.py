@@ -17,6 +17,8 @@ import onnxruntime
 from qlora_export.runtimes.onnx.answering import answers, put
 from qlora_export.runtimes.onnx.cached_graph import LOGITS, CachedGraph, Rows, log_softmax
 from qlora_export.runtimes.onnx.graph_copy import add_output, cache_grows, set_accuracy_level
+from qlora_export.runtimes.onnx.label_graph import LabelGraph
+from qlora_export.runtimes.onnx.running_graph import graph_path, running_graph
 from qlora_export.runtimes.onnx.runtime_operators import know_runtime_operators
 
 LOG_ERRORS_ONLY = 3
@@ -28,9 +30,9 @@ class Ways:
     """A graph, and the session that was asked for last."""
 
     def __init__(self, folder: Path) -> None:
-        self._decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
-        self._path = folder / self._decoder["filename"]
-        self._opened: tuple[dict[str, Any], CachedGraph] | None = None
+        self._folder = folder
+        self._path = graph_path(folder)
+        self._opened: tuple[dict[str, Any], CachedGraph | LabelGraph] | None = None
 
     def check(self) -> None:
         """Ask onnx's checker; ends the process with what it finds."""
@@ -51,7 +53,7 @@ class Ways:
         found = [rows for batch in batches for rows in self._opened[1].rows(batch, way["decoded"], output)]
         return [log_softmax(rows) for rows in found] if output == LOGITS else found
 
-    def _open(self, optimised: bool, accuracy_level: int | None, output: str) -> CachedGraph:
+    def _open(self, optimised: bool, accuracy_level: int | None, output: str) -> CachedGraph | LabelGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_ERRORS_ONLY
         options.add_session_config_entry(DATA_FOLDER, str(self._path.parent))
@@ -66,7 +68,7 @@ class Ways:
             add_output(model, output)
             source = model.SerializeToString()
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        return CachedGraph(session, self._decoder, grows)
+        return running_graph(session, self._folder, grows)
 
 
 def main() -> None:
