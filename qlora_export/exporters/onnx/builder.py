@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 
-BUILDER = "onnxruntime_genai.models.builder"
+BUILDER = "qlora_export.exporters.onnx.builder_process"
 # What is used here appeared in these versions.
 OLDEST = {"onnxruntime-genai": (0, 18), "onnxruntime": (1, 23), "onnx": (1, 21), "onnx-ir": (0, 1)}
 # Of memory for each weight, measured (docs/onnx.md).

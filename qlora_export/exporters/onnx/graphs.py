@@ -1,4 +1,4 @@
-"""Where graphs come from: the GenAI model builder or, for architectures that it lacks, `torch.onnx.export`."""
+"""Where graphs come from: the GenAI model builder or, for what it lacks or gets wrong, `torch.onnx.export`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_export.errors import EnvironmentProblem, Refused
 from qlora_export.exporters.onnx.builder import Order, known_architectures, run_builder
+from qlora_export.exporters.onnx.stated_architecture import lacking
 from qlora_export.exporters.onnx.traced.tracer import is_classifier, outline, trace
 from qlora_export.sources.checkpoint import read_json
 
@@ -26,9 +27,13 @@ def make_graph(name: str, order: Order, source: Path, destination: Path) -> None
 
 
 def is_built(config: Mapping[str, Any]) -> bool:
-    """Whether the installed builder has the architecture; it has none of sequence classifiers."""
-    known = known_architectures()
-    return not is_classifier(config) and (not known or _architecture(config) in known)
+    """Whether the installed builder makes a right graph of the architecture; it has none of sequence classifiers."""
+    return not is_classifier(config) and _unbuilt(config) is None
+
+
+def _unbuilt(config: Mapping[str, Any]) -> str | None:
+    name, known = str(_architecture(config)), known_architectures()
+    return lacking(name, config) if not known or name in known else "is not known to the model builder"
 
 
 def obstacle(name: str, config: Mapping[str, Any]) -> str | None:
@@ -41,7 +46,7 @@ def obstacle(name: str, config: Mapping[str, Any]) -> str | None:
     if is_built(config):
         return None
     found = _untraceable(json.dumps(config, sort_keys=True))
-    return f"{name}: {_architecture(config)} is not known to the model builder, and {found}" if found else None
+    return f"{name}: {_architecture(config)} {_unbuilt(config)}, and {found}" if found else None
 
 
 @lru_cache(maxsize=4)
