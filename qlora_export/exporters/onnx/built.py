@@ -40,7 +40,7 @@ class BuiltExporter:
         extra = self.options.words() if isinstance(self.options, IntegerOptions | Int8Options) else ()
         stated = "cpu" if isinstance(self.options, Float32Options) else self.options.provider
         # For a CPU the builder lays float16 out around an attention that has none; the one of CUDA runs there as well.
-        provider = "cuda" if self.precision == "fp16" else stated
+        provider = "cuda" if self.precision == "fp16" and stated == "cpu" else stated
         make_graph(self.name, Order(self.precision, provider, extra), source, destination)
         if provider != stated:
             _open_on_cpu(destination / "genai_config.json")

@@ -13,7 +13,7 @@ from qlora_export.exporters.transformers_js import LAYOUTS
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("default", "rtn", "k_quant")
 ACCURACY_LEVELS = (1, 2, 3, 4)
-PROVIDERS = ("cpu", "cuda")
+PROVIDERS = ("cpu", "cuda", "webgpu")
 SOURCES_OF_INT4: tuple[Takes, ...] = ("w4a16", "gptq", "awq")
 Chosen = TypeVar("Chosen")
 
