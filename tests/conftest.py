@@ -14,10 +14,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Commands are started some hundred times: none need compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# numba numbers what it compiles for one function, and of two processes that do so at once, one may leave its code under
-# the other's arguments. So the workers of `make test` share no kernels.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="kernels-")
 
 import hypothesis
 import numpy as np
@@ -33,6 +29,10 @@ from qlora_export.training import record
 
 hypothesis.settings.register_profile("shared-machine", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared-machine")
+
+# Where numba keeps what it compiles. The workers of `make test` compile every kernel once, into a cache of their run:
+# one in the working tree may hold what was inlined from a module that has been edited since.
+KERNELS = "NUMBA_CACHE_DIR"
 
 DEMO = Path(qlora_export.demo.__file__).parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -122,17 +122,18 @@ LONG_FILES = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache of kernels for the workers, which are started later."""
+    if config.getoption("numprocesses", None):
+        os.environ[KERNELS] = tempfile.mkdtemp(prefix="kernels-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(KERNELS), ignore_errors=True))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker among others begins with the long files; a run of its own keeps the order of the folders."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {name: place for place, name in enumerate(LONG_FILES)}
         items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
-
-
-def pytest_unconfigure() -> None:
-    """The kernels of a worker go with it."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shutil.rmtree(os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
