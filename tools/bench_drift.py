@@ -87,15 +87,15 @@ def overhead(hidden: int, vocabulary: int, count: int, repeats: int) -> dict[str
     """CPU seconds of a check and of the forward passes in it."""
     import torch
 
-    from qlora_export.runtimes.loading import ModelSession, load_causal_lm
+    from qlora_export.runtimes.loading import ModelSession, load_model
 
     heads = max(hidden // 64, 4)
     shape = Shape(hidden, hidden * 4, BLOCKS, vocabulary, heads, max(heads // 4, 1))
     tokens = random_tokens(count, vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder) / "base", shape)
-        reference = load_causal_lm(Path(folder) / "base", dtype=torch.float32)
-        candidate = load_causal_lm(Path(folder) / "base", dtype=torch.float32)
+        reference = load_model(Path(folder) / "base", dtype=torch.float32)
+        candidate = load_model(Path(folder) / "base", dtype=torch.float32)
         for parameter in candidate.parameters():
             parameter.data = (parameter.data * 1.001).to(torch.bfloat16).float()
 
@@ -123,9 +123,9 @@ def overhead(hidden: int, vocabulary: int, count: int, repeats: int) -> dict[str
 
 
 @contextmanager
-def demo(folder: Path) -> Iterator[tuple[TokenSet, Measurement, Callable[[float], Measurement]]]:
+def demo(folder: Path, count: int | None) -> Iterator[tuple[TokenSet, Measurement, Callable[[float], Measurement]]]:
     """The embedded demo: its tokens, the reference, and what measures its adapter with a delta of another size."""
-    recipe = recipe_of(DEMO / "adapter")
+    recipe = recipe_of(DEMO / "adapter", tokens=count)
     plan = make_plan(recipe, folder)
     tokens = drift_tokens(plan, (), drift_text(recipe))
     with open_reference(ReferenceStore(folder, 0), reference_key(plan, workers=2), tokens) as kept:
@@ -133,7 +133,7 @@ def demo(folder: Path) -> Iterator[tuple[TokenSet, Measurement, Callable[[float]
 
         def scaled(scale: float) -> Measurement:
             adapter = scaled_adapter(DEMO / "adapter", scale, folder / f"adapter-{scale:g}")
-            other = make_plan(recipe_of(adapter), folder)
+            other = make_plan(recipe_of(adapter, tokens=count), folder)
             if other.adapter is None:
                 raise ValueError("no adapter")
             live = open_as_trained(other.checkpoint, other.adapter, other.live_training)
@@ -142,15 +142,15 @@ def demo(folder: Path) -> Iterator[tuple[TokenSet, Measurement, Callable[[float]
         yield tokens, reference, scaled
 
 
-def recipe_of(adapter: Path, form: str = "adapter") -> Recipe:
-    """The demo with an adapter in place of its own, and one artifact."""
+def recipe_of(adapter: Path, form: str = "adapter", tokens: int | None = None) -> Recipe:
+    """The demo with an adapter in place of its own, and one artifact; on so many tokens of its text, or on all."""
     data = {"base": str(DEMO / "base"), "adapter": str(adapter), "artifacts": [form]}
-    return make_recipe({**data, "drift": {"text": HOLDOUT}}, Path(), "benchmark")
+    return make_recipe({**data, "drift": {"text": HOLDOUT, "tokens": tokens}}, Path(), "benchmark")
 
 
-def resolution(folder: Path, halvings: int) -> dict[str, float]:
+def resolution(folder: Path, halvings: int, count: int | None) -> dict[str, float]:
     """How often the number of tokens that the gate asks for decides about a small change."""
-    with demo(folder) as (tokens, reference, scaled):
+    with demo(folder, count) as (tokens, reference, scaled):
         low, high = 0.9, 1.0
         for _ in range(halvings):
             scale = (low + high) / 2
@@ -299,7 +299,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, dict[str, Any]] = {
             "overhead": overhead(*(TINY if arguments.tiny else sizes)),
-            "resolution": resolution(Path(folder), 1 if arguments.tiny else 8),
+            "resolution": resolution(Path(folder), *((1, 800) if arguments.tiny else (8, None))),
             "defects": defects(Path(folder), 200 if arguments.tiny else 3000),
         }
     if arguments.json:

@@ -41,9 +41,9 @@ def test_the_device_benchmark() -> None:
 
 
 def test_the_calibration_benchmark() -> None:
-    sizes = ["--hidden", "128", "192", "--sequences", "2", "--window", "16"]
+    sizes = ["--hidden", "64", "96", "--sequences", "2", "--window", "16"]
     data = json.loads(tool("bench_calibration.py", *sizes, "--json"))
-    assert [row["hidden"] for row in data["rows"]] == [128, 192]
+    assert [row["hidden"] for row in data["rows"]] == [64, 96]
     assert all(row["cpu_seconds_per_block"] > row["cpu_seconds_per_pass"] > 0 for row in data["rows"])
     assert "growth" in data["rows"][1]
 
