@@ -56,7 +56,7 @@ class ShardWriter:
         place = self._places[piece.part]
         if piece.offset + piece.data.nbytes > place.bytes:
             raise ValueError(f"{piece.part}: {piece.data.nbytes} bytes at {piece.offset} pass its {place.bytes} bytes")
-        _write_all(self._descriptors[place.file], piece.data.data, place.offset + piece.offset)
+        write_at(self._descriptors[place.file], piece.data.data, place.offset + piece.offset)
 
     def done(self, parts: Iterable[str]) -> None:
         """These parts are whole, and stay as they are."""
@@ -112,7 +112,7 @@ def _create(path: Path, shard: ShardLayout) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         _reserve(descriptor, path, shard.bytes)
-        _write_all(descriptor, memoryview(shard.header), 0)
+        write_at(descriptor, memoryview(shard.header), 0)
     except BaseException:
         os.close(descriptor)
         raise
@@ -139,7 +139,8 @@ def _reserve(descriptor: int, path: Path, size: int) -> None:
             raise
 
 
-def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+def write_at(descriptor: int, view: memoryview, position: int) -> None:
+    """Write all bytes of a view at a position of a file."""
     view = view.cast("B")
     while view:
         count = os.pwrite(descriptor, view, position)

@@ -21,8 +21,8 @@ from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 BUILDER = "qlora_export.exporters.onnx.builder_process"
 # What is used here appeared in these versions.
 OLDEST = {"onnxruntime-genai": (0, 18), "onnxruntime": (1, 23), "onnx": (1, 21), "onnx-ir": (0, 1)}
-# Of memory for each weight, measured (docs/onnx.md).
-MEMORY_BYTES = {"fp32": 4, "fp16": 4, "int4": 9, "int8": 9}
+# Of memory beside the codes of the largest matrix, measured (docs/onnx.md).
+MEMORY_GB = 1
 UNSUPPORTED = "is not currently supported"
 ARCHITECTURE = re.compile(r"config\.architectures\[0\] == \"(\w+)\"")
 INSTALL = "pip install -U 'qlora-export[onnx]'"
@@ -72,7 +72,7 @@ def run_builder(name: str, order: Order, source: Path, destination: Path) -> Non
             words += ["--extra_options", *order.extra]
         code, errors = _run(words)
     if code:
-        raise _failure(name, order.precision, code, errors)
+        raise _failure(name, code, errors)
     for file in ("model.onnx", "genai_config.json"):
         if not (destination / file).is_file():
             raise EnvironmentProblem(f"{name}: the model builder ended well but left no {file}")
@@ -95,7 +95,7 @@ def _run(words: Sequence[str]) -> tuple[int, str]:
     return found.returncode, found.stderr
 
 
-def _failure(name: str, precision: str, code: int, stderr: str) -> ExportError:
+def _failure(name: str, code: int, stderr: str) -> ExportError:
     last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no message")
     if "No space left on device" in stderr:
         return EnvironmentProblem(f"{name}: the disk is full", "free some disk space, then run again")
@@ -104,7 +104,7 @@ def _failure(name: str, precision: str, code: int, stderr: str) -> ExportError:
     if code < 0:
         return EnvironmentProblem(
             f"{name}: the model builder was killed by {signal.Signals(-code).name}",
-            f"it needs about {MEMORY_BYTES[precision]} bytes of memory a weight; run again with more",
+            f"it needs {MEMORY_GB} GB of memory, however large the model; run again with more",
         )
     return EnvironmentProblem(f"{name}: the model builder failed: {last}", "see whether the bf16 folder loads")
 
