@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_export import catalog
 from qlora_export.contracts import Artifact, Session
+from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Measured, References, make_ledger
 from qlora_export.drift.measure import measure
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import Reference, open_reference
-from qlora_export.drift.sizes import sized
+from qlora_export.drift.sizes import SizedProtocol, protocol_for
 from qlora_export.drift.tokenizers import require_same_tokenizer
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.drift.worst import worst_of
-from qlora_export.errors import UsageError
+from qlora_export.errors import InputError, UsageError
 from qlora_export.measuring import (
     drift_text,
     judged,
@@ -41,18 +42,19 @@ from qlora_export.measuring import (
     probe_texts,
     reference_key,
     reference_store,
+    require_measurable,
     require_row,
 )
 from qlora_export.pipeline import RunOptions
 from qlora_export.planning import Plan, make_plan
-from qlora_export.protocol_names import choose_protocol
 from qlora_export.recipe import DriftRecipe, Recipe, make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.onnx.artifacts import look_over, validated
-from qlora_export.runtimes.recognising import recognised
+from qlora_export.runtimes.recognising import CONFIG, recognised
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.context import context_tokens
+from qlora_export.sources.labels import is_classifier, label_names
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
 from qlora_export.sources.text import DriftText
 
@@ -95,12 +97,19 @@ class _Model:
         config = self.checkpoint.config
         return None if self.plan is not None or config.get("quantization_config") else self.checkpoint.folder
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json as the finished model has it."""
+        return self.plan.config if self.plan else self.checkpoint.config
+
+    def protocol(self, drift: DriftRecipe) -> SizedProtocol:
+        """The protocol that was asked for."""
+        return protocol_for(drift, self.config, context_tokens(self.checkpoint.text_config))
+
     def tokens(self, text: DriftText, tokenizer: FolderTokenizer, drift: DriftRecipe) -> TokenSet:
         """The tokens of the text by the protocol that was asked for."""
-        config = self.checkpoint.text_config
-        choice = choose_protocol(drift.protocol, drift.window_tokens, drift.stride_tokens)
-        found = token_set(text, tokenizer, sized(choice, context_tokens(config)), drift.tokens)
-        self._require_row(max(max(window.tokens) for window in found.windows))
+        found = token_set(text, tokenizer, self.protocol(drift), drift.tokens)
+        self._require_row(found.highest_token)
         return found
 
     def probes(self, texts: ProbeTexts, tokenizer: FolderTokenizer) -> Probes:
@@ -160,6 +169,9 @@ def check_against(
     tokenizer = FolderTokenizer(model.tokenizer_folder)
     notes = _require_same_tokenizer(candidate, tokenizer, text)
     stated = recipe.drift or DriftRecipe(text="")
+    protocol = model.protocol(stated)
+    require_measurable(protocol, text, asked)
+    notes += _require_same_labels(candidate, protocol.labels)
     tokens = model.tokens(text, tokenizer, stated)
     probes = model.probes(asked, tokenizer)
     _require_rows(candidate, tokens, probes)
@@ -171,9 +183,10 @@ def check_against(
             with options.track(f"measure {candidate.name}") as progress:
                 measured = measure(candidate.name, str(candidate.manifest["runtime"]), session, kept.rows, progress)
             answers = ask(session, probes, kept.columns, tokenizer.decode, options.track)
-    worst = worst_of(measured, references.tuned, tokens, tokenizer.decode)
+    compared = (measured, references.tuned, tokens, tokenizer.decode)
+    worst, labels = worst_of(*compared), compare_labels(*compared)
     onnx = validated(candidate, tokens, options.track, model.dense_folder)
-    found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers, onnx)
+    found = Measured(candidate, recipe.artifacts[0], measured, (), worst, answers, labels, onnx)
     models = Models(partial(model.open, options.device), lambda entry: opening())
     entries = judged(recipe, [found], references, tokens)
     entries = traced_entries(entries, tokens, stated.trace, models, options.out, options.track)
@@ -235,12 +248,27 @@ def _require_same_tokenizer(candidate: Artifact, reference: FolderTokenizer, tex
     return []
 
 
+def _require_same_labels(candidate: Artifact, labels: tuple[str, ...]) -> list[str]:
+    """What is to be said of a candidate's labels; raises InputError for another kind of model, or number of labels."""
+    place = candidate.path / CONFIG
+    if not place.is_file():
+        return []
+    config = read_json(place)
+    if is_classifier(config) != bool(labels):
+        ours, theirs = ("classifier", "language model") if labels else ("language model", "classifier")
+        raise InputError(f"{candidate.path}: a {theirs}, and the reference is a {ours}", "both must be of one kind")
+    named = label_names(config) if labels else ()
+    if len(named) != len(labels):
+        raise InputError(f"{place}: {len(named)} labels, the reference has {len(labels)}", "both must share them")
+    return [] if named == labels else [f"{candidate.name} names its labels otherwise: {', '.join(named)}"]
+
+
 def _require_rows(candidate: Artifact, tokens: TokenSet, probes: Probes) -> None:
     """Raise InputError for a candidate of transformers whose embedding lacks rows for tokens of the reference."""
     if candidate.manifest["runtime"] != "transformers":
         return
     config = Checkpoint(candidate.path, read_json(candidate.path / "config.json"), {}, ()).text_config
-    highest = max(probes.highest_token, *(max(window.tokens) for window in tokens.windows))
+    highest = max(probes.highest_token, tokens.highest_token)
     require_row(highest, config.get("vocab_size"), candidate.path, "both must share one vocabulary")
 
 

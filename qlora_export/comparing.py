@@ -18,8 +18,10 @@ from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
 from qlora_export.comparison.speed import Speed, speed_of
 from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, References, make_ledger
+from qlora_export.drift.probes import NO_TEXTS
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
+from qlora_export.drift.sizes import protocol_of
 from qlora_export.engine.building import locked
 from qlora_export.engine.trials import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
@@ -32,12 +34,14 @@ from qlora_export.measuring import (
     measure_references,
     reference_key,
     reference_store,
+    require_measurable,
 )
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.runtimes.opening import open_artifact
+from qlora_export.sources.text import DriftText
 
 BASELINE = "fp32"
 AS_TRAINED = "merge.onto is auto: formats without a merge base of their own are compared as-trained"
@@ -64,9 +68,8 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         trial = _Trial(recipe, replace(options, out=options.out / COMPARISON_TRIAL))
-        built = trial.build(found)
+        built = trial.build(found, text)
         plan = built[0].plan
-        require_reference(plan)
         tokens = drift_tokens(plan, [item.artifact for item in built], text)
         key = reference_key(plan, options.workers, options.device)
         with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
@@ -110,9 +113,9 @@ class _Trial:
         """The plan of some candidates."""
         return make_plan(_recipe_of(self.recipe, items), self.options.out)
 
-    def build(self, items: Sequence[Candidate]) -> list[_Built]:
-        """Everything that can be built, in as few passes over the base as there are ways to build."""
-        planned = [item for item in items if self._plans(item)]
+    def build(self, items: Sequence[Candidate], text: DriftText) -> list[_Built]:
+        """Everything that can be built and measured, in as few passes over the base as there are ways to build."""
+        planned = [item for item in items if self._plans(item, text)]
         if not planned:
             raise next(iter(self.failures.values()))
         built = [found for group in _groups(planned) for found in self._build_together(group)]
@@ -120,9 +123,11 @@ class _Trial:
             raise next(iter(self.failures.values()))
         return built
 
-    def _plans(self, item: Candidate) -> bool:
+    def _plans(self, item: Candidate, text: DriftText) -> bool:
         try:
             plan = self.plan([item])
+            require_reference(plan)
+            require_measurable(protocol_of(plan), text, NO_TEXTS)
         except ExportError as error:
             self.failures[item] = error
             return False

@@ -353,6 +353,13 @@ class Tokenizer(Protocol):
         """Token ids of a text, with the special tokens that the tokenizer puts around one by itself."""
         ...
 
+    def encode_within(self, text: str, pair: str | None, limit: int) -> tuple[list[int], bool]:
+        """Token ids of a text, or of two together, as a classifier reads them: with special tokens, at most so many.
+
+        Also whether they are whole.
+        """
+        ...
+
     def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
         """A conversation by the chat template; `answering` adds the start of the assistant's turn."""
         ...
@@ -375,10 +382,10 @@ class ServedTokenizer(Tokenizer, Protocol):
 
 
 class Session(Protocol):
-    """A model opened in a runtime."""
+    """A model opened in a runtime; that of a classifier has one row for a text, its log-probabilities of labels."""
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
-        """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
+        """Log-probabilities [tokens, vocabulary] of the token that follows each position, or [1, labels], in nats."""
         ...
 
 

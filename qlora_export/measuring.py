@@ -16,6 +16,7 @@ from qlora_export import catalog
 from qlora_export.contracts import Artifact, Measurement, NarrowableSession, Session, Track
 from qlora_export.drift.batches import BATCH_TOKENS
 from qlora_export.drift.gate import DEFAULT_LIMITS
+from qlora_export.drift.labelled import require_labels
 from qlora_export.drift.ledger import Entry, Measured, References, enter
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
 from qlora_export.drift.probes import NO_PROBES, Probes, ProbeTexts, ask_reference, read_probes
@@ -28,12 +29,13 @@ from qlora_export.drift.reference_store import (
     columns_of,
     measurement_in,
 )
-from qlora_export.drift.sizes import protocol_of
+from qlora_export.drift.sizes import SizedProtocol, protocol_of
 from qlora_export.drift.survival import kept_layers
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
+from qlora_export.protocol_names import USUAL
 from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Limits, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.context import context_tokens
@@ -54,15 +56,25 @@ def drift_text(recipe: Recipe) -> DriftText:
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
     text = read_text(recipe.drift.text, recipe.folder)
-    require_kind(text, recipe.drift.protocol)
+    require_kind(text, recipe.drift.protocol or USUAL)
     return text
+
+
+def require_measurable(protocol: SizedProtocol, text: DriftText, asked: ProbeTexts) -> None:
+    """Raise for a classifier whose text has no labels, or that is asked to choose or to go on with a text."""
+    if not protocol.labels:
+        return
+    require_labels(text, protocol.labels)
+    for name, found in (("choices", asked.questions), ("prompts", asked.prompts)):
+        if found:
+            raise UsageError(f"drift.{name} is for language models, and this is a classifier", f"leave {name} out")
 
 
 def drift_tokens(plan: Plan, artifacts: Sequence[Artifact], text: DriftText) -> TokenSet:
     """The tokens that every model of the run is measured on, by the tokenizer that the artifacts ship."""
     limit = plan.recipe.drift.tokens if plan.recipe.drift else None
     tokens = token_set(text, tokenizer_of(plan, artifacts), protocol_of(plan), limit)
-    require_in_vocabulary([max(window.tokens) for window in tokens.windows], plan)
+    require_in_vocabulary([tokens.highest_token], plan)
     return tokens
 
 
@@ -195,8 +207,10 @@ def _live(plan: Plan, device: str) -> AsTrained:
 def _with_adapter(live: AsTrained, rows: ReferenceProbabilities, track: Track, probes: Probes) -> Columns:
     found = measure_model("as trained", live.tuned(), rows, track)
     asked = ask_reference(live.tuned(), probes, track)
-    with live.base() as session, track("measure the base") as progress:
-        found["base"] = measure("base", "transformers", session, rows, progress)
+    # A classifier's head is new: without training there is nothing that it says.
+    if not rows.tokens.labels:
+        with live.base() as session, track("measure the base") as progress:
+            found["base"] = measure("base", "transformers", session, rows, progress)
     with live.merged() as session, track("measure merged") as progress:
         found["merged"] = measure("merged", "transformers", session, rows, progress)
     return {**columns_of(found), **asked}

@@ -16,6 +16,7 @@ from qlora_export import catalog, engine
 from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import recall
+from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.reference import require_reference
@@ -39,6 +40,7 @@ from qlora_export.measuring import (
     reference_key,
     reference_store,
     require_in_vocabulary,
+    require_measurable,
     tokenizer_of,
 )
 from qlora_export.pinned import require_pinned, require_pinned_bytes
@@ -152,7 +154,7 @@ def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
     text, asked = drift_text(recipe), probe_texts(recipe)
 
     def measurable(plan: Plan) -> None:
-        protocol_of(plan)
+        require_measurable(protocol_of(plan), text, asked)
         _require_readable(plan, asked)
         require(plan)
 
@@ -284,7 +286,8 @@ def _measure_artifacts(
         with open_artifact(artifact, run.plan, options.device) as session:
             measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
             answers = ask(session, probes, reference.columns, decode, options.track)
-        worst = worst_of(measured.measurement, references.tuned, rows.tokens, decode)
+        compared = (measured.measurement, references.tuned, rows.tokens, decode)
+        worst, labels = worst_of(*compared), compare_labels(*compared)
         onnx = validated(artifact, rows.tokens, options.track)
-        found.append(replace(measured, worst=worst, answers=answers, onnx=onnx))
+        found.append(replace(measured, worst=worst, answers=answers, labels=labels, onnx=onnx))
     return found

@@ -190,6 +190,11 @@ class Plan:
         return self.opened.adapter
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json as the finished model has it; a key that it drops is None."""
+        return {**self.checkpoint.config, **self.model.settings}
+
+    @property
     def bytes(self) -> int:
         """Size of all artifacts together."""
         return sum(self.sizes.values())

@@ -5,6 +5,7 @@ disjoint-N         the tables of GPTQ and AWQ: joined text in disjoint windows o
 strided            the perplexity page of transformers: overlapping windows; `window_tokens`, `stride_tokens`
 llama.cpp-N        llama-perplexity: chunks of N, their second halves scored
 lm-eval-rolling    lm-evaluation-harness: every document for itself, every token scored; `window_tokens`
+labels             of a sequence classifier, and its only one: every text for itself, its label scored; `window_tokens`
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from typing import Literal
 
 from qlora_export.errors import UsageError
 
-Kind = Literal["windows", "disjoint", "strided", "llama.cpp", "lm-eval-rolling"]
+Kind = Literal["windows", "disjoint", "strided", "llama.cpp", "lm-eval-rolling", "labels"]
 
 USUAL = "windows"
+LABELS: Kind = "labels"
 FEWEST_TOKENS = 8
-PLAIN: dict[str, Kind] = {"windows": "windows", "strided": "strided", "lm-eval-rolling": "lm-eval-rolling"}
+PLAIN: dict[str, Kind] = {
+    "windows": "windows",
+    "strided": "strided",
+    "lm-eval-rolling": "lm-eval-rolling",
+    "labels": "labels",
+}
 SIZED: dict[str, Kind] = {"disjoint": "disjoint", "llama.cpp": "llama.cpp"}
-EXAMPLES = ("windows", "disjoint-2048", "strided", "llama.cpp-512", "lm-eval-rolling")
+EXAMPLES = ("windows", "disjoint-2048", "strided", "llama.cpp-512", "lm-eval-rolling", "labels")
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,11 @@ class DriftRecipe(_Facts):
     The distributions of references are kept in the run folder for the next run, up to `reference_bytes` in all.
     `choices` names a file of questions with answers to choose from, `prompts` one of prompts, each of which every model
     goes on with for `generate_tokens`; `trace` says when layers are compared one by one: where the verdict is no pass,
-    always or never.
+    always or never. Without a `protocol` it is the usual one of the model: `windows`, or `labels` of a classifier.
     """
 
     text: str
-    protocol: str = USUAL
+    protocol: str | None = None
     window_tokens: int | None = Field(None, ge=FEWEST_TOKENS)
     stride_tokens: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
@@ -375,7 +375,7 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
         for override in artifact.overrides.values():
             require_known(FORMATS, "format", override.format)
     if recipe.drift is not None:
-        choose_protocol(recipe.drift.protocol, recipe.drift.window_tokens, recipe.drift.stride_tokens)
+        choose_protocol(recipe.drift.protocol or USUAL, recipe.drift.window_tokens, recipe.drift.stride_tokens)
     return recipe
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
-from qlora_export.errors import ExitCode, PlanRefused, Refused, RemoteConflict, UsageError
+from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
@@ -182,18 +181,6 @@ def test_variants_are_measured_as_they_were_trained(
     assert divergences["adapter"] == 0
     survived = [entry.drift.survival_min for entry in run.ledger.entries if entry.drift.survival_min is not None]
     assert all(0.98 < value < 1.02 for value in survived)
-
-
-def test_a_classifier_is_built_and_not_measured(pico_base: Path, pico_text: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(pico_base, num_labels=3)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    data = {"base": str(pico_base), "adapter": str(tmp_path / "adapter"), "artifacts": ["bf16"]}
-    recipe = make_recipe({**data, "drift": {"text": str(pico_text)}}, Path(), "test")
-    with pytest.raises(Refused, match="the drift of a classifier is not measured yet"):
-        run_check(recipe, RunOptions(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

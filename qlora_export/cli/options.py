@@ -42,7 +42,8 @@ ProtocolName = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="How --text is cut and scored: windows (default), disjoint-2048, strided, llama.cpp-512, lm-eval-rolling.",
+        help="How --text is cut and scored: windows (default), disjoint-2048, strided, llama.cpp-512, lm-eval-rolling; "
+        "of a classifier: labels.",
     ),
 ]
 ChoicesFile = Annotated[

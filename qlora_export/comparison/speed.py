@@ -34,7 +34,7 @@ class Speed:
 
 def speed_of(session: Session, tokens: TokenSet) -> Speed:
     """Time a session that has answered before."""
-    window = max(tokens.windows, key=lambda window: len(window.tokens)).tokens
+    window = max((window.read for window in tokens.windows), key=len)
     prefill = len(window) / _least(lambda: session.log_probabilities(window))
     if not isinstance(session, GreedySession):
         return Speed(prefill, None)

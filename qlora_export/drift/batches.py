@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from qlora_export.contracts import BatchedSession, Float32, Session
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import EnvironmentProblem
@@ -39,9 +37,8 @@ def batched_rows(session: Session, windows: Sequence[Window]) -> Iterator[Float3
 def _rows(session: Session, batch: Sequence[Window]) -> list[Float32]:
     try:
         if isinstance(session, BatchedSession):
-            places = [[place - 1 for place in window.scored] for window in batch]
-            return session.rows_at([window.fed for window in batch], places)
-        return [_scored_rows(session, window) for window in batch]
+            return session.rows_at([window.fed for window in batch], [window.rows for window in batch])
+        return [session.log_probabilities(window.fed)[list(window.rows)] for window in batch]
     except MemoryError as error:
         if len(batch) == 1:
             raise EnvironmentProblem(
@@ -50,10 +47,3 @@ def _rows(session: Session, batch: Sequence[Window]) -> list[Float32]:
             ) from None
     middle = len(batch) // 2
     return [*_rows(session, batch[:middle]), *_rows(session, batch[middle:])]
-
-
-def _scored_rows(session: Session, window: Window) -> Float32:
-    """Row t - 1 predicts token t."""
-    rows = session.log_probabilities(window.fed)
-    scored: Float32 = rows[np.array(window.scored) - 1]
-    return scored

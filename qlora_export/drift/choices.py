@@ -12,7 +12,7 @@ from chance by McNemar's exact test, two-sided: each flip is as likely to go eit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,15 @@ class AskedQuestion:
 
     question: Question
     windows: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The number of the right answer, and of those of both models; None where a model gives no number."""
+
+    right: int
+    reference: int | None
+    candidate: int | None
 
 
 @dataclass(frozen=True)
@@ -95,14 +104,19 @@ def score_choices(session: Session, asked: Sequence[AskedQuestion], progress: Pr
 
 def compare_choices(asked: Sequence[AskedQuestion], reference: Scores, candidate: Scores) -> Choices:
     """What both models answer, by the scores of all choices."""
-    answers = [_answers(asked, reference), _answers(asked, candidate)]
-    pairs = list(zip((item.question for item in asked), *answers, strict=True))
-    right = [(first == question.answer, second == question.answer) for question, first, second in pairs]
+    answers = zip(asked, _answers(asked, reference), _answers(asked, candidate), strict=True)
+    answered = [Answered(item.question.answer, first, second) for item, first, second in answers]
+    return compare_answers(answered, lambda number: _flip(asked[number].question, answered[number]))
+
+
+def compare_answers(answered: Sequence[Answered], flip: Callable[[int], Flip]) -> Choices:
+    """Accuracy of both models and what flipped; `flip` tells of the item of a number."""
+    right = [(item.reference == item.right, item.candidate == item.right) for item in answered]
     lost, gained = right.count((True, False)), right.count((False, True))
     accuracy = sum(second for _, second in right) / len(right)
     variance = accuracy * (1 - accuracy) / (len(right) - 1) if len(right) > 1 else math.nan
-    flipped = [pair for pair in pairs if pair[1] != pair[2]]
-    flipped.sort(key=lambda pair: 0 if pair[1] == pair[0].answer else 1 if pair[2] == pair[0].answer else 2)
+    flipped = [number for number, item in enumerate(answered) if item.reference != item.candidate]
+    flipped.sort(key=lambda number: (0 if right[number][0] else 1 if right[number][1] else 2, number))
     return Choices(
         items=len(right),
         accuracy_reference=sum(first for first, _ in right) / len(right),
@@ -111,7 +125,7 @@ def compare_choices(asked: Sequence[AskedQuestion], reference: Scores, candidate
         lost=lost,
         gained=gained,
         p_value=mcnemar(lost, gained),
-        flipped=tuple(_flip(*pair) for pair in flipped[:SHOWN]),
+        flipped=tuple(map(flip, flipped[:SHOWN])),
     )
 
 
@@ -143,6 +157,7 @@ def _answers(asked: Sequence[AskedQuestion], scores: Scores) -> list[int | None]
     return [int(part.argmax()) if np.isfinite(part).any() else None for part in np.split(scores, ends)]
 
 
-def _flip(question: Question, reference: int | None, candidate: int | None) -> Flip:
-    texts = ["" if number is None else question.choices[number] for number in (question.answer, reference, candidate)]
+def _flip(question: Question, item: Answered) -> Flip:
+    chosen = (item.right, item.reference, item.candidate)
+    texts = ["" if number is None else question.choices[number] for number in chosen]
     return Flip(question.place, question.text, *texts)

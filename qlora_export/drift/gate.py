@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_export.contracts import Artifact, Drift, Outcome, Verdict, Verified
 from qlora_export.drift.statistics import Beside
+from qlora_export.drift.tokens import Unit
 from qlora_export.errors import GateFailed, VerifyMismatch
 from qlora_export.recipe import Limits
 
@@ -47,8 +48,8 @@ class Check:
             return "pass"
         return "inconclusive" if margin > -reach else "fail"
 
-    def reason(self, tokens: int) -> str:
-        """The check in words."""
+    def reason(self, tokens: int, unit: Unit = "tokens") -> str:
+        """The check in words, given how many of what were scored."""
         sign = "at least" if self.above else "at most"
         error = f" ± {self.stderr:.2g}" if self.stderr else ""
         place = f" in {self.place}" if self.place else ""
@@ -57,9 +58,9 @@ class Check:
             return text
         distance = abs(self.value - self.limit)
         if distance == 0:
-            return f"{text}: no number of tokens decides a value on its limit"
+            return f"{text}: no number of {unit} decides a value on its limit"
         more = deciding_tokens(tokens, self.stderr, distance) - tokens
-        return f"{text}: about {more} more tokens are needed to decide"
+        return f"{text}: about {more} more {unit} are needed to decide"
 
 
 def deciding_tokens(tokens: int, stderr: float, distance: float) -> int:
@@ -99,20 +100,27 @@ def _further(limits: Limits, further: Beside | None) -> list[tuple[str, float, f
     ]
 
 
-def judge(drift: Drift, limits: Limits, tokens: int, nonfinite: int, further: Beside | None = None) -> Verdict:
+def judge(
+    drift: Drift,
+    limits: Limits,
+    tokens: int,
+    nonfinite: int,
+    further: Beside | None = None,
+    unit: Unit = "tokens",
+) -> Verdict:
     """The verdict on one artifact: fail before inconclusive before pass, with the reasons that decide."""
     if nonfinite:
-        return Verdict("fail", (f"{nonfinite} tokens have a distribution with NaN or infinity",))
+        return Verdict("fail", (f"{nonfinite} {unit} have a distribution with NaN or infinity",))
     results = checks(drift, limits, further)
-    if reasons := tuple(check.reason(tokens) for check in results if check.outcome == "fail"):
+    if reasons := tuple(check.reason(tokens, unit) for check in results if check.outcome == "fail"):
         return Verdict("fail", reasons)
-    reasons = tuple(check.reason(tokens) for check in results if check.outcome == "inconclusive")
+    reasons = tuple(check.reason(tokens, unit) for check in results if check.outcome == "inconclusive")
     if drift.gain_kept is None and limits.gain_kept is not None:
         reasons += ("gain kept has no number, since the adapter is no better than its base on this text",)
     if drift.survival_min is None and limits.survival_min is not None:
         reasons += ("survival has no number, since these weights cannot be read back",)
     if tokens < FEWEST_TOKENS:
-        reasons += (f"{tokens} tokens are too few to judge anything, {FEWEST_TOKENS} are the least",)
+        reasons += (f"{tokens} {unit} are too few to judge anything, {FEWEST_TOKENS} are the least",)
     return Verdict("inconclusive", reasons) if reasons else Verdict("pass")
 
 

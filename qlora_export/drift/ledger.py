@@ -43,6 +43,7 @@ class Entry:
     worst: Worst | None = None
     beside: Beside | None = None
     choices: Choices | None = None
+    labels: Choices | None = None
     generation: Generation | None = None
     trace: Trace | None = None
     onnx: GraphFindings | None = None
@@ -113,6 +114,7 @@ class Measured:
     layers: Sequence[KeptLayer]
     worst: Worst | None = None
     answers: Answers = NO_ANSWERS
+    labels: Choices | None = None
     onnx: GraphFindings | None = None
     source: str | None = None
 
@@ -135,7 +137,7 @@ def enter(
     wanted = limits.no_worse_than.artifact if limits.no_worse_than else artifact.name
     yardstick = yardsticks.get(wanted) if wanted != artifact.name else None
     further = beside(measured, yardstick, tokens) if yardstick is not None else None
-    verdict = judge(drift, limits, tokens.count, measured.nonfinite, further)
+    verdict = judge(drift, limits, tokens.count, measured.nonfinite, further, tokens.unit)
     if found.onnx is not None:
         verdict = failed_by(verdict, found.onnx.breaches)
     # A folder without a manifest of ours is measured, and never published.
@@ -156,6 +158,7 @@ def enter(
         found.worst,
         further,
         found.answers.choices,
+        found.labels,
         found.answers.generation,
         onnx=found.onnx,
         steps=_steps(found, references, tokens, yardsticks),

@@ -68,9 +68,9 @@ def _compare(
     for number, (window, rows) in enumerate(zip(windows, found, strict=True)):
         reference = store.get(number)
         if rows.shape[1] != reference.shape[1]:
+            what = "labels" if window.labelled else "tokens in the vocabulary"
             raise InputError(
-                f"{name}: {rows.shape[1]} tokens in the vocabulary, the reference has {reference.shape[1]}",
-                "both must share one vocabulary",
+                f"{name}: {rows.shape[1]} {what}, the reference has {reference.shape[1]}", "both must share them"
             )
         nonfinite += int((~np.isfinite(rows).all(axis=1)).sum())
         parts.append((*_of_tokens(window, rows), divergences(reference, rows)))

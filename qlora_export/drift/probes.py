@@ -47,6 +47,9 @@ class ProbeTexts:
         )
 
 
+NO_TEXTS = ProbeTexts()
+
+
 @dataclass(frozen=True)
 class Probes:
     """Questions and prompts in tokens; none where nothing is asked."""

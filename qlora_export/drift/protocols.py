@@ -12,6 +12,7 @@ from itertools import chain
 from qlora_export.contracts import Tokenizer
 from qlora_export.drift.chats import chat_windows
 from qlora_export.drift.documents import documents_of
+from qlora_export.drift.labelled import labelled_tokens
 from qlora_export.drift.running_text import (
     disjoint_windows,
     half_scored_chunks,
@@ -22,7 +23,7 @@ from qlora_export.drift.running_text import (
 from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import InputError, UsageError
-from qlora_export.protocol_names import FEWEST_TOKENS, Kind, protocol_of_name
+from qlora_export.protocol_names import FEWEST_TOKENS, LABELS, Kind, protocol_of_name
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Entry
 
@@ -37,6 +38,8 @@ def token_set(text: DriftText, tokenizer: Tokenizer, protocol: SizedProtocol, li
     if not any(entry.content for entry in text.entries):
         raise InputError("the text for drift is empty", "name a file with chats, or with running text")
     require_kind(text, protocol.name)
+    if protocol.labels:
+        return labelled_tokens(text, tokenizer, protocol, limit)
     if text.chats:
         return _of_chats(text, tokenizer, protocol, limit)
     if protocol.kind == "lm-eval-rolling":
@@ -46,6 +49,8 @@ def token_set(text: DriftText, tokenizer: Tokenizer, protocol: SizedProtocol, li
 
 def require_kind(text: DriftText, name: str) -> None:
     """Raise UsageError for chats by a protocol that is defined for running text."""
+    if name == LABELS:
+        return
     if text.chats and protocol_of_name(name)[0] != "windows":
         raise UsageError(
             f"protocol {name} is for running text, and the text for drift is {len(text.chats)} chats: the "

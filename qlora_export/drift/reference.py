@@ -13,10 +13,13 @@ def require_reference(plan: Plan) -> None:
     if plan.adapter is None:
         return
     training = plan.live_training
+    kept = [item.name for item in plan.artifacts if item.form.keeps_adapter]
     storages = {weight.storage for weight in plan.checkpoint.weights.values()}
-    if plan.adapter.classifier:
+    if plan.adapter.classifier and (kept or storages != {"plain"}):
+        whose = f"artifact {kept[0]}" if kept else str(plan.checkpoint.folder)
         raise Refused(
-            f"{plan.adapter.folder}: the drift of a classifier is not measured yet", "use build, it merges it"
+            f"{whose}: transformers cannot load quantised weights beside a classifier's head that they lack",
+            "use build, or leave the artifact out" if kept else "use build, or give the 16-bit base",
         )
     if "fp8" in storages:
         raise Refused(

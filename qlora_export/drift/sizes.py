@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export.errors import UsageError
 from qlora_export.planning import Plan
-from qlora_export.protocol_names import USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
+from qlora_export.protocol_names import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
 from qlora_export.recipe import DriftRecipe
 from qlora_export.sources.context import context_tokens
+from qlora_export.sources.labels import is_classifier, label_names
 
 USUAL_WINDOW_TOKENS = 1024
 # What transformers' page on perplexity takes, and lm-evaluation-harness for a model that states no context.
 USUAL_STRIDE_TOKENS = 512
 UNSTATED_CONTEXT_TOKENS = 2048
+LABELS_HINT = "leave drift.protocol out: a classifier is measured on the labels of texts"
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,28 @@ class SizedProtocol:
     kind: Kind
     window_tokens: int
     stride_tokens: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 def protocol_of(plan: Plan) -> SizedProtocol:
     """The protocol that the recipe asks for, on the base's context; raises UsageError where they do not fit."""
     drift = plan.recipe.drift or DriftRecipe(text="")
-    choice = choose_protocol(drift.protocol, drift.window_tokens, drift.stride_tokens)
-    return sized(choice, context_tokens(plan.checkpoint.text_config))
+    return protocol_for(drift, plan.config, context_tokens(plan.checkpoint.text_config))
+
+
+def protocol_for(drift: DriftRecipe, config: Mapping[str, Any], context: int | None) -> SizedProtocol:
+    """The protocol for the model of a config.json: `labels` for a classifier, and for it alone.
+
+    Raises UsageError where another one is stated.
+    """
+    classifier = is_classifier(config)
+    if classifier and drift.protocol not in (None, LABELS):
+        raise UsageError(f"protocol {drift.protocol} is for language models, and this is a classifier", LABELS_HINT)
+    if not classifier and drift.protocol == LABELS:
+        raise UsageError("protocol labels is for classifiers, and this is a language model", "leave drift.protocol out")
+    name = LABELS if classifier else drift.protocol or USUAL
+    choice = choose_protocol(name, drift.window_tokens, drift.stride_tokens)
+    return replace(sized(choice, context), labels=label_names(config) if classifier else ())
 
 
 def sized(choice: ProtocolChoice, context: int | None) -> SizedProtocol:
@@ -59,7 +76,13 @@ def sized(choice: ProtocolChoice, context: int | None) -> SizedProtocol:
 def recorded_protocol(tokens: Mapping[str, Any]) -> SizedProtocol:
     """The protocol that a report's `tokens` were made by; those without a name were by the usual one."""
     name = str(tokens.get("name", USUAL))
-    return SizedProtocol(name, protocol_of_name(name)[0], int(tokens["window_tokens"]), tokens.get("stride_tokens"))
+    return SizedProtocol(
+        name,
+        protocol_of_name(name)[0],
+        int(tokens["window_tokens"]),
+        tokens.get("stride_tokens"),
+        tuple(tokens.get("labels") or ()),
+    )
 
 
 def _usual_window(choice: ProtocolChoice, context: int | None) -> int:

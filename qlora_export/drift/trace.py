@@ -86,7 +86,7 @@ def traced_windows(tokens: TokenSet) -> list[tuple[int, ...]]:
     left = TRACED_TOKENS
     for window in tokens.windows:
         if left > 1:
-            found.append(window.tokens[:left])
+            found.append(window.read[:left])
             left -= len(found[-1])
     return found
 

@@ -56,12 +56,17 @@ class Worst:
 
 
 def worst_of(candidate: Measurement, reference: Measurement, tokens: TokenSet, decode: Decode) -> Worst:
-    """The tokens and windows with the largest KL that is not zero."""
+    """The tokens and windows with the largest KL that is not zero; of labelled texts, each of which is a window, none.
+
+    What is said there are names of labels.
+    """
     counts = [len(window.scored) for window in tokens.windows]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     order = np.argsort(-candidate.kl, kind="stable")[:SHOWN]
     chosen = [int(number) for number in order if candidate.kl[number] > 0]
     found = [_token(number, candidate, reference, tokens, starts, decode) for number in chosen]
+    if tokens.labels:
+        return Worst(tuple(found), ())
     means = np.add.reduceat(candidate.kl, starts) / counts
     windows = [number for number in np.argsort(-means, kind="stable")[:SHOWN] if means[number] > 0]
     return Worst(tuple(found), tuple(_window(int(number), float(means[number]), tokens, decode) for number in windows))
@@ -78,17 +83,21 @@ def _token(
     at = int(np.searchsorted(starts, number, side="right")) - 1
     window = tokens.windows[at]
     position = window.scored[number - int(starts[at])]
+
+    def name(scored: int) -> str:
+        return tokens.labels[scored] if tokens.labels else decode([scored])
+
     return WorstToken(
         window=at,
         position=position,
         place=window.place,
         before=decode(window.tokens[max(0, position - CONTEXT_TOKENS) : position]),
-        token=decode([window.tokens[position]]),
+        token=name(window.tokens[position]),
         kl=float(candidate.kl[number]),
         p_reference=float(np.exp(-reference.nll[number])),
         p_candidate=float(np.exp(-candidate.nll[number])),
-        reference_says=decode([int(reference.top1[number])]),
-        candidate_says=decode([int(candidate.top1[number])]),
+        reference_says=name(int(reference.top1[number])),
+        candidate_says=name(int(candidate.top1[number])),
     )
 
 

@@ -45,7 +45,7 @@ def prove_sample(name: str, session: Session, tokens: TokenSet, sample: Sample) 
     found = mean_nll(session, first_windows(tokens, SAMPLE_TOKENS))
     if not abs(found - sample.nll) <= TOLERANCE_NATS:
         raise VerifyMismatch(
-            f"{name}: {found:.6f} nats a token over {sample.tokens} tokens, the release measured {sample.nll:.6f}",
+            f"{name}: {found:.6f} nats a {tokens.unit[:-1]} over {sample.tokens} {tokens.unit}, the release measured {sample.nll:.6f}",
             "the bytes agree: is the runtime of another version, or the machine faulty?",
         )
     return found
@@ -56,8 +56,8 @@ def mean_nll(session: Session, tokens: TokenSet) -> float:
     losses: list[float] = []
     for window in tokens.windows:
         rows = session.log_probabilities(window.fed)
-        places = np.array(window.scored)
-        losses += (-rows[places - 1, np.array(window.tokens)[places]]).astype(np.float64).tolist()
+        targets = np.array(window.tokens)[list(window.scored)]
+        losses += (-rows[list(window.rows), targets]).astype(np.float64).tolist()
     return float(np.mean(losses))
 
 

@@ -19,7 +19,7 @@ OF_THE_RUN = ("published", "exit_code")
 OF_THE_MACHINE = ("path", "reused")
 # What quotes the texts that drift was measured on.
 OF_THE_TEXTS = ("worst",)
-QUOTING = {"generation": "worst", "choices": "flipped"}
+QUOTING = {"generation": "worst", "choices": "flipped", "labels": "flipped"}
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -21,19 +21,20 @@ import transformers
 
 from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
-from qlora_export.merge.names import names_of
+from qlora_export.merge.names import Names, names_of
 from qlora_export.quant import four_bit, nested
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
+from qlora_export.runtimes.classifying import session_of
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
-    ModelSession,
     attach_adapter,
-    load_causal_lm,
+    load_model,
     pin_weights,
     placed,
     widen_dense,
 )
 from qlora_export.sources.adapter import Adapter
+from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
 from qlora_export.tensors.dtypes import round_to
@@ -49,13 +50,13 @@ class AsTrained:
 
     def tuned(self) -> Session:
         """With the live adapter: the reference."""
-        return ModelSession(self.model)
+        return session_of(self.model)
 
     @contextmanager
     def base(self) -> Iterator[Session]:
         """Without the adapter."""
         with self.model.disable_adapter():
-            yield ModelSession(self.model)
+            yield session_of(self.model)
 
     @contextmanager
     def merged(self) -> Iterator[Session]:
@@ -65,7 +66,7 @@ class AsTrained:
         for layer in before:
             layer.forward = partial(merged_forward, layer, roundings, TORCH_DTYPES[self.training.storage_dtype])
         try:
-            yield ModelSession(self.model)
+            yield session_of(self.model)
         finally:
             for layer, forward in before.items():
                 del layer.forward
@@ -86,22 +87,23 @@ def open_as_trained(
     of training, the model then computes on the device.
     """
     options: dict[str, Any] = {}
+    heads = CLASSIFIER_HEADS if adapter.classifier else ("lm_head",)
     if training.provenance != "base" and training.quant_type == "nf4" and _plain(base):
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=training.quant_type,
             bnb_4bit_use_double_quant=training.double_quant,
             bnb_4bit_compute_dtype=TORCH_DTYPES[training.compute_dtype],
-            llm_int8_skip_modules=[*training.skip, "lm_head"] if training.skip else None,
+            llm_int8_skip_modules=[*training.skip, *heads] if training.skip else None,
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = load_causal_lm(base.folder, dtype=TORCH_DTYPES[training.storage_dtype], **options)
+        model = load_model(base.folder, adapter.labels, dtype=TORCH_DTYPES[training.storage_dtype], **options)
     finally:
         torch.set_num_threads(threads)
     if _plain(base):
-        _give_recorded_state(model, base, training)
+        _give_recorded_state(model, names_of(base, adapter.classifier, _weights_of(training)), training)
     # peft loads saved modules into copies of the base's: wide ones, so that nothing the adapter holds is rounded.
     widen_dense(model)
     if vocabulary is not None:
@@ -118,13 +120,16 @@ def _plain(base: Checkpoint) -> bool:
     return all(weight.storage == "plain" for weight in base.weights.values())
 
 
-def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantization) -> None:
+def _weights_of(training: TrainingQuantization) -> list[str]:
+    return [f"{name}.weight" for name in training.modules]
+
+
+def _give_recorded_state(model: Any, names: Names, training: TrainingQuantization) -> None:
     """Make every layer hold the codes and absmax of the sidecar; raises InputError when that cannot be.
 
     bitsandbytes rounds the 8-bit absmax otherwise on a CPU than on the GPU that trained, and sums its mean in another
     order. Then the state is computed from the base by the recorded rules, and taken if it has the recorded hash.
     """
-    names = names_of(base, False, [f"{name}.weight" for name in training.modules])
     with SourceFiles() as files:
         for name, layer in model.named_modules():
             recorded = training.modules.get(name)
@@ -133,7 +138,7 @@ def _give_recorded_state(model: Any, base: Checkpoint, training: TrainingQuantiz
             found = trained_module(name, layer)
             if found.codes_sha256 == recorded.codes_sha256 and found != recorded:
                 stored = f"{names.stored_module(name) or name}.weight"
-                values = files.values(base.tensors[stored])
+                values = files.values(names.checkpoint.tensors[stored])
                 _replace_absmax(layer, values.T if stored in names.input_major else values, training, recorded)
                 found = trained_module(name, layer)
             if found != recorded:

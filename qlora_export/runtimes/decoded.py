@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.errors import InputError
-from qlora_export.runtimes.loading import quietly_loading, require_stored
+from qlora_export.runtimes.loading import auto_class, quietly_loading, require_stored
 
 Tensors = dict[str, torch.Tensor]
 # All tensors of a folder, the statement and the model's dtype to dense ones; empties what it is given.
@@ -44,7 +44,7 @@ def load_decoded(folder: Path, decode: Decode) -> Any:
             tensors |= load_file(path)
         dense = decode(tensors, stated, config.dtype or torch.float32)
         with torch.device("meta"):
-            kind = type(transformers.AutoModelForCausalLM.from_config(config))
+            kind = type(auto_class(folder).from_config(config))
         options: dict[str, Any] = {"dtype": "auto", "device_map": {"": "cpu"}, "output_loading_info": True}
         model, loaded = kind.from_pretrained(None, config=config, state_dict=dense, **options)
     require_stored(folder, model, loaded)

@@ -28,15 +28,25 @@ from torch.overrides import TorchFunctionMode
 from qlora_export.contracts import Float32, Give, See, TracedLayer
 from qlora_export.errors import ExportError, InputError
 from qlora_export.runtimes.tracing import run_traced, traced_layers
+from qlora_export.sources.architecture import CLASSIFIER_HEADS
+from qlora_export.sources.labels import holds_classifier
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PAIR_HINT = "give lines without text_pair; models with token types are measured on single texts"
 
 
-def load_causal_lm(folder: Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` on the CPU, without output; raises InputError when it does not load."""
+def load_model(folder: Path, new_labels: int | None = None, **options: Any) -> Any:
+    """`from_pretrained` of the folder's kind on the CPU, without output; raises InputError when it does not load.
+
+    With `new_labels` it is a classifier of so many, whose head an adapter will bring.
+    """
+    auto = auto_class(folder)
+    if new_labels is not None:
+        auto = transformers.AutoModelForSequenceClassification
+        options["num_labels"] = new_labels
     # What is turned aside are bars of compressed-tensors, which nothing else turns off.
     with quietly_loading(folder), redirect_stderr(io.StringIO()):
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto.from_pretrained(
             folder,
             device_map={"": "cpu"},
             local_files_only=True,
@@ -45,13 +55,24 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
             use_safetensors=True,
             **options,
         )
-    require_stored(folder, model, loaded)
+    require_stored(folder, model, loaded, CLASSIFIER_HEADS if new_labels is not None else ())
     return model.eval()
 
 
-def require_stored(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
-    """Raise InputError for weights that the folder lacks, in whose place transformers puts random numbers."""
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that opens a folder: a classifier's, or a language model's."""
+    if holds_classifier(folder):
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM
+
+
+def require_stored(folder: Path, model: Any, loaded: Mapping[str, Any], to_come: Collection[str] = ()) -> None:
+    """Raise InputError for weights that the folder lacks, in whose place transformers puts random numbers.
+
+    Modules of the names `to_come` are brought by others.
+    """
     missing = {name for name, _ in model.named_parameters()} & set(loaded["missing_keys"])
+    missing = {name for name in missing if name.split(".")[-2] not in to_come}
     if missing:
         first = min(missing)
         raise InputError(f"{folder}: has no {first}, {len(missing)} weights are missing", "is the folder complete?")
@@ -179,6 +200,11 @@ class _Rounding(TorchFunctionMode):
         return value.to(self._dtype).to(value.dtype) if isinstance(value, torch.Tensor) else value
 
 
+def computing(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Within it linear layers round to this dtype, if one is stated."""
+    return nullcontext() if dtype is None else _Rounding(dtype)
+
+
 class ModelSession:
     """A loaded causal language model; with a `dtype`, linear layers round to that one."""
 
@@ -192,8 +218,8 @@ class ModelSession:
 
     def rows_at(self, windows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Float32]:
         """Of each window the log-probabilities [places, vocabulary] of the token that follows each of these places."""
-        inputs = _filled(windows, self._model.device)
-        with torch.no_grad(), _out_of_memory(), self._computing():
+        inputs = filled(windows, self._model.device)
+        with torch.no_grad(), out_of_memory(), computing(self._dtype):
             logits = self._model(**inputs, use_cache=False).logits
             chosen = [logits[row, _index(at, logits.device)] for row, at in enumerate(places)]
             del logits
@@ -202,11 +228,6 @@ class ModelSession:
     def narrowed(self, dtype: str) -> ModelSession:
         """The same model with linear layers that round to this dtype."""
         return ModelSession(self._model, getattr(torch, dtype))
-
-    def _computing(self) -> AbstractContextManager[Any]:
-        if self._dtype is None:
-            return nullcontext()
-        return _Rounding(self._dtype)
 
     @property
     def ends(self) -> frozenset[int]:
@@ -218,7 +239,7 @@ class ModelSession:
     def greedy(self, tokens: Sequence[int], count: int, ends: Collection[int] = ()) -> list[int]:
         """The most likely next tokens, one after the other with a cache, up to and with the first one of `ends`."""
         cache, found, inputs = None, list[int](), torch.tensor([list(tokens)], device=self._model.device)
-        with torch.no_grad(), _out_of_memory(), self._computing():
+        with torch.no_grad(), out_of_memory(), computing(self._dtype):
             while len(found) < count and not (found and found[-1] in ends):
                 output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache, inputs = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
@@ -231,7 +252,7 @@ class ModelSession:
 
     def trace(self, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None = None) -> None:
         """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
-        with _out_of_memory(), self._computing():
+        with out_of_memory(), computing(self._dtype):
             run_traced(self._model, tokens, names, see, give)
 
 
@@ -242,10 +263,10 @@ def _index(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:
     return torch.tensor(list(places), device=device)
 
 
-def _filled(windows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+def filled(windows: Sequence[Sequence[int]], device: torch.device, pad: int = 0) -> dict[str, torch.Tensor]:
     """Windows side by side, short ones filled up at their end, where no token looks."""
     longest = max(map(len, windows))
-    tokens = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
+    tokens = torch.tensor([[*window, *[pad] * (longest - len(window))] for window in windows], device=device)
     if all(len(window) == longest for window in windows):
         return {"input_ids": tokens}
     lengths = torch.tensor([len(window) for window in windows], device=device)
@@ -254,7 +275,7 @@ def _filled(windows: Sequence[Sequence[int]], device: torch.device) -> dict[str,
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def out_of_memory() -> Iterator[None]:
     """What torch says where memory is short becomes a MemoryError."""
     try:
         yield
@@ -318,6 +339,19 @@ class FolderTokenizer:
         """The text of token ids, special tokens included."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+    def encode_within(self, text: str, pair: str | None, limit: int) -> tuple[list[int], bool]:
+        """Token ids of a text, or of two together, as a classifier reads them, at most so many; whether they are whole.
+
+        Raises InputError for two that the model tells apart by token types, which are not handed on.
+        """
+        found = self._tokenizer(text, pair, verbose=False)
+        if any(found.get("token_type_ids") or ()):
+            raise InputError(f"{self._folder}: its tokenizer marks the second of two texts by token types", PAIR_HINT)
+        ids: list[int] = found["input_ids"]
+        if len(ids) <= limit:
+            return ids, True
+        return self._tokenizer(text, pair, truncation=True, max_length=limit, verbose=False)["input_ids"], False
 
     def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
         """A conversation by the chat template; raises InputError when there is no template."""

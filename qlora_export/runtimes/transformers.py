@@ -1,4 +1,4 @@
-"""The runtime `transformers`: the folder opened by `AutoModelForCausalLM`, with its `adapter/` by peft, in float32.
+"""The runtime `transformers`: the folder as a language model or a classifier, with its `adapter/` by peft, in float32.
 
 The folder is loaded in its own dtype, so that constants such as the embedding scale of Gemma are rounded as they will
 be in serving, then widened: activations are float32. Quantised weights are decoded in float32 and rounded to the
@@ -17,17 +17,18 @@ from typing import Any
 from qlora_export.contracts import Session
 from qlora_export.runtimes.adapted import pin_dora
 from qlora_export.runtimes.asymmetric import is_asymmetric, load_asymmetric
+from qlora_export.runtimes.classifying import session_of
 from qlora_export.runtimes.decoded import stated_quantization
 from qlora_export.runtimes.interleaved import METHODS, load_interleaved
 from qlora_export.runtimes.loading import (
-    ModelSession,
     attach_adapter,
     decompress,
-    load_causal_lm,
+    load_model,
     pin_weights,
     placed,
     widen_dense,
 )
+from qlora_export.sources.adapter import open_adapter
 
 ADAPTER_FOLDER = "adapter"
 
@@ -47,11 +48,14 @@ class TransformersRuntime:
         widen_dense(model)
         pin_weights(model)
         pin_dora(model)
-        yield ModelSession(placed(model, device))
+        yield session_of(placed(model, device))
 
 
 def _loaded(folder: Path) -> Any:
     stated = stated_quantization(folder)
     if stated.get("quant_method") in METHODS:
         return load_interleaved(folder)
-    return load_asymmetric(folder) if is_asymmetric(stated) else load_causal_lm(folder, dtype="auto")
+    if is_asymmetric(stated):
+        return load_asymmetric(folder)
+    adapter = folder / ADAPTER_FOLDER
+    return load_model(folder, open_adapter(adapter).labels if adapter.is_dir() else None, dtype="auto")

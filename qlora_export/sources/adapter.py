@@ -18,6 +18,7 @@ from typing import Any
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
 from qlora_export.sources.adapter_settings import require_settings
+from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import (
     pickles,
     read_json,
@@ -53,6 +54,7 @@ MERGED_SETTINGS = {
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 CLASSIFIERS = ("SEQ_CLS",)
+HEAD_WEIGHT = re.compile(rf"\.({'|'.join(CLASSIFIER_HEADS)})(\.modules_to_save)?\.weight$")
 LANGUAGE_MODELS = ("CAUSAL_LM",)
 
 
@@ -79,6 +81,12 @@ class Adapter:
     def classifier(self) -> bool:
         """Whether it was trained as a sequence classifier."""
         return self.config.get("task_type") in CLASSIFIERS
+
+    @property
+    def labels(self) -> int | None:
+        """How many labels a classifier's head tells apart; None where there is none."""
+        heads = [tensor.spec.shape[0] for name, tensor in self.tensors.items() if HEAD_WEIGHT.search(name)]
+        return heads[0] if self.classifier and heads else None
 
     def rank(self, module: str) -> int:
         """The rank that the config states for a module."""

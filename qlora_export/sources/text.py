@@ -1,6 +1,7 @@
 """Text to measure on or to calibrate on: one kind in a file, chats or running text.
 
-train.jsonl      a line is {"messages": [...]}, {"text": ...} or {"prompt": ..., "completion": ...}
+train.jsonl      a line is {"messages": [...]}, {"text": ...} or {"prompt": ..., "completion": ...}; for a classifier
+                 {"text": ..., "label": ...}
 notes.txt        anything else that is UTF-8 is one piece of running text
 """
 
@@ -17,9 +18,10 @@ from qlora_export.sources.text_tables import HUB_PREFIX, PARQUET_SUFFIX, hub_ent
 
 @dataclass(frozen=True)
 class DriftText:
-    """Chats, or pieces of running text; never both."""
+    """Chats, or pieces of running text; never both. `origin` is where they were read, for what is said of them."""
 
     entries: tuple[Entry, ...] = ()
+    origin: str = "the text for drift"
 
     @property
     def chats(self) -> tuple[Chat, ...]:
@@ -34,7 +36,8 @@ class DriftText:
 
 def read_text(name: str | Path, folder: Path = Path()) -> DriftText:
     """Read a text for drift, its pieces of running text joined; raises InputError naming the line."""
-    return joined(read_entries(str(name), folder))
+    origin = str(name) if str(name).startswith(HUB_PREFIX) else str(folder / Path(name).expanduser())
+    return DriftText(read_entries(str(name), folder), origin)
 
 
 def joined(entries: tuple[Entry, ...]) -> DriftText:

@@ -14,13 +14,16 @@ class Entry:
     """A conversation or a piece of running text, and where it stands, as in `line 3` or `row 3`.
 
     `is_file` is said of running text whose lines are those of its file. The first `prompt_messages` of a conversation
-    only lead to the others: whatever learns from it or is measured on it is not asked for them.
+    only lead to the others: whatever learns from it or is measured on it is not asked for them. What a classifier
+    should say of running text is its `label`, a number or a name; `pair` is the second text that it reads beside it.
     """
 
     content: Chat | str
     place: str
     is_file: bool = False
     prompt_messages: int = 0
+    label: int | str | None = None
+    pair: str | None = None
 
     @property
     def chat(self) -> Chat:
@@ -41,7 +44,7 @@ def entry_of(row: object, place: str) -> Entry | None:
     if not isinstance(row, Mapping):
         return None
     if isinstance(row.get("text"), str):
-        return Entry(str(row["text"]), place)
+        return _text_entry(row, place)
     if row.get("messages") is not None:
         return _chat_entry(row["messages"], place)
     prompt, completion = row.get("prompt"), row.get("completion")
@@ -51,6 +54,17 @@ def entry_of(row: object, place: str) -> Entry | None:
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat_entry([*prompt, *completion], place, len(prompt))
     return None
+
+
+def _text_entry(row: Mapping[str, object], place: str) -> Entry:
+    label, pair = row.get("label"), row.get("text_pair")
+    known = isinstance(label, int | str) and not isinstance(label, bool)
+    return Entry(
+        str(row["text"]),
+        place,
+        label=label if known else None,  # type: ignore[arg-type]
+        pair=pair if isinstance(pair, str) else None,
+    )
 
 
 def _chat_entry(messages: object, place: str, prompt_messages: int = 0) -> Entry | None:

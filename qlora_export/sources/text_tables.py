@@ -1,6 +1,7 @@
 """Rows of tables as text: a Parquet file, or a split of a data set on the Hub at a stated commit.
 
-    notes.parquet                                       columns `messages`, `text`, or `prompt` and `completion`
+    notes.parquet                                       columns `messages`, `text`, or `prompt` and `completion`;
+                                                        beside `text` also `label` and `text_pair`
     hub:owner/name@COMMIT#train                         the split `train`
     hub:owner/name@COMMIT#CONFIGURATION/train[:1000]    of a configuration, the first 1,000 rows
 
@@ -34,6 +35,7 @@ HUB_TEXT = re.compile(
     r"#((?P<configuration>[\w.-]+)/)?(?P<split>[\w.-]+(\[[\d:%-]*\])?)"
 )
 COLUMNS = ("messages", "text", "prompt", "completion")
+BESIDE_TEXT = ("label", "text_pair")
 EXTRA_HINT = "pip install 'qlora-export[data]'"
 
 
@@ -99,7 +101,7 @@ def _known(name: str, columns: Iterable[str]) -> list[str]:
             f"{name}: none of the columns {', '.join(COLUMNS)}, only {', '.join(present) or 'none'}",
             "rename the column that holds the text",
         )
-    return known
+    return known + [column for column in BESIDE_TEXT if column in present]
 
 
 def _asked(name: str, ask: Callable[[Callable[..., Any]], Any]) -> Any:

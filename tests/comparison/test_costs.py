@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qlora_export.comparison.costs import Cost, cost_of, fp32_cost, linear_modules, low_rank_cost
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.planning import make_plan
-from qlora_export.runtimes.loading import load_causal_lm
+from qlora_export.runtimes.loading import load_model
 from tests.conftest import RecipeMaker, save_base
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
@@ -58,7 +58,7 @@ def test_the_bits_are_those_of_the_formats(compared: Comparison) -> None:
 
 
 def test_multiplications_are_those_that_pytorch_counts(compared: Comparison) -> None:
-    model = load_causal_lm(measured(compared, "fp32").entry.artifact.path)
+    model = load_model(measured(compared, "fp32").entry.artifact.path)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.tensor([[5]]))
     by_operation = counter.get_flop_counts()["Global"]

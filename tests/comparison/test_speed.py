@@ -16,7 +16,7 @@ from qlora_export.comparison.speed import (
 )
 from qlora_export.contracts import Float32, GreedySession
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
-from qlora_export.runtimes.loading import ModelSession, load_causal_lm
+from qlora_export.runtimes.loading import ModelSession, load_model
 
 LONGEST = tuple(range(40))
 WINDOWS = tuple(Window(ids, (1,), "", block) for block, ids in enumerate([(1, 2), LONGEST, (1, 2, 3)]))
@@ -67,7 +67,7 @@ def test_decoding_is_timed_after_a_short_prompt() -> None:
 
 def test_greedy_decoding_takes_the_most_likely_token_each_time(compared: Comparison) -> None:
     folder = next(row.measured.entry.artifact.path for row in compared.rows if row.measured and row.name == "fp32")
-    session = ModelSession(load_causal_lm(folder))
+    session = ModelSession(load_model(folder))
     assert isinstance(session, GreedySession)
     tokens = [5, 6, 7]
     found = session.greedy(tokens, 4)

@@ -28,7 +28,7 @@ from qlora_export.drift.protocols import token_set
 from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.protocol_names import choose_protocol
-from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_causal_lm
+from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.sources.text_entries import Entry
 from tests.conftest import DEMO, TOKENIZER_FILES, edit_json, save_base
@@ -67,7 +67,7 @@ class Case:
 
     def losses(self, tokens: TokenSet) -> list[float]:
         """As the drift check measures them."""
-        session = ModelSession(load_causal_lm(self.folder, dtype=torch.float32))
+        session = ModelSession(load_model(self.folder, dtype=torch.float32))
         found: list[float] = []
         for window, rows in zip(tokens.windows, batched_rows(session, tokens.windows), strict=True):
             targets = np.array(window.tokens)[list(window.scored)]

@@ -15,7 +15,7 @@ from qlora_export.contracts import Float32
 from qlora_export.drift.batches import batched_rows, batches_of
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.runtimes.loading import ModelSession, load_causal_lm
+from qlora_export.runtimes.loading import ModelSession, load_model
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 
@@ -34,7 +34,7 @@ def test_every_window_once_within_the_budget(lengths: list[int], budget: int) ->
 
 
 def test_a_batch_gives_what_single_windows_give(pico_base: Path) -> None:
-    session = ModelSession(load_causal_lm(pico_base, dtype=torch.float32))
+    session = ModelSession(load_model(pico_base, dtype=torch.float32))
     windows = windows_of([12, 3, 30, 7])
     for window, rows in zip(windows, batched_rows(session, windows), strict=True):
         alone = session.log_probabilities(window.tokens)[np.array(window.scored) - 1]
@@ -70,7 +70,7 @@ def test_without_memory_batches_are_halved_and_a_single_window_is_an_error() -> 
 
 
 def test_memory_that_torch_does_not_get_is_a_memory_error(pico_base: Path) -> None:
-    session = ModelSession(load_causal_lm(pico_base, dtype=torch.float32))
+    session = ModelSession(load_model(pico_base, dtype=torch.float32))
     session._model.forward = lambda **inputs: torch.empty(1 << 60)
     with pytest.raises(MemoryError, match="can't allocate memory"):
         session.rows_at([[1, 2]], [[0]])

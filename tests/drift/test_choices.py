@@ -15,7 +15,7 @@ from qlora_export import catalog
 from qlora_export.contracts import Session
 from qlora_export.drift.choices import asked_questions, compare_choices, mcnemar, score_choices
 from qlora_export.errors import ExitCode, InputError
-from qlora_export.runtimes.loading import FolderTokenizer, load_causal_lm
+from qlora_export.runtimes.loading import FolderTokenizer, load_model
 from qlora_export.sources.questions import Question, read_questions
 from tests.conftest import DEMO
 
@@ -48,7 +48,7 @@ def test_a_score_is_the_sum_over_the_tokens_of_the_choice(
     questions = read_questions(written(tmp_path / "q.jsonl", TEXT, CHAT))
     asked = asked_questions(questions, tokenizer, None, "q.jsonl")
     found = score_choices(session, asked, lambda done, total: None)
-    model = load_causal_lm(DEMO / "base", dtype=torch.float32)
+    model = load_model(DEMO / "base", dtype=torch.float32)
     chat = tokenizer.render(CHAT["messages"], answering=True)  # type: ignore[arg-type]
     pairs = [("The order number is", text) for text in (" 348.", " red.", " 375")]
     pairs += [(chat, text) for text in ANSWERS]

@@ -15,7 +15,7 @@ from qlora_export.drift.generation import Prompt, agreements, compare_generation
 from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe import make_recipe
-from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_causal_lm
+from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
 from tests.conftest import DEMO, edit_json
@@ -86,7 +86,7 @@ def test_agreement_is_that_of_real_greedy_decoding(
 def test_the_reference_is_what_transformers_generates(prompts: tuple[Prompt, ...]) -> None:
     with opened(DEMO / "base") as session:
         written = generate(session, prompts[:4], COUNT, quiet)
-    model = load_causal_lm(DEMO / "base", dtype=torch.float32)
+    model = load_model(DEMO / "base", dtype=torch.float32)
     for prompt, tokens in zip(prompts, written, strict=False):
         inputs = torch.tensor([prompt.tokens])
         mask = torch.ones_like(inputs)

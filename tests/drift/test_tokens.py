@@ -31,6 +31,10 @@ class Letters:
     def encode_whole(self, text: str) -> list[int]:
         return [*self.added, *self.encode(text)]
 
+    def encode_within(self, text: str, pair: str | None, limit: int) -> tuple[list[int], bool]:
+        ids = self.encode_whole(text + (pair or ""))
+        return ids[:limit], len(ids) <= limit
+
     def render(self, messages: Sequence[Mapping[str, str]], answering: bool) -> str:
         return "".join(f"<{m['role'][0]}>{m['content']}." for m in messages) + ("<a>" if answering else "")
 

@@ -18,7 +18,7 @@ from qlora_export.drift.trace import Found, Trace, broken_among, record, trace
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
-from qlora_export.runtimes.loading import ModelSession, load_causal_lm
+from qlora_export.runtimes.loading import ModelSession, load_model
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import read_sidecar
@@ -159,7 +159,7 @@ def test_weights_that_are_no_numbers_are_named(built: Path, recording: Recording
 
 def test_blocks_are_compared_on_the_inputs_of_the_reference(built: Path, recording: Recording) -> None:
     """What a block of the candidate makes of the reference's hidden states, called by hand."""
-    session = ModelSession(load_causal_lm(DEMO / "base", dtype="auto").float())
+    session = ModelSession(load_model(DEMO / "base", dtype="auto").float())
     kept: dict[str, Any] = {}
     session.trace(WINDOWS[0], ["model.layers.1"], lambda name, inputs, outputs: kept.update(inputs=inputs, out=outputs))
     with catalog.load_runtime("transformers").open(built / "int8") as opened:
@@ -195,7 +195,7 @@ def test_a_live_adapter_has_the_names_of_the_model(
 @pytest.mark.parametrize("name", [name for name, entry in ARCHITECTURES.items() if entry.task == "CAUSAL_LM"])
 def test_every_architecture_is_itself(name: str, tmp_path: Path) -> None:
     """Each layer on its own recorded inputs gives its own outputs, and no weight of a block is left out."""
-    model = load_causal_lm(save_architecture(name, tmp_path / "base", seed=3))
+    model = load_model(save_architecture(name, tmp_path / "base", seed=3))
     session = ModelSession(model)
     blocks = {layer.block for layer in session.layers() if layer.block}
     assert len(blocks) == 2

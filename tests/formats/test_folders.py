@@ -18,7 +18,7 @@ from qlora_export.errors import PlanRefused
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
-from qlora_export.runtimes.loading import decompress, load_causal_lm
+from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
 from tests.conftest import RecipeMaker, folder_bytes, save_adapter, save_base
@@ -56,7 +56,7 @@ def test_folders_compute_with_the_values_they_hold(pico_recipe: RecipeMaker, tmp
     for item in plan.artifacts:
         folder = tmp_path / "out" / item.name
         twin = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-        shipped = load_causal_lm(folder, dtype="auto")
+        shipped = load_model(folder, dtype="auto")
         decompress(shipped)
         for name, route in item.routes.items():
             assert route.form is not None

@@ -15,7 +15,7 @@ from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
-from qlora_export.runtimes.loading import decompress, load_causal_lm
+from qlora_export.runtimes.loading import decompress, load_model
 from tests.conftest import folder_bytes, save_adapter, save_base
 from tests.formats.test_folders import TOKENS, decoded
 
@@ -43,7 +43,7 @@ def test_folders_compute_with_the_values_they_hold(released: Any, name: str) -> 
     (item,) = [item for item in plan.artifacts if item.name == name]
     folder = built[name].path
     twin = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    shipped = load_causal_lm(folder, dtype="auto")
+    shipped = load_model(folder, dtype="auto")
     decompress(shipped)
     for key, route in item.routes.items():
         values = decoded(route.form, route.spec, folder)

@@ -19,7 +19,7 @@ from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.planning import make_plan
 from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.recipe import make_recipe
-from qlora_export.runtimes.loading import decompress, load_causal_lm
+from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.tensors.header import read_header
 from tests.conftest import RecipeMaker
 from tests.formats.test_folders import decoded
@@ -43,7 +43,7 @@ def test_every_layer_has_the_bytes_of_its_own_format(
     artifact = build(plan, out, BuildOptions())[0]
     item = plan.artifacts[0]
     other = {found.form.name: found for found in plan.artifacts[1:]}
-    shipped = load_causal_lm(out / "mixed", dtype="auto")
+    shipped = load_model(out / "mixed", dtype="auto")
     decompress(shipped)
     assert not caplog.records, "opens without a warning"
     counts = {"w4a16": 0, "w8a16": 0, "fp8": 0}
