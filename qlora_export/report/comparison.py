@@ -105,7 +105,7 @@ def print_comparison(found: Comparison) -> None:
     console = console_for_result()
     console.print(_drift_table(found))
     console.print(_cost_table(found))
-    for line in (LEGEND, f"{found.tokens.count} tokens, {protocol_line(tokens_data(found.tokens))}"):
+    for line in (LEGEND, f"{found.tokens.count} {found.tokens.unit}, {protocol_line(tokens_data(found.tokens))}"):
         console.print(line, highlight=False, soft_wrap=True)
     if found.low_rank is not None:
         _print_low_rank(console, found.low_rank, found)

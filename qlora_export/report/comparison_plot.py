@@ -78,8 +78,8 @@ def _draw_axes(axes: Axes, found: Comparison) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("size of the folder, MB")
-    axes.set_ylabel("mean KL from the model that was trained, nats a token")
-    title = f"Size and drift, {found.tokens.count:,} tokens"
+    axes.set_ylabel("mean KL from the model that was trained, nats")
+    title = f"Size and drift, {found.tokens.count:,} {found.tokens.unit}"
     chosen = recommend(found).name
     axes.set_title(f"{title}: {f'take {chosen}' if chosen else 'none keeps the limits'}", loc="left", color=INK)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.7)

@@ -25,7 +25,7 @@ from qlora_export.report.schema_words import (
     object_of,
     or_null,
 )
-from qlora_export.report.tokens import TOKENS_SCHEMA
+from qlora_export.report.tokens import MAYBE_LABELS, TOKENS_SCHEMA
 
 
 def compare_schema() -> Schema:
@@ -35,7 +35,7 @@ def compare_schema() -> Schema:
     keys = {
         "schema": {"const": 1},
         "recipe_digest": DIGEST,
-        "tokens": object_of(TOKENS_SCHEMA),
+        "tokens": object_of(TOKENS_SCHEMA, MAYBE_LABELS),
         "reference": object_of(reference),
         "limits": limits_schema(),
         "linear_weights": COUNT,

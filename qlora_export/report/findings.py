@@ -42,6 +42,8 @@ def findings_of(entry: Entry) -> dict[str, Any]:
         found["worst"] = asdict(entry.worst)
     if entry.choices is not None:
         found["choices"] = asdict(entry.choices)
+    if entry.labels is not None:
+        found["labels"] = asdict(entry.labels)
     if entry.generation is not None:
         found["generation"] = asdict(entry.generation)
     if entry.trace is not None:
@@ -60,6 +62,7 @@ def findings_schema() -> Schema:
         "steps": _list(numbers_of(Beside)),
         "worst": object_of(worst),
         "choices": _with_list(numbers_of(Choices), "flipped", Flip),
+        "labels": _with_list(numbers_of(Choices), "flipped", Flip),
         "generation": _with_list(numbers_of(Generation), "worst", Continuation),
         "trace": _trace_schema(),
         "onnx": _onnx_schema(),

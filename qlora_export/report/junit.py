@@ -17,6 +17,7 @@ from qlora_export.drift.gate import Check, checks
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import ExitCode
 from qlora_export.recipe import Limits
+from qlora_export.report.tokens import unit_of
 
 SUITE = "qlora-export"
 # What XML 1.0 cannot hold, not even escaped.
@@ -67,10 +68,10 @@ def _clean(text: str) -> str:
 
 
 def _cases(data: Mapping[str, Any]) -> Iterator[Case]:
-    tokens = (data.get("tokens") or {}).get("count", 0)
+    scored = data.get("tokens") or {}
     code = data.get("exit_code", 0)
     for artifact in data.get("artifacts", ()):
-        yield from _of_artifact(artifact, tokens, withheld=code == ExitCode.OK)
+        yield from _of_artifact(artifact, scored, withheld=code == ExitCode.OK)
     for receipt in data.get("published", ()):
         yield Case("publication", str(receipt["artifact"]))
     if (error := data.get("error")) is not None:
@@ -80,13 +81,13 @@ def _cases(data: Mapping[str, Any]) -> Iterator[Case]:
         yield Case("run", "finished", "error", f"the run ended with exit code {code}, {_name(code)}", _name(code))
 
 
-def _of_artifact(artifact: Mapping[str, Any], tokens: int, withheld: bool) -> Iterator[Case]:
+def _of_artifact(artifact: Mapping[str, Any], scored: Mapping[str, Any], withheld: bool) -> Iterator[Case]:
     name, verdict = str(artifact["name"]), artifact["verdict"]
     if verdict == "not-measured":
         yield Case(name, "verdict", "skipped", "built, not measured")
         return
     expected = artifact.get("expected", "pass")
-    found = [_of_check(name, check, tokens) for check in _checks(artifact)]
+    found = [_of_check(name, check, scored) for check in _checks(artifact)]
     said = {case.message for case in found}
     if unsaid := [reason for reason in artifact["reasons"] if reason not in said]:
         found.append(Case(name, "verdict", "failure", "\n".join(unsaid), verdict))
@@ -109,10 +110,10 @@ def _checks(artifact: Mapping[str, Any]) -> list[Check]:
     return checks(Drift(**drift), Limits(**artifact["limits"]), further)
 
 
-def _of_check(group: str, check: Check, tokens: int) -> Case:
+def _of_check(group: str, check: Check, scored: Mapping[str, Any]) -> Case:
     if check.outcome == "pass":
         return Case(group, check.name)
-    return Case(group, check.name, "failure", check.reason(tokens), check.outcome)
+    return Case(group, check.name, "failure", check.reason(scored.get("count", 0), unit_of(scored)), check.outcome)
 
 
 def _excused(case: Case, why: str) -> Case:

@@ -22,6 +22,12 @@ HEAD = (
 )
 
 
+LABELS_LEGEND = (
+    "Perplexity: of the labels, the exponential of their mean cross-entropy. Same top-1: the same predicted label. "
+    "Gain kept has no number: before training the head was new, and said nothing."
+)
+
+
 @dataclass(frozen=True)
 class ArtifactRow:
     """One artifact's line in the table."""
@@ -41,7 +47,7 @@ def markdown(run: Reported) -> str:
     if run.ledger is None:
         lines += [f"- `{artifact.name}` ({artifact.format}), {artifact.bytes} bytes" for artifact in run.artifacts]
     else:
-        lines += [f"Drift from {facts.compared_with}, on {run.ledger.tokens.count} tokens.", ""]
+        lines += [f"Drift from {facts.compared_with}, on {run.ledger.tokens.count} {run.ledger.tokens.unit}.", ""]
         lines += [*_ledger(run.ledger), *probe_list(run.ledger), *layer_table(run.ledger, facts.rounded)]
     lines += _calibrated(run)
     if run.receipts:
@@ -84,6 +90,7 @@ def _ledger(ledger: Ledger) -> list[str]:
     ]
     lines = ledger_table(ledger.reference.perplexity, ledger.base, ledger.merged, rows)
     lines += ["", f"{protocol_line(tokens_data(ledger.tokens))}; tokens `{ledger.tokens.sha256}`."]
+    lines += [LABELS_LEGEND] if ledger.tokens.labels else []
     lines += _steps(ledger)
     reasons = [f"- `{entry.artifact.name}`: {reason}" for entry in ledger.entries for reason in entry.verdict.reasons]
     return [*lines, "", *reasons] if reasons else lines

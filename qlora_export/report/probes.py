@@ -1,4 +1,4 @@
-"""What reports say in words of questions, prompts, layers and graphs: a line for each that was asked."""
+"""What reports say in words of questions, labels, prompts, layers and graphs: a line for each that was asked."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def probe_lines(entry: Entry) -> list[str]:
     found = []
     if entry.choices is not None:
         found.append(_choices(entry.choices))
+    if entry.labels is not None:
+        found.append(_choices(entry.labels, "labels"))
     if entry.generation is not None:
         found.append(_generation(entry.generation))
     if entry.trace is not None:
@@ -31,10 +33,10 @@ def probe_list(ledger: Ledger) -> list[str]:
     return ["", "## Flips, generations, layers, graphs", "", *lines] if lines else []
 
 
-def _choices(found: Choices) -> str:
+def _choices(found: Choices, items: str = "questions") -> str:
     error = f" ± {found.accuracy_stderr:.1%}" if math.isfinite(found.accuracy_stderr) else ""
     return (
-        f"{found.accuracy:.1%}{error} of {found.items} questions right, the reference "
+        f"{found.accuracy:.1%}{error} of {found.items} {items} right, the reference "
         f"{found.accuracy_reference:.1%}: {found.lost} lost, {found.gained} gained, p = {found.p_value:.2g}"
     )
 

@@ -31,7 +31,7 @@ from qlora_export.report.schema_words import (
     object_of,
     or_null,
 )
-from qlora_export.report.tokens import DOCUMENT_SCHEMA, MAYBE_COUNT, TOKENS_SCHEMA
+from qlora_export.report.tokens import DOCUMENT_SCHEMA, MAYBE_COUNT, MAYBE_LABELS, TOKENS_SCHEMA
 
 ONTO: Schema = {"enum": ["as-trained", "original"]}
 
@@ -113,7 +113,7 @@ SCHEMAS = {"recipe": recipe_schema, "report": report_schema, "plan": plan_schema
 
 
 def _tokens() -> Schema:
-    return object_of({**TOKENS_SCHEMA, "limit": MAYBE_COUNT})
+    return object_of({**TOKENS_SCHEMA, "limit": MAYBE_COUNT}, MAYBE_LABELS)
 
 
 def _reference() -> Schema:

@@ -14,18 +14,25 @@ from rich.table import Table
 from qlora_export import contracts
 from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
+from qlora_export.drift.tokens import Unit
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.probes import probe_lines
 from qlora_export.report.run import Reported, Run
 from qlora_export.report.tokens import protocol_line, tokens_data
+from qlora_export.sources.labels import is_classifier
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 TABLE_COLUMNS = 112
 LEGEND = (
     "ratio: of perplexities, paired, ± standard error · top-1: same most likely token · gain: share of the "
     "fine-tuning gain kept · survival: of the delta, in the worst layer"
+)
+LABELS_LEGEND = (
+    "perplexity: of the labels, exp of their mean cross-entropy · ratio: of perplexities, paired, ± standard error · "
+    "top-1: same predicted label · gain: has no number, an untrained head says nothing · survival: of the delta, in "
+    "the worst layer"
 )
 
 
@@ -107,12 +114,12 @@ def print_ledger(run: Reported) -> None:
     for entry in ledger.entries:
         table.add_row(entry.artifact.name, size(entry.artifact.bytes), *_numbers(entry.drift), _verdict(entry))
     console.print(table)
-    console.print(f"{ledger.tokens.count} tokens, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
+    console.print(f"{ledger.tokens.count} {ledger.tokens.unit}, sha256 {ledger.tokens.sha256[:12]}", highlight=False)
     rules = protocol_line(tokens_data(ledger.tokens))
     console.print(f"{rules}; float32 activations on {ledger.device}", highlight=False, soft_wrap=True)
-    console.print(LEGEND, highlight=False, soft_wrap=True)
+    console.print(LABELS_LEGEND if ledger.tokens.labels else LEGEND, highlight=False, soft_wrap=True)
     if (noise := ledger.noise) is not None:
-        floor = f"mean KL {noise.mean_kl:.2g}, top-1 {noise.same_top1:.1%}, on {noise.tokens} tokens"
+        floor = f"mean KL {noise.mean_kl:.2g}, top-1 {noise.same_top1:.1%}, on {noise.tokens} {ledger.tokens.unit}"
         console.print(f"noise floor, the reference against itself in {noise.dtype}: {floor}", highlight=False)
     for entry in ledger.entries:
         for said in (*entry.verdict.reasons, lowest_line(entry), *probe_lines(entry)):
@@ -125,8 +132,9 @@ def print_ledger(run: Reported) -> None:
 def print_publication(run: Run) -> None:
     """Where the artifacts went, and what was proven of them."""
     console = console_for_result()
+    unit: Unit = "labels" if is_classifier(run.plan.config) else "tokens"
     for receipt in run.receipts:
-        console.print(_published(receipt), highlight=False, soft_wrap=True, markup=False)
+        console.print(_published(receipt, unit), highlight=False, soft_wrap=True, markup=False)
 
 
 class _Stdout(Console):
@@ -163,7 +171,7 @@ def size(count: int) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
 
 
-def _published(receipt: Receipt) -> str:
+def _published(receipt: Receipt, unit: Unit) -> str:
     """One line: what went where, as which commit, and what reading it back proved."""
     place = receipt.url or receipt.destination
     line = f"{'published' if receipt.changed else 'already published'} {receipt.artifact} to {place}"
@@ -174,9 +182,8 @@ def _published(receipt: Receipt) -> str:
         return line
     measured = ""
     if proof.nll is not None and proof.nll_released is not None:
-        measured = (
-            f", {proof.nll:.5f} nats a token over {proof.sample_tokens} tokens as released ({proof.nll_released:.5f})"
-        )
+        where = f"nats a {unit[:-1]} over {proof.sample_tokens} {unit}"
+        measured = f", {proof.nll:.5f} {where} as released ({proof.nll_released:.5f})"
     return f"{line}\n  proven: {proof.files} files, {size(proof.bytes)} read back{measured}"
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from qlora_export.drift.documents import DocumentPerplexity, document_perplexity
 from qlora_export.drift.ledger import Ledger
-from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.tokens import TokenSet, Unit
 from qlora_export.protocol_names import USUAL
 from qlora_export.report.schema_words import (
     COUNT,
     DIGEST,
     MAYBE_TEXT,
     TEXT,
+    TEXTS,
     Schema,
     map_of,
     numbers_of,
@@ -35,6 +36,8 @@ TOKENS_SCHEMA: Schema = {
     "begin": MAYBE_TEXT,
     "documents": or_null(object_of({"count": COUNT, "words": COUNT, "bytes": COUNT})),
 }
+# Of a classifier alone.
+MAYBE_LABELS: Schema = {"labels": TEXTS}
 
 DOCUMENT_SCHEMA: Schema = or_null(
     object_of({"reference": numbers_of(DocumentPerplexity), "artifacts": map_of(numbers_of(DocumentPerplexity))})
@@ -44,6 +47,7 @@ DOCUMENT_SCHEMA: Schema = or_null(
 def tokens_data(tokens: TokenSet) -> dict[str, Any]:
     """What they are and what makes them again from the same text; `protocol` is a sentence, `name` its name."""
     rules = tokens.protocol
+    labels = {"labels": list(tokens.labels)} if tokens.labels else {}
     return {
         "sha256": tokens.sha256,
         "count": tokens.count,
@@ -54,7 +58,13 @@ def tokens_data(tokens: TokenSet) -> dict[str, Any]:
         "stride_tokens": rules.stride_tokens,
         "begin": rules.begin,
         "documents": asdict(tokens.documents) if tokens.documents else None,
+        **labels,
     }
+
+
+def unit_of(tokens: Mapping[str, Any]) -> Unit:
+    """What a report's `tokens` count: tokens, or the labels of texts."""
+    return "labels" if tokens.get("labels") else "tokens"
 
 
 def document_data(ledger: Ledger | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from qlora_export.publish.card.javascript import javascript
 from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.markdown import ArtifactRow, ledger_table
-from qlora_export.report.tokens import protocol_line
+from qlora_export.report.tokens import protocol_line, unit_of
 
 NOTICE = (
     "<!-- Written by qlora-export. A new release replaces what stands between these two lines, and nothing else. -->"
@@ -32,6 +32,12 @@ LEGEND = (
     "Ratio: of perplexities, paired, ± standard error. Mean KL: in nats a token, from the reference to the artifact. "
     "Same top-1: the same most likely token. Gain kept: share of the fine-tuning gain. Survival: of the delta, in the "
     "worst layer."
+)
+
+LABELS_LEGEND = (
+    "Perplexity: of the labels, the exponential of their mean cross-entropy. Ratio: of perplexities, paired, ± standard "
+    "error. Mean KL: in nats a text, from the reference to the artifact. Same top-1: the same predicted label. Gain kept "
+    "has no number, since an untrained head says nothing. Survival: of the delta, in the worst layer."
 )
 
 
@@ -129,10 +135,11 @@ def _drift(facts: CardFacts) -> Iterator[str]:
     if not tokens or not reference:
         return
     original = "the model that was trained" if facts.main.has_adapter else "the base"
+    unit = unit_of(tokens)
     yield f"## Drift from {original}"
     yield (
-        "Every artifact was opened from its own files in its own runtime and compared, token by token, with "
-        f"{original} ({escape(str(reference['model']))}) on {int(tokens['count'])} tokens. That tells how close they "
+        f"Every artifact was opened from its own files in its own runtime and compared, {unit[:-1]} by {unit[:-1]}, "
+        f"with {original} ({escape(str(reference['model']))}) on {int(tokens['count'])} {unit}. That tells how close they "
         "are, not how good or how safe the model is."
     )
     base, merged = (drift_from(found) if found else None for found in (reference["base"], reference["merged"]))
@@ -140,9 +147,23 @@ def _drift(facts: CardFacts) -> Iterator[str]:
     yield "\n".join(ledger_table(float(reference["perplexity"]), base, merged, rows))
     yield (
         f"{escape(protocol_line(tokens))}; {escape(str(reference['activations']))} activations; "
-        f"tokens {code(str(tokens['sha256']))}. {LEGEND}"
+        f"tokens {code(str(tokens['sha256']))}. {LABELS_LEGEND if unit == 'labels' else LEGEND}"
     )
+    yield from _accuracies(facts)
     yield from _limits(facts)
+
+
+def _accuracies(facts: CardFacts) -> Iterator[str]:
+    """Of a classifier, how many labels each artifact predicts right."""
+    found = ((item.artifact.name, facts.entry(item).get("labels")) for item in facts.items)
+    lines = [
+        f"- {code(name)} predicts {labels['accuracy']:.1%} of {int(labels['items'])} labels right, the reference "
+        f"{labels['accuracy_reference']:.1%}: {int(labels['lost'])} lost, {int(labels['gained'])} gained"
+        for name, labels in found
+        if labels is not None
+    ]
+    if lines:
+        yield "\n".join(lines)
 
 
 def _row(facts: CardFacts, item: CardItem) -> ArtifactRow:

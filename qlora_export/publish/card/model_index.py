@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_export.publish.card.facts import CardFacts, CardItem
-from qlora_export.report.tokens import protocol_line
+from qlora_export.report.tokens import protocol_line, unit_of
 
 DATASET_NAME = "held-out text (sha256 "
 DIGITS = 6
@@ -52,11 +52,21 @@ def _result(facts: CardFacts, item: CardItem, task: str) -> dict[str, Any]:
     reference = "the model as trained" if item.has_adapter else "the base"
     tokens_known = {
         "protocol": protocol_line(tokens),
-        "tokens": int(tokens["count"]),
+        unit_of(tokens): int(tokens["count"]),
         "tokens_sha256": str(tokens["sha256"]),
     }
     here = {"artifact": name, "runtime": str(item.manifest["runtime"]), **tokens_known}
+    labels = facts.entry(item).get("labels")
+    accuracies = (
+        ()
+        if labels is None
+        else (
+            ("accuracy", float(labels["accuracy"]), f"Accuracy ({name})", here),
+            ("accuracy", float(labels["accuracy_reference"]), f"Accuracy ({reference})", tokens_known),
+        )
+    )
     measured = (
+        *accuracies,
         ("perplexity", drift.perplexity, f"Perplexity ({name})", here),
         ("perplexity", drift.perplexity_reference, f"Perplexity ({reference})", tokens_known),
         ("kl_divergence", drift.mean_kl, f"Mean KL divergence from {reference}, in nats ({name})", here),

@@ -1,6 +1,8 @@
-"""Multiple choice: how often each model answers right, and the questions whose answer flipped."""
+"""Multiple choice and labels: how often each model answers right, and the questions or texts whose answer flipped."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from qlora_export.report.html.elements import Child, Markup, code, element, joined, quoted
 from qlora_export.report.html.figures import count, counted, share, significant
@@ -14,30 +16,58 @@ COLUMNS = (
     Column("artifact"),
     *(Column(name, numeric=True) for name in ("items", "reference right", "right", "lost", "gained", "p-value")),
 )
-FLIPPED_COLUMNS = (
-    Column("place"),
-    Column("question", wide=True),
-    Column("right answer"),
-    Column("reference chose"),
-    Column("candidate chose"),
+P_VALUE = "p-value: of so uneven a split of lost and gained by chance alone (McNemar's exact test)."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What was answered, as the report has it, and the words for it."""
+
+    key: str
+    heading: str
+    lead: str
+    item: str
+    right: str
+
+
+QUESTIONS = _Kind(
+    "choices",
+    "Multiple choice",
+    "Questions with answers to choose from. Equal scores can hide flips: lost and gained count them.",
+    "question",
+    "right answer",
+)
+LABELS = _Kind(
+    "labels",
+    "Labels",
+    "What the models predict of the texts. Equal accuracies can hide flips: lost and gained count them.",
+    "text",
+    "label",
 )
 
 
 def choices(report: Facts) -> Section | None:
     """The section, where questions were asked."""
-    found = [(artifact, facts) for _, artifact, facts in artifacts_with(report, "choices")]
+    return _answers(report, QUESTIONS)
+
+
+def predicted_labels(report: Facts) -> Section | None:
+    """The section of a classifier."""
+    return _answers(report, LABELS)
+
+
+def _answers(report: Facts, kind: _Kind) -> Section | None:
+    found = [(artifact, facts) for _, artifact, facts in artifacts_with(report, kind.key)]
     if not found:
         return None
-    lead = "Questions with answers to choose from. Equal scores can hide flips: lost and gained count them."
-    note = "p-value: of so uneven a split of lost and gained by chance alone (McNemar's exact test)."
     return Section(
-        "choices",
-        "Multiple choice",
-        lead,
+        kind.key,
+        kind.heading,
+        kind.lead,
         joined(
             table("Answers of every artifact", COLUMNS, [_row(*item) for item in found], sortable=True),
-            element("p", note, class_="said"),
-            [_flips(*item) for item in found if parts(item[1], "flipped")],
+            element("p", P_VALUE, class_="said"),
+            [_flips(*item, kind) for item in found if parts(item[1], "flipped")],
         ),
     )
 
@@ -57,11 +87,18 @@ def _row(artifact: Facts, facts: Facts) -> list[Cell | Child]:
     ]
 
 
-def _flips(artifact: Facts, facts: Facts) -> Markup:
+def _flips(artifact: Facts, facts: Facts, kind: _Kind) -> Markup:
     flipped = parts(facts, "flipped")
-    caption = f"Questions that {name_of(artifact)} answers otherwise"
+    columns = (
+        Column("place"),
+        Column(kind.item, wide=True),
+        Column(kind.right),
+        Column("reference chose"),
+        Column("candidate chose"),
+    )
+    caption = f"{kind.item.capitalize()}s that {name_of(artifact)} answers otherwise"
     rows = [_flip_row(item) for item in flipped]
-    return artifact_block(artifact, counted(len(flipped), "flip"), table(caption, FLIPPED_COLUMNS, rows))
+    return artifact_block(artifact, counted(len(flipped), "flip"), table(caption, columns, rows))
 
 
 def _flip_row(item: Facts) -> list[Child]:

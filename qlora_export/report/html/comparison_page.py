@@ -13,7 +13,7 @@ from qlora_export.report.html.elements import Markup, code, element
 from qlora_export.report.html.figures import counted
 from qlora_export.report.html.ledger import ledger
 from qlora_export.report.html.provenance import provenance
-from qlora_export.report.html.reading import Facts, number, part, parts, text, texts
+from qlora_export.report.html.reading import Facts, number, part, parts, scored_word, text, texts
 
 ABOUT = "Written by qlora-export compare. This page loads nothing and sends nothing."
 
@@ -53,7 +53,7 @@ def _title(comparison: Facts) -> str:
 def _head(comparison: Facts, report: Facts) -> Markup:
     many = counted(len(parts(report, "artifacts")), "artifact")
     tokens = number(part(comparison, "tokens"), "count")
-    on = "" if tokens is None else f", on {counted(tokens, 'token')} of held-out text"
+    on = "" if tokens is None else f", on {counted(tokens, scored_word(comparison))} of held-out text"
     return element(
         "header",
         element("p", "qlora-export", class_="brand"),

@@ -7,7 +7,7 @@ import math
 from qlora_export.report.html.elements import Markup, code, element, joined
 from qlora_export.report.html.figures import DASH, count, counted, share, significant
 from qlora_export.report.html.histogram import histogram_chart, histogram_table, readable
-from qlora_export.report.html.reading import Facts, artifacts_with, number, part, parts
+from qlora_export.report.html.reading import Facts, artifacts_with, number, part, parts, scored_word
 from qlora_export.report.html.section import Section, artifact_heading, name_of
 from qlora_export.report.html.table import Cell, Column, Row, folded, measured, table
 
@@ -23,12 +23,14 @@ def distribution(report: Facts) -> Section | None:
     found = artifacts_with(report, "distribution")
     if not found:
         return None
-    lead = "A mean hides its tail. This is the divergence of single tokens, from the usual one to the worst."
-    return Section("distribution", "KL by token", lead, joined(_figures(found), _quantiles(found), _confidence(found)))
+    word = scored_word(report)
+    lead = f"A mean hides its tail. This is the divergence of single {word}s, from the usual one to the worst."
+    body = joined(_figures(found, word), _quantiles(found, word), _confidence(found, word))
+    return Section("distribution", f"KL by {word}", lead, body)
 
 
-def _figures(found: Found) -> Markup | None:
-    figures = [_figure(place, artifact, facts) for place, artifact, facts in found if _drawn(facts)]
+def _figures(found: Found, word: str) -> Markup | None:
+    figures = [_figure(place, artifact, facts, word) for place, artifact, facts in found if _drawn(facts)]
     if not figures:
         return None
     note = element("p", "Dashed bars at the ends hold all that is beyond the axis.", class_="said")
@@ -39,23 +41,23 @@ def _drawn(facts: Facts) -> bool:
     return readable(part(facts, "kl_histogram"))
 
 
-def _figure(place: int, artifact: Facts, facts: Facts) -> Markup:
-    drawing = histogram_chart(f"histogram-{place}", name_of(artifact), facts)
-    numbers = histogram_table(name_of(artifact), part(facts, "kl_histogram"))
+def _figure(place: int, artifact: Facts, facts: Facts, word: str) -> Markup:
+    drawing = histogram_chart(f"histogram-{place}", name_of(artifact), facts, word)
+    numbers = histogram_table(name_of(artifact), part(facts, "kl_histogram"), word)
     heading = element("figcaption", artifact_heading(artifact))
     return element("figure", heading, drawing, folded("The numbers", numbers))
 
 
-def _quantiles(found: Found) -> Markup | None:
+def _quantiles(found: Found, word: str) -> Markup | None:
     rows = [_quantile_row(artifact, facts) for _, artifact, facts in found if part(facts, "kl_quantiles")]
     if not rows:
         return None
     names = (*QUANTILES.values(), "change of p, mean", "change of p, RMS", "not finite")
     columns = [Column("artifact"), *(Column(name, numeric=True) for name in names)]
-    note = "Change of p: of the probability that the token of the text gets, candidate less reference."
+    note = f"Change of p: of the probability that the {word} of the text gets, candidate less reference."
     return joined(
         element("h3", "Quantiles of KL", class_="aside"),
-        table("KL that this share of the tokens does not exceed, in nats", columns, rows, sortable=True),
+        table(f"KL that this share of the {word}s does not exceed, in nats", columns, rows, sortable=True),
         element("p", note, class_="said"),
     )
 
@@ -78,7 +80,7 @@ def _points(value: float | None) -> str:
     return DASH if value is None else f"{significant(value * 100, 2)} pp"
 
 
-def _confidence(found: Found) -> Markup | None:
+def _confidence(found: Found, word: str) -> Markup | None:
     buckets: dict[tuple[float, float], float | None] = {}
     for _, _, facts in found:
         for bucket in parts(facts, "confidence"):
@@ -87,7 +89,7 @@ def _confidence(found: Found) -> Markup | None:
         return None
     columns = [Column("artifact")]
     for (low, high), tokens in sorted(buckets.items()):
-        note = "" if tokens is None else counted(tokens, "token")
+        note = "" if tokens is None else counted(tokens, word)
         columns.append(Column(f"{low * 100:g}% to {high * 100:g}%", numeric=True, note=note))
     rows: list[Row] = [
         [code(name_of(artifact)), *_shaded({_ends(item): item for item in parts(facts, "confidence")}, sorted(buckets))]
@@ -95,8 +97,9 @@ def _confidence(found: Found) -> Markup | None:
         if parts(facts, "confidence")
     ]
     said = (
-        "Tokens by the probability of what the reference held for most likely. Drift where the reference was sure "
-        "changes what the model says; where it was not, the text was open anyway. In small: same top-1."
+        f"{word.capitalize()}s by the probability of what the reference held for most likely. Drift where the "
+        "reference was sure changes what the model says; where it was not, the text was open anyway. In small: same "
+        "top-1."
     )
     return joined(
         element("h3", "KL by confidence of the reference", class_="aside"),

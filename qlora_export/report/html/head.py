@@ -7,7 +7,7 @@ from collections import Counter
 from qlora_export.explaining import CODES
 from qlora_export.report.html.elements import Markup, code, element, joined
 from qlora_export.report.html.figures import count, counted, ratio_of, share, significant
-from qlora_export.report.html.reading import Facts, artifacts, number, part, text
+from qlora_export.report.html.reading import Facts, artifacts, number, part, scored_word, text
 from qlora_export.report.html.section import name_of
 from qlora_export.report.html.verdicts import SYMBOLS, badge, marked, outcome, surprising, verdict_words
 from qlora_export.report.terminal import size
@@ -57,7 +57,7 @@ def _compared(report: Facts) -> str:
     against = "the model itself" if model == "the model itself" else "the model that was trained"
     made = f" ({model})" if model not in ("", against) else ""
     measured = number(tokens, "count")
-    on = "" if measured is None else f", on {counted(measured, 'token')} of held-out text"
+    on = "" if measured is None else f", on {counted(measured, scored_word(report))} of held-out text"
     return f"{many}, compared with {against}{made}{on}."
 
 

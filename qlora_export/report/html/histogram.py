@@ -22,8 +22,8 @@ def readable(histogram: Facts) -> bool:
     return len(edges) > 1 and edges[0] > 0 and rising and len(counts) == len(edges) + 1 and sum(counts) > 0
 
 
-def histogram_chart(place: str, name: str, distribution: Facts) -> Markup:
-    """The chart of one artifact."""
+def histogram_chart(place: str, name: str, distribution: Facts, word: str) -> Markup:
+    """The chart of one artifact; `word` is what one of the scored is called."""
     histogram, quantiles = part(distribution, "kl_histogram"), part(distribution, "kl_quantiles")
     edges, counts = numbers(histogram, "edges"), numbers(histogram, "counts")
     total, step = sum(counts), edges[1] / edges[0]
@@ -31,7 +31,14 @@ def histogram_chart(place: str, name: str, distribution: Facts) -> Markup:
     across = Scale(ends[0], ends[-1], LEFT, RIGHT, logarithmic=True)
     plane = Plane(WIDTH, HEIGHT, across, Scale(0.0, 100 * max(counts) / total * 1.05, BOTTOM, TOP))
     bars = [
-        _bar(plane, low, high, 100 * many / total, _said(edges, number_of, many), outer=number_of in (0, len(edges)))
+        _bar(
+            plane,
+            low,
+            high,
+            100 * many / total,
+            _said(edges, number_of, many, word),
+            outer=number_of in (0, len(edges)),
+        )
         for number_of, ((low, high), many) in enumerate(zip(pairwise(ends), counts, strict=True))
     ]
     marks = [
@@ -39,21 +46,21 @@ def histogram_chart(place: str, name: str, distribution: Facts) -> Markup:
         for key, said, height in (("0.5", "median", 12.0), ("0.99", "99%", 29.0))
     ]
     median, most = (significant(number(quantiles, key), 2) for key in ("0.5", "0.99"))
-    description = f"Share of tokens by KL; the median is {median} nats, 99% of tokens are below {most}."
-    axes = joined(level_axis(plane, "% of tokens", 4), value_axis(plane, "KL, nats"))
+    description = f"Share of {word}s by KL; the median is {median} nats, 99% of {word}s are below {most}."
+    axes = joined(level_axis(plane, f"% of {word}s", 4), value_axis(plane, "KL, nats"))
     return chart(place, f"Distribution of KL, {name}", description, plane, axes, bars, marks)
 
 
-def histogram_table(name: str, histogram: Facts) -> Markup:
+def histogram_table(name: str, histogram: Facts, word: str) -> Markup:
     """The numbers of the chart."""
     edges, counts = numbers(histogram, "edges"), numbers(histogram, "counts")
     total = sum(counts)
-    columns = (Column("KL, nats"), Column("tokens", numeric=True), Column("share", numeric=True))
+    columns = (Column("KL, nats"), Column(f"{word}s", numeric=True), Column("share", numeric=True))
     rows = [
         (_span(edges, place), Cell(count(many), many), Cell(share(many / total, 2), many / total))
         for place, many in enumerate(counts)
     ]
-    return table(f"Tokens by KL, {name}", columns, rows)
+    return table(f"{word.capitalize()}s by KL, {name}", columns, rows)
 
 
 def _bar(plane: Plane, low: float, high: float, height: float, said: str, outer: bool) -> Markup | None:
@@ -81,8 +88,8 @@ def _quantile(plane: Plane, value: float | None, said: str, height: float) -> Ma
     return joined(line(x, height - 8, x, plane.bottom, "quantile"), named)
 
 
-def _said(edges: list[float], place: int, many: float) -> str:
-    return f"{_span(edges, place)}: {count(many)} tokens"
+def _said(edges: list[float], place: int, many: float, word: str) -> str:
+    return f"{_span(edges, place)}: {count(many)} {word}s"
 
 
 def _span(edges: list[float], place: int) -> str:

@@ -11,7 +11,7 @@ from qlora_export.report.html.figures import (
     share,
     significant,
 )
-from qlora_export.report.html.reading import Facts, adapted, artifacts, number, part, text, texts
+from qlora_export.report.html.reading import Facts, adapted, artifacts, labelled, number, part, scored_word, text, texts
 from qlora_export.report.html.section import Section, artifact_heading, name_of
 from qlora_export.report.html.table import Cell, Column, Line, Row, described, folded, measured, measured_share, table
 from qlora_export.report.html.verdicts import SYMBOLS, badge, outcome
@@ -40,22 +40,37 @@ COLUMN_WORDS: tuple[tuple[str, Child], ...] = (
 )
 
 
+LABEL_WORDS: dict[str, Child] = {
+    "perplexity": "of the labels, the exponential of their mean cross-entropy, with its standard error",
+    "ratio": "of perplexities to that of the reference, label by label on the same texts; 1 is no drift",
+    "mean KL": "how far the distribution over the labels moved, in nats a text; 0 is no drift",
+    "median and 99% KL": "of the single texts: the usual one, and the one that one in a hundred exceeds",
+    "same top-1": "how often both models predict the same label",
+    "gain kept": "has no number: before training the head was new, and said nothing",
+}
+
+
 def ledger(report: Facts) -> Section:
     """The section of the ledger."""
     checked = bool(part(report, "reference"))
-    lead = "Every model on the same tokens, compared with the one that was trained."
+    lead = f"Every model on the same {scored_word(report)}s, compared with the one that was trained."
     if not checked:
         lead = "Nothing was measured: these artifacts were built, and not checked."
     rows = [*_references(report), *(_artifact(facts, place) for place, facts in enumerate(artifacts(report), 1))]
     caption = "Drift from the model that was trained" if checked else "Artifacts"
     body = joined(
         table(caption, COLUMNS, rows, sortable=True) if rows else None,
-        folded("What the columns say", described(COLUMN_WORDS)) if checked else None,
+        folded("What the columns say", described(_column_words(report))) if checked else None,
         _reasons(report),
         document_table(report),
         _limits(report),
     )
     return Section("ledger", "Ledger", lead, body)
+
+
+def _column_words(report: Facts) -> list[tuple[str, Child]]:
+    said = LABEL_WORDS if labelled(report) else {}
+    return [(name, said.get(name, words)) for name, words in COLUMN_WORDS]
 
 
 def _references(report: Facts) -> list[Line]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_export.report.html.choices import choices
+from qlora_export.report.html.choices import choices, predicted_labels
 from qlora_export.report.html.distribution import distribution
 from qlora_export.report.html.document import document, write_whole
 from qlora_export.report.html.drift_and_size import drift_and_size
@@ -27,7 +27,7 @@ from qlora_export.report.html.worst import worst
 
 PAGE_NAME = "report.html"
 SECTIONS: tuple[Callable[[Facts], Section | None], ...] = (
-    ledger, distribution, layers, drift_and_size, worst, choices, generation, trace, provenance,
+    ledger, distribution, layers, drift_and_size, worst, choices, predicted_labels, generation, trace, provenance,
 )  # fmt: skip
 ABOUT = "Written by qlora-export from report.json beside it. This page loads nothing and sends nothing."
 

@@ -56,11 +56,13 @@ def _digest(facts: Facts, key: str) -> Markup | None:
 def _tokens(tokens: Facts) -> list[tuple[str, Child]]:
     if not tokens:
         return []
+    labels = texts(tokens, "labels")
     begin = text(tokens, "begin") or NO_BEGIN if "begin" in tokens else ""
     return _known(
         (
             ("sha256", _digest(tokens, "sha256")),
-            ("scored tokens", _number(tokens, "count")),
+            ("scored tokens" if not labels else "scored labels", _number(tokens, "count")),
+            ("labels", ", ".join(labels)),
             ("protocol", joined(*_named_protocol(tokens))),
             ("documents", _documents(part(tokens, "documents"))),
             ("windows", _number(tokens, "windows")),

@@ -70,6 +70,17 @@ def artifacts_with(report: Facts, key: str) -> list[tuple[int, Facts, Facts]]:
     return [item for item in found if item[2]]
 
 
+def labelled(report: Facts) -> bool:
+    """Whether labels of texts were scored, as a classifier's are."""
+    return bool(texts(part(report, "tokens"), "labels"))
+
+
+def scored_word(report: Facts) -> str:
+    """What one of the scored is called."""
+    return "label" if labelled(report) else "token"
+
+
 def adapted(report: Facts) -> bool:
     """Whether an adapter was released, as far as the report tells; a plain model has no base to gain over."""
-    return bool(part(part(report, "reference"), "base"))
+    reference = part(report, "reference")
+    return bool(part(reference, "base") or part(reference, "merged"))

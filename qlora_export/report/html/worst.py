@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_export.report.html.elements import Child, Markup, element, joined, quoted
 from qlora_export.report.html.figures import count, share, significant
-from qlora_export.report.html.reading import Facts, artifacts_with, number, parts, text
+from qlora_export.report.html.reading import Facts, artifacts_with, labelled, number, parts, scored_word, text
 from qlora_export.report.html.section import Section, artifact_block, name_of
 from qlora_export.report.html.table import Cell, Column, table
 from qlora_export.report.html.visible import clipped, clipped_before, visible_edges
@@ -27,21 +27,23 @@ WINDOW_COLUMNS = (
 def worst(report: Facts) -> Section | None:
     """The section, where the report names tokens or windows."""
     found = artifacts_with(report, "worst")
-    blocks = [_block(artifact, facts) for _, artifact, facts in found if _named(facts)]
+    word = scored_word(report)
+    blocks = [_block(artifact, facts, word) for _, artifact, facts in found if _named(facts)]
     if not blocks:
         return None
     lead = (
-        "The tokens that drifted most, marked in their text: what the reference held for most likely there, what the "
-        "artifact did, and what both gave the token of the text."
+        f"The {word}s that drifted most, marked in their text: what the reference held for most likely there, what the "
+        f"artifact did, and what both gave the {word} of the text."
     )
-    return Section("worst", "Worst tokens and windows", lead, joined(blocks))
+    heading = "Worst labels" if labelled(report) else "Worst tokens and windows"
+    return Section("worst", heading, lead, joined(blocks))
 
 
 def _named(facts: Facts) -> bool:
     return bool(parts(facts, "tokens") or parts(facts, "windows"))
 
 
-def _block(artifact: Facts, facts: Facts) -> Markup:
+def _block(artifact: Facts, facts: Facts, word: str) -> Markup:
     tokens, windows = parts(facts, "tokens"), parts(facts, "windows")
     name = name_of(artifact)
     largest = max((number(token, "kl") or 0.0 for token in tokens), default=None)
@@ -49,7 +51,7 @@ def _block(artifact: Facts, facts: Facts) -> Markup:
     return artifact_block(
         artifact,
         said,
-        table(f"Worst tokens of {name}", TOKEN_COLUMNS, list(map(_token_row, tokens)), True) if tokens else None,
+        table(f"Worst {word}s of {name}", TOKEN_COLUMNS, list(map(_token_row, tokens)), True) if tokens else None,
         table(f"Worst windows of {name}", WINDOW_COLUMNS, list(map(_window_row, windows)), True) if windows else None,
     )
 
