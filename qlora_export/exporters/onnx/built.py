@@ -1,23 +1,27 @@
-"""Artifacts whose weights the builder itself makes, from a dense folder."""
+"""Artifacts made of a dense folder alone: by the model builder or, where it lacks the architecture, by tracing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import Takes
-from qlora_export.exporters.onnx.builder import Order, require_packages
-from qlora_export.exporters.onnx.graphs import make_graph, obstacle
-from qlora_export.exporters.onnx.options import Float16Options, Float32Options, Int8Options, IntegerOptions
+from qlora_export.exporters.onnx.builder import Order, require_packages, run_builder
+from qlora_export.exporters.onnx.graphs import CONFIG_NAME, is_built, obstacle
+from qlora_export.exporters.onnx.options import BITS, Float16Options, Float32Options, Int8Options, IntegerOptions
+from qlora_export.exporters.onnx.rounded_products import BlockRounding
+from qlora_export.exporters.onnx.traced.rounded import TracedRounding, trace_rounded
+from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.transformers_js import lay_out
+from qlora_export.sources.checkpoint import read_json
 
 
 @dataclass(frozen=True)
 class BuiltExporter:
-    """Runs the builder with one precision."""
+    """Makes the graph with one precision."""
 
     name: str
     precision: str
@@ -33,21 +37,51 @@ class BuiltExporter:
 
     def obstacle(self, config: Mapping[str, Any]) -> str | None:
         """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
+        sensitive = isinstance(self.options, IntegerOptions) and self.options.sensitive_layers != "int4"
+        if sensitive and not is_built(config):
+            return f"{self.name}: sensitive_layers are chosen by the model builder, which does not make this graph"
         return obstacle(self.name, config)
 
     def export(self, source: Path, destination: Path) -> None:
-        """Fill `destination`; raises Refused for an architecture that the builder lacks, else EnvironmentProblem."""
+        """Fill `destination`; raises Refused for what cannot be traced, EnvironmentProblem for a builder that fails."""
+        if is_built(read_json(source / CONFIG_NAME)):
+            self._build(source, destination)
+        elif isinstance(self.options, IntegerOptions | Int8Options):
+            trace_rounded(self.name, self._traced_dtype, _rounding(self.options), source, destination)
+        else:
+            trace(self.name, self._traced_dtype, source, destination)
+
+    def _build(self, source: Path, destination: Path) -> None:
         extra = self.options.words() if isinstance(self.options, IntegerOptions | Int8Options) else ()
         stated = "cpu" if isinstance(self.options, Float32Options) else self.options.provider
         # For a CPU the builder lays float16 out around an attention that has none; the one of CUDA runs there as well.
         provider = "cuda" if self.precision == "fp16" and stated == "cpu" else stated
-        make_graph(self.name, Order(self.precision, provider, extra), source, destination)
+        run_builder(self.name, Order(self.precision, provider, extra), source, destination)
         if provider != stated:
             _open_on_cpu(destination / "genai_config.json")
+
+    @property
+    def _traced_dtype(self) -> str:
+        """That of activations: the builder, too, has float16 in integer graphs for other providers than a CPU."""
+        elsewhere = not isinstance(self.options, Float32Options) and self.options.provider != "cpu"
+        return "fp16" if self.precision == "fp16" or elsewhere else "fp32"
 
     def finish(self, source: Path, destination: Path) -> None:
         """Give the complete folder the layout that was asked for."""
         lay_out(self.options.layout, source, destination)
+
+
+def _rounding(options: IntegerOptions | Int8Options) -> TracedRounding:
+    bits = BITS[options.last_matrix] if isinstance(options, IntegerOptions) else 8
+    usual = BlockRounding(
+        4 if isinstance(options, IntegerOptions) else 8,
+        options.block_size,
+        options.symmetric,
+        options.algorithm,
+        options.accuracy_level,
+    )
+    excluded = frozenset(filter(None, options.exclude.split(",")))
+    return TracedRounding(usual, replace(usual, bits=bits), excluded)
 
 
 def _open_on_cpu(path: Path) -> None:

@@ -128,6 +128,8 @@ class BuiltGraph:
         for field, items in ((graph.node, nodes), (graph.value_info, values), (graph.initializer, entries)):
             del field[:]
             field.extend(items)
+        if all(item.domain != DOMAIN for item in self.model.opset_import):
+            self.model.opset_import.add(domain=DOMAIN, version=1)
         (destination / GRAPH_NAME).write_bytes(self.model.SerializeToString(deterministic=True))
 
     def _entry(self, name: str, offset: int) -> Any:

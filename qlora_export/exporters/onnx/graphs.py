@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -51,12 +50,10 @@ def obstacle(name: str, config: Mapping[str, Any]) -> str | None:
 
 @lru_cache(maxsize=4)
 def _untraceable(config: str) -> str | None:
-    with tempfile.TemporaryDirectory() as work:
-        (Path(work) / CONFIG_NAME).write_text(config, encoding="utf-8")
-        try:
-            outline(Path(work))
-        except (Refused, EnvironmentProblem) as error:
-            return str(error)
+    try:
+        outline(json.loads(config))
+    except (Refused, EnvironmentProblem) as error:
+        return str(error)
     return None
 
 

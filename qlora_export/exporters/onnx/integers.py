@@ -31,7 +31,7 @@ from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, 
 from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.interleaved_layers import interleaved_layer
 from qlora_export.exporters.onnx.layers import Blocks, Layer, RoundedLayer, block_of, packed_layer
-from qlora_export.exporters.onnx.options import BLOCK_SIZES, SameIntegerOptions
+from qlora_export.exporters.onnx.options import BITS, BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
@@ -43,7 +43,6 @@ from qlora_export.tensors.reading import SourceFiles
 CHUNK_VALUES = 1 << 22
 HEAD = "lm_head.weight"
 EMBEDDING_SUFFIX = "embed_tokens.weight"
-BITS = {"int4": 4, "int8": 8}
 METHODS = ("gptq", "awq")
 # The part of a layer that holds its codes, and the others.
 PACKED = ("weight_packed", ("weight_scale", "weight_zero_point", "weight_shape"))

@@ -15,6 +15,7 @@ ALGORITHMS = ("default", "rtn", "k_quant")
 ACCURACY_LEVELS = (1, 2, 3, 4)
 PROVIDERS = ("cpu", "cuda", "webgpu")
 SOURCES_OF_INT4: tuple[Takes, ...] = ("w4a16", "gptq", "awq")
+BITS = {"int4": 4, "int8": 8}
 Chosen = TypeVar("Chosen")
 
 

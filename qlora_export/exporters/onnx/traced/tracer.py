@@ -1,4 +1,8 @@
-"""`torch.onnx.export` in place of the model builder: a process of its own traces, then the weights are filled in."""
+"""`torch.onnx.export` in place of the model builder: a process of its own traces, then the weights are filled in.
+
+A trace depends on the configuration alone, so artifacts of one model share it: the graph without weights is kept in
+memory, some hundred kilobytes for each of the last few.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import EnvironmentProblem, Refused
 from qlora_export.exporters.onnx.traced.filling import TracedWeight, fill
+from qlora_export.merge.carried import STALE_KEYS
 from qlora_export.sources.architecture import read_architecture
 from qlora_export.sources.checkpoint import open_checkpoint
-from qlora_export.tensors.external_data import read_graph
 
 TRACING = "qlora_export.exporters.onnx.traced.tracing"
 GRAPH_NAME, FACTS_NAME = "traced.onnx", "traced.json"
-SHORTENED = "--shortened"
+CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+GENAI_CONFIG = "genai_config.json"
 CLASSIFIER = "ForSequenceClassification"
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 INSTEAD = "choose a safetensors format for this architecture"
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A graph without weights, and what the process knows of it."""
+
+    graph: bytes
+    facts: str
 
 
 def trace(name: str, dtype: str, source: Path, destination: Path) -> None:
@@ -29,20 +45,23 @@ def trace(name: str, dtype: str, source: Path, destination: Path) -> None:
 
     Raises Refused for an architecture that cannot be traced, InputError for weights that are not those of config.json.
     """
+    import onnx
+
     destination.mkdir(exist_ok=True)
     checkpoint = open_checkpoint(source)
-    with tempfile.TemporaryDirectory(prefix=".traced-", dir=destination) as work:
-        try:
-            facts = _follow(dtype, source, Path(work))
-        except Refused as error:
-            raise Refused(f"{name}: {error}", INSTEAD) from None
-        model = read_graph(Path(work) / GRAPH_NAME)
+    generation = source / GENERATION_NAME
+    stated = generation.read_text(encoding="utf-8") if generation.is_file() else ""
+    try:
+        traced = _trace(dtype, _plain(checkpoint.config), stated)
+    except Refused as error:
+        raise Refused(f"{name}: {error}", INSTEAD) from None
+    facts = json.loads(traced.facts)
     architecture = read_architecture(checkpoint, is_classifier(checkpoint.config))
     weights = [TracedWeight(item["name"], item["turned"]) for item in facts["weights"]]
-    fill(model, weights, checkpoint, architecture, destination)
+    fill(onnx.load_from_string(traced.graph), weights, checkpoint, architecture, destination)
     if facts["genai_config"]:
         text = json.dumps(facts["genai_config"], indent=4)
-        (destination / "genai_config.json").write_text(text, encoding="utf-8")
+        (destination / GENAI_CONFIG).write_text(text, encoding="utf-8")
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -51,16 +70,33 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
     return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith(CLASSIFIER)
 
 
-def outline(folder: Path) -> None:
-    """Trace as few layers of a folder's config.json as there are kinds; raises Refused with what stands in the way."""
-    with tempfile.TemporaryDirectory(prefix=".traced-", dir=folder) as work:
-        _follow("fp32", folder, Path(work), SHORTENED)
+def outline(config: Mapping[str, Any]) -> None:
+    """Trace as few layers of this config.json as there are kinds; raises Refused with what stands in the way."""
+    kinds = list(config.get("layer_types") or ())
+    depth = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
+    fewer = {key: depth for key in DEPTHS if key in config}
+    shortened = {"layer_types": kinds[:depth]} if kinds else {}
+    _trace("fp32", _plain({**config, **fewer, **shortened}), "")
 
 
-def _follow(dtype: str, source: Path, work: Path, *words: str) -> Mapping[str, Any]:
-    """Leave the graph of a folder's config.json, without weights, in `work`; what is known of it."""
+def _plain(config: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in config.items() if key not in STALE_KEYS}, sort_keys=True)
+
+
+@lru_cache(maxsize=4)
+def _trace(dtype: str, config: str, generation: str) -> _Traced:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / CONFIG_NAME).write_text(config, encoding="utf-8")
+        if generation:
+            (work / GENERATION_NAME).write_text(generation, encoding="utf-8")
+        _run(work, dtype)
+        return _Traced((work / GRAPH_NAME).read_bytes(), (work / FACTS_NAME).read_text(encoding="utf-8"))
+
+
+def _run(work: Path, dtype: str) -> None:
     found = subprocess.run(
-        [sys.executable, "-P", "-m", TRACING, str(source), str(work), dtype, *words],
+        [sys.executable, "-P", "-m", TRACING, str(work), dtype],
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
@@ -73,5 +109,3 @@ def _follow(dtype: str, source: Path, work: Path, *words: str) -> Mapping[str, A
         if found.returncode == 1:
             raise Refused(last)
         raise EnvironmentProblem(f"torch.onnx.export ended with {found.returncode}: {last}")
-    facts: Mapping[str, Any] = json.loads((work / FACTS_NAME).read_text(encoding="utf-8"))
-    return facts

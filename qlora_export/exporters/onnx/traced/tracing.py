@@ -1,13 +1,13 @@
-"""The process that traces: `python -m ...onnx.traced.tracing FOLDER DESTINATION DTYPE [--shortened]`.
+"""The process that traces: `python -m qlora_export.exporters.onnx.traced.tracing FOLDER DTYPE`.
 
 transformers makes the model of FOLDER's config.json. Its weights have no memory of their own, one zero stands for all
 values of each, and `torch.onnx.export(dynamo=True)` follows what is computed with them, batch, tokens and cached tokens
 left open. Weights must not be seen by what folds constants, which would take the zeros for values: until the graph is
 optimised they are inputs of it, and inputs they are when it is written.
 
-    DESTINATION/traced.onnx    the graph: token ids, mask, perhaps positions, pasts and weights; logits and presents
-    DESTINATION/traced.json    the weights by name and whether they are declared [in, out], and what ONNX Runtime
-                               GenAI is to know of a decoder
+    FOLDER/traced.onnx    the graph: token ids, mask, perhaps positions, pasts and weights; logits and presents
+    FOLDER/traced.json    the weights by name and whether they are declared [in, out], and what ONNX Runtime GenAI is to
+                          know of a decoder
 
 Cost: no memory for weights, seconds for each layer.
 """
@@ -73,13 +73,11 @@ class Classifier(torch.nn.Module):  # type: ignore[misc]
         return self.model(input_ids=tokens, attention_mask=mask, **stated).logits
 
 
-def main(folder: Path, destination: Path, dtype: str, shortened: bool) -> None:
+def main(folder: Path, dtype: str) -> None:
     """Write the graph and its facts; ends with a line of what stands in the way."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if shortened:
-        _shorten(config)
     try:
         model = _without_weights(config, DTYPES[dtype])
         if config.architectures[0].endswith(CLASSIFIER):
@@ -92,19 +90,11 @@ def main(folder: Path, destination: Path, dtype: str, shortened: bool) -> None:
     except Exception as error:  # noqa: BLE001 - torch raises whatever the model's own code does
         sys.exit(f"torch.onnx.export cannot follow it: {_root(error)}")
     weights = tidy(program, [f"model.{name}" for name in model.state_dict()])
-    program.save(destination / GRAPH_NAME)
+    program.save(folder / GRAPH_NAME)
     inputs = [name for name in INPUTS if any(value.name == name for value in program.model.graph.inputs)]
     settings = genai_config(config, folder, caches[0], inputs) if caches else None
     facts = {"weights": weights, "genai_config": settings}
-    (destination / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _shorten(config: Any) -> None:
-    """Leave as few layers as show every kind that there is."""
-    kinds = list(getattr(config, "layer_types", None) or ())
-    config.num_hidden_layers = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
-    if kinds:
-        config.layer_types = kinds[: config.num_hidden_layers]
+    (folder / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
@@ -221,4 +211,4 @@ def _root(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], "--shortened" in sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,103 @@
+"""Sequence classifiers in ONNX: traced, run in batches, and laid out for transformers.js."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import peft
+import pytest
+import torch
+import transformers
+
+from qlora_export.engine.manifest import read_artifact
+from qlora_export.errors import InputError, PlanRefused
+from qlora_export.pipeline import RunOptions, build, untracked
+from qlora_export.planning import make_plan
+from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.runtimes.onnx.artifacts import validated
+from qlora_export.runtimes.onnx.folder import open_graph
+from qlora_export.runtimes.onnxruntime import OnnxRuntime
+from tests.conftest import edit_json
+from tests.exporters.test_onnx_traced import IDS, TOKENS
+
+EXPORTS: list[Any] = [
+    "bf16",
+    "onnx-fp32",
+    {"format": "onnx-fp32", "name": "javascript", "options": {"layout": "transformers.js"}},
+    {"format": "onnx-int8", "name": "onnx-int8"},
+]
+
+
+def recipe(base: Path, adapter: Path, *artifacts: Any) -> Recipe:
+    return make_recipe({"base": str(base), "adapter": str(adapter), "artifacts": list(artifacts)}, Path(), "test")
+
+
+@pytest.fixture(scope="module")
+def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "adapter"
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(pico_base, num_labels=3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(pico_base: Path, adapter: Path) -> Path:
+    out = adapter.parent / "run"
+    build(recipe(pico_base, adapter, *EXPORTS), RunOptions(out))
+    return out
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "javascript", "onnx-int8"])
+def test_it_says_what_torch_says_alone_and_in_a_batch(made: Path, name: str) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made / "bf16", dtype=torch.float32)
+    tolerance = 0.05 if name == "onnx-int8" else 1e-5
+    with OnnxRuntime().open(made / name) as session:
+        for ids in IDS:
+            with torch.no_grad():
+                expected = model(torch.tensor([ids])).logits.log_softmax(-1).numpy()
+            found = session.log_probabilities(ids)
+            assert found.shape == (1, 3)
+            np.testing.assert_allclose(found, expected, atol=tolerance)
+    findings = validated(read_artifact(made / name), TOKENS, untracked)
+    assert findings is not None
+    assert findings.breaches == ()
+    assert [way.name for way in findings.ways][:3] == [
+        "prefill", "a batch of three, padded", "prefill without graph optimisation",
+    ]  # fmt: skip
+
+
+def test_the_folder_names_its_labels_and_lies_as_transformers_js_reads_it(made: Path) -> None:
+    plain = json.loads((made / "onnx-fp32/config.json").read_text())
+    assert plain["architectures"] == ["LlamaForSequenceClassification"]
+    assert plain["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    folder = made / "javascript"
+    assert json.loads((folder / "config.json").read_text())["transformers.js_config"]["dtype"] == "fp32"
+    assert sorted(path.name for path in (folder / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
+    session = onnxruntime.InferenceSession(folder / "onnx/model.onnx")
+    assert [item.name for item in session.get_inputs()] == ["input_ids", "attention_mask"]
+
+
+def test_a_graph_with_other_inputs_is_no_classifier(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "onnx-fp32", tmp_path / "copied"))
+    import onnx
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.input[1].name = "token_type_ids"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        InputError, match="has the inputs 'input_ids', 'token_type_ids', a classifier has input_ids and"
+    ):
+        open_graph(folder)
+
+
+def test_without_a_token_that_pads_it_is_refused_by_the_plan(base_copy: Path, adapter: Path, tmp_path: Path) -> None:
+    edit_json(base_copy / "config.json", pad_token_id=None)
+    with pytest.raises(PlanRefused, match="config.json states no pad_token_id"):
+        make_plan(recipe(base_copy, adapter, "bf16", "onnx-fp32"), tmp_path / "out")
