@@ -60,7 +60,9 @@ def test_float16_for_a_cpu_alone_borrows_a_layout(
 
     def make_graph(name: str, order: Any, source: Path, destination: Path) -> None:
         seen.append(order.provider)
-        config = {"model": {"decoder": {"session_options": {"provider_options": [{order.provider: {}}]}}}}
+        config: dict[str, Any] = {
+            "model": {"decoder": {"session_options": {"provider_options": [{order.provider: {}}]}}}
+        }
         (destination / "genai_config.json").write_text(json.dumps(config))
 
     monkeypatch.setattr("qlora_export.exporters.onnx.built.make_graph", make_graph)
