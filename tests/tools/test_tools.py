@@ -40,6 +40,14 @@ def test_the_device_benchmark() -> None:
     assert {"nf4 encode_to_copy", "merge to nf4_to_copy"} <= data.keys()
 
 
+def test_the_benchmark_of_onnx() -> None:
+    sizes = ["--layers", "1", "--hidden", "128", "--vocabulary", "2048"]
+    data = json.loads(tool("bench_onnx.py", *sizes, "--only", "onnx-int4", "--json"))
+    row = data["rows"]["onnx-int4"]
+    assert row["builder_anonymous_bytes"] > row["own_anonymous_bytes"] > 0
+    assert row["meanwhile_bytes"] > 0 < row["folder_bytes"]
+
+
 def test_the_calibration_benchmark() -> None:
     sizes = ["--hidden", "64", "96", "--sequences", "2", "--window", "16"]
     data = json.loads(tool("bench_calibration.py", *sizes, "--json"))

@@ -23,8 +23,8 @@ from qlora_export.exporters.onnx.skeleton import (
 )
 from qlora_export.tensors.header import StoredTensor
 
-# The skeleton in 16 bits, and the builder's graph of it in float32.
-SURGERY_BYTES_PER_WEIGHT = 6.0
+# The skeleton in 16 bits, what the builder stacks, and of its graph in float32 what is not marked: the rest is holes.
+SURGERY_BYTES_PER_WEIGHT = 4.0
 # What stands in for a product that is made of these rows; raises MixedRows where they are not stored alike.
 Replace = Callable[[Product, tuple[Run, ...]], Replacement]
 
