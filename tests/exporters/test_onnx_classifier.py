@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import peft
 import pytest
@@ -18,6 +20,11 @@ from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
+from qlora_export.publish.card.facts import CardItem
+from qlora_export.publish.card.javascript import javascript
+from qlora_export.publish.card.snippets import snippet
+from qlora_export.publish.lint.companions import companion_problems
+from qlora_export.publish.lint.contents import Contents
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.folder import open_graph
@@ -38,19 +45,27 @@ def recipe(base: Path, adapter: Path, *artifacts: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("classifier") / "adapter"
+def base(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that states the token that pads."""
+    folder = Path(shutil.copytree(pico_base, tmp_path_factory.mktemp("classifier") / "base"))
+    edit_json(folder / "config.json", pad_token_id=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    folder = base.parent / "adapter"
     torch.manual_seed(1)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(pico_base, num_labels=3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def made(pico_base: Path, adapter: Path) -> Path:
+def made(base: Path, adapter: Path) -> Path:
     out = adapter.parent / "run"
-    build(recipe(pico_base, adapter, *EXPORTS), RunOptions(out))
+    build(recipe(base, adapter, *EXPORTS), RunOptions(out))
     return out
 
 
@@ -84,10 +99,31 @@ def test_the_folder_names_its_labels_and_lies_as_transformers_js_reads_it(made: 
     assert [item.name for item in session.get_inputs()] == ["input_ids", "attention_mask"]
 
 
+def test_a_card_shows_how_it_is_loaded(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts: Any = SimpleNamespace(repository="acme/labels")
+    drift: Any = None
+    plain, javascript_item = (CardItem(read_artifact(made / name), drift, "") for name in ("onnx-fp32", "javascript"))
+    assert plain.kind.packages[0] == "onnxruntime"
+    for item in (plain, javascript_item):
+        text = snippet(facts, item).replace('snapshot_download("acme/labels")', repr(str(item.artifact.path)))
+        exec(compile(text, "snippet", "exec"), {})
+        assert capsys.readouterr().out.startswith("LABEL_")
+    assert "pipeline('text-classification', 'acme/labels')" in (javascript(facts, javascript_item) or "")
+    assert javascript(facts, plain) is None
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "javascript"])
+def test_nothing_is_missing_for_a_publication_but_its_config(made: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(made / name, tmp_path / "staged"))
+    names = frozenset(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert list(companion_problems(Contents(folder, names), "")) == []
+    (folder / "config.json").unlink()
+    without = Contents(folder, names - {"config.json"})
+    assert "genai_config.json" in next(companion_problems(without, "")).message
+
+
 def test_a_graph_with_other_inputs_is_no_classifier(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made / "onnx-fp32", tmp_path / "copied"))
-    import onnx
-
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     model.graph.input[1].name = "token_type_ids"
     (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -97,7 +133,6 @@ def test_a_graph_with_other_inputs_is_no_classifier(made: Path, tmp_path: Path) 
         open_graph(folder)
 
 
-def test_without_a_token_that_pads_it_is_refused_by_the_plan(base_copy: Path, adapter: Path, tmp_path: Path) -> None:
-    edit_json(base_copy / "config.json", pad_token_id=None)
+def test_without_a_token_that_pads_it_is_refused_by_the_plan(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanRefused, match="config.json states no pad_token_id"):
-        make_plan(recipe(base_copy, adapter, "bf16", "onnx-fp32"), tmp_path / "out")
+        make_plan(recipe(pico_base, adapter, "bf16", "onnx-fp32"), tmp_path / "out")

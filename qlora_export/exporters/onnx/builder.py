@@ -20,7 +20,13 @@ from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 
 BUILDER = "qlora_export.exporters.onnx.builder_process"
 # What is used here appeared in these versions.
-OLDEST = {"onnxruntime-genai": (0, 18), "onnxruntime": (1, 23), "onnx": (1, 21), "onnx-ir": (0, 1)}
+OLDEST = {
+    "onnxruntime-genai": (0, 18),
+    "onnxruntime": (1, 23),
+    "onnx": (1, 21),
+    "onnx-ir": (0, 1),
+    "onnxscript": (0, 7),
+}
 # Of memory beside the codes of the largest matrix, measured (docs/onnx.md).
 MEMORY_GB = 1
 UNSUPPORTED = "is not currently supported"
@@ -104,7 +110,7 @@ def _failure(name: str, code: int, stderr: str) -> ExportError:
     if code < 0:
         return EnvironmentProblem(
             f"{name}: the model builder was killed by {signal.Signals(-code).name}",
-            f"it needs {MEMORY_GB} GB of memory, however large the model; run again with more",
+            f"it needs {MEMORY_GB} GB of memory and a byte for each weight of the largest matrix; run again with more",
         )
     return EnvironmentProblem(f"{name}: the model builder failed: {last}", "see whether the bf16 folder loads")
 

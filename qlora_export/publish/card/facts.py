@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.contracts import MAY_LACK, Artifact, Drift
-from qlora_export.publish.card.kinds import VLLM, Kind, kind_of
+from qlora_export.publish.card.kinds import LABEL_GRAPH, VLLM, Kind, kind_of
 from qlora_export.recipe import CardRecipe
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -29,6 +29,8 @@ class CardItem:
     def kind(self) -> Kind:
         """What its format means to those who load it; with zero points transformers does not."""
         kind = kind_of(self.artifact.format)
+        if kind.library == "onnx" and self.is_classifier:
+            return replace(kind, packages=LABEL_GRAPH)
         return replace(kind, packages=VLLM) if self.has_zero_points else kind
 
     @property

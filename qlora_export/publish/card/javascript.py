@@ -22,6 +22,15 @@ def javascript(facts: CardFacts, item: CardItem) -> str | None:
     """The code that loads and tries an artifact in a browser or in Node; None where that does not open it."""
     if not loads_in_javascript(item):
         return None
+    if item.is_classifier:
+        return "\n".join(
+            [
+                "import { pipeline } from '@huggingface/transformers';",
+                "",
+                f"const classify = await pipeline('text-classification', '{facts.repository}');",
+                f"console.log(await classify('{GREETING}'));",
+            ]
+        )
     asked = [f"const inputs = tokenizer('{GREETING}');"]
     if item.chats:
         asked = [

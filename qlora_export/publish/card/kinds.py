@@ -37,6 +37,7 @@ FP8_BLOCK_WORDS = "FP8 (e4m3) in blocks of 128 x 128, activations too while it r
 INTERLEAVED = (*TRANSFORMERS, "optimum", "gptqmodel")
 VLLM = ("vllm",)
 ONNX = ("onnxruntime-genai", "huggingface_hub")
+LABEL_GRAPH = ("onnxruntime", "tokenizers", "huggingface_hub")
 NF4_WORDS = "bitsandbytes NF4 (4 bits)"
 KINDS = {
     "fp32": Kind("transformers", "finetune", "float32", TRANSFORMERS, served=True),

@@ -20,7 +20,7 @@ ADAPTER_FOLDER = "adapter"
 def snippet(facts: CardFacts, item: CardItem) -> str:
     """The Python code that loads and tries one artifact."""
     if item.kind.library == "onnx":
-        return _genai(facts, item)
+        return _label_graph(facts, item) if item.is_classifier else _genai(facts, item)
     if item.has_zero_points:
         return _vllm(facts, item)
     if item.artifact.format == "adapter":
@@ -136,6 +136,31 @@ def _vllm(facts: CardFacts, item: CardItem) -> str:
             f"model = LLM({place})",
             f"settings = SamplingParams(max_tokens={NEW_TOKENS})",
             f"print({asked}[0].outputs[0].text)",
+        ]
+    )
+
+
+def _label_graph(facts: CardFacts, item: CardItem) -> str:
+    """A sequence classifier's graph, with its tokenizer, by their own libraries."""
+    part = f', allow_patterns="{item.prefix}*"' if item.prefix else ""
+    graph = next((name for name in sorted(item.files) if name.endswith(".onnx")), "model.onnx")
+    return "\n".join(
+        [
+            "import json",
+            "",
+            "import numpy",
+            "import onnxruntime",
+            "from huggingface_hub import snapshot_download",
+            "from tokenizers import Tokenizer",
+            "",
+            f'folder = snapshot_download("{facts.repository}"{part})',
+            f'tokenizer = Tokenizer.from_file(f"{{folder}}/{item.prefix}tokenizer.json")',
+            f'session = onnxruntime.InferenceSession(f"{{folder}}/{item.prefix}{graph}")',
+            f'labels = json.load(open(f"{{folder}}/{item.prefix}config.json"))["id2label"]',
+            "",
+            f'tokens = numpy.array([tokenizer.encode("{GREETING}").ids])',
+            '(logits,) = session.run(["logits"], {"input_ids": tokens, "attention_mask": numpy.ones_like(tokens)})',
+            "print(labels[str(logits[0].argmax())])",
         ]
     )
 

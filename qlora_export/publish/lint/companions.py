@@ -26,15 +26,21 @@ def companion_problems(contents: Contents, prefix: str) -> Iterator[Problem]:
     names = {base_of(name) for name in contents.beside(prefix)}
     inner = any(base_of(name).endswith(".onnx") for name in contents.beside(f"{prefix}onnx/"))
     graph = inner or any(name.endswith(".onnx") for name in names)
-    configs = ["genai_config.json"] if graph else []
-    for config in (*configs, *(["config.json"] if inner or not graph else [])):
+    classifies = _is_classifier(contents, prefix)
+    configs = ["genai_config.json"] if graph and not classifies else []
+    for config in (*configs, *(["config.json"] if inner or classifies or not graph else [])):
         if config not in names:
             yield finding("companion", prefix + config, "is missing, nothing can load the weights", COPY)
     if not any(VOCABULARY.fullmatch(name) for name in names):
         yield finding("companion", f"{prefix}tokenizer.json", "is missing, and no other vocabulary is there", COPY)
     yield from _tokenizer(contents, prefix, names)
-    if graph:
+    if graph and not classifies:
         yield from _graph_settings(contents, prefix)
+
+
+def _is_classifier(contents: Contents, prefix: str) -> bool:
+    stated = (contents.table(f"{prefix}config.json", "companion") or {}).get("architectures")
+    return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith("ForSequenceClassification")
 
 
 def _tokenizer(contents: Contents, prefix: str, names: set[str]) -> Iterator[Problem]:
