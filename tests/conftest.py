@@ -109,16 +109,22 @@ def save_adapter(base: Path, folder: Path, seed: int, size: float = 0.05, **chan
 # By measurement; what is not here takes a few seconds each. Two workers end together when what is long begins first.
 LONG_FILES = (
     "tests/test_demo.py",
-    "tests/engine/test_ray.py",
     "tests/publish/hub/test_release.py",
-    "tests/merge/test_oracle.py",
+    "tests/engine/test_ray.py",
+    "tests/tools/test_tools.py",
     "tests/publish/hub/test_commit.py",
+    "tests/merge/test_oracle.py",
     "tests/cli/test_cli.py",
     "tests/cli/test_publishing.py",
     "tests/exporters/test_onnx.py",
     "tests/exporters/test_transformers_js.py",
-    "tests/tools/test_tools.py",
     "tests/tools/test_quality_tools.py",
+    "tests/calibrate/test_running.py",
+    "tests/publish/hub/test_killed.py",
+    "tests/calibrate/test_tuning_memory.py",
+    "tests/publish/test_card.py",
+    "tests/calibrate/test_pipeline.py",
+    "tests/publish/hub/test_tokens.py",
 )
 
 
