@@ -20,7 +20,8 @@ import transformers
 from qlora_export.checking import Question, check_against
 from qlora_export.comparing import compare
 from qlora_export.drift.labelled import labelled_tokens
-from qlora_export.drift.sizes import SizedProtocol
+from qlora_export.drift.protocols import token_set
+from qlora_export.drift.sizes import SizedProtocol, recorded_protocol
 from qlora_export.errors import ExportError, InputError, Refused, UsageError
 from qlora_export.measuring import drift_text, drift_tokens
 from qlora_export.pipeline import RunOptions
@@ -28,8 +29,6 @@ from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
 from qlora_export.planning import make_plan
 from qlora_export.publish.hub.job import REPORT_PATH
-from qlora_export.publish.hub.process import Client
-from qlora_export.publish.verifying import Wanted, verify
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.report.comparison import print_comparison
 from qlora_export.report.data import write_report
@@ -121,7 +120,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def measured(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """A check of a merged folder, a rounded one and the adapter on its own, and its run folder."""
     out = tmp_path_factory.mktemp("run")
-    recipe = trained.recipe("bf16", {"format": "nf4", "rounding": "nearest"}, "adapter", trace="always")
+    nf4 = {"format": "nf4", "rounding": "nearest", "limits": {"mean_kl": 0}}
+    recipe = trained.recipe("bf16", nf4, "adapter", trace="failing")
     run = run_check(recipe, RunOptions(out))
     write_report(run, out)
     return run, out
@@ -144,15 +144,15 @@ def test_it_says_what_peft_says(trained: Trained, tmp_path: Path) -> None:
     session = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned()
     auto = transformers.AutoModelForSequenceClassification
     model = peft.PeftModel.from_pretrained(auto.from_pretrained(trained.base, num_labels=3).float(), adapter).eval()
-    texts = [json.loads(line)["text"] for line in trained.text.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in trained.text.read_text().splitlines()[:40]]
     expected = said_by(model, transformers.AutoTokenizer.from_pretrained(trained.base), texts)
-    found = np.concatenate([session.log_probabilities(window.fed) for window in tokens.windows])
-    assert found.shape == (120, 3)
+    found = np.concatenate([session.log_probabilities(window.fed) for window in tokens.windows[:40]])
+    assert found.shape == (40, 3)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(expected, axis=0).min() > 0.1, "it must not say the same of everything"
 
 
-@pytest.mark.parametrize("pad", [0, None, -1])
+@pytest.mark.parametrize("pad", [3, None, -1])
 def test_texts_of_a_batch_do_not_see_each_other(measured: tuple[Run, Path], pad: int | None) -> None:
     run, _ = measured
     session = ClassifierSession(load_model(run.artifacts[0].path, dtype=torch.float32))
@@ -229,6 +229,7 @@ def test_every_report_speaks_of_labels(measured: tuple[Run, Path], capsys: pytes
         "120 labels",
     ):
         assert words in page
+    assert "| 0 | 100% |  | 100% | reference |" in markdown, "a classifier has no gain"
     assert "single tokens" not in page
     assert "Worst tokens" not in page
     assert "tokens are too few" not in junit(data)
@@ -340,11 +341,16 @@ def test_a_folder_is_checked_against_the_model_that_it_should_be(
     assert again.drift.mean_kl == pytest.approx(run.ledger.entries[1].drift.mean_kl, rel=1e-3)
     assert again.labels == run.ledger.entries[1].labels
     assert checked(bf16, bf16).drift.mean_kl == 0
-    assert checked(trained.adapter, f"{trained.base}+{trained.adapter}").drift.mean_kl == 0
     with pytest.raises(InputError, match="a language model, and the reference is a classifier"):
         checked(trained.base, bf16)
     with pytest.raises(InputError, match="a classifier, and the reference is a language model"):
         checked(bf16, trained.base)
+
+
+def remade(told: dict[str, Any], trained: Trained) -> str:
+    """The tokens of a report, made again from the text and what the report tells."""
+    protocol = recorded_protocol(told)
+    return token_set(read_text(trained.text), FolderTokenizer(trained.base), protocol, told["limit"]).sha256
 
 
 def test_what_is_released_is_proven_and_quotes_no_text(
@@ -357,14 +363,14 @@ def test_what_is_released_is_proven_and_quotes_no_text(
     with HubServer() as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_rehearsal", "HF_HUB_OFFLINE": "0"}
         run = run_release(recipe, RunOptions(out, publisher_environment=environment))
-        found = verify("acme/bot", Wanted(text=trained.text), Client(environment))
         report, card = (hub.repositories["acme/bot"].read("main", name).decode() for name in (REPORT_PATH, "README.md"))
     (receipt,) = run.receipts
+    assert run.ledger is not None
     assert receipt.proof is not None
     assert receipt.proof.nll == pytest.approx(receipt.proof.nll_released, abs=1e-6)
-    assert found.opened["bf16"].nll == pytest.approx(receipt.proof.nll, abs=1e-6)
     print_publication(run)
     assert "nats a label over 120 labels as released" in capsys.readouterr().out
+    assert remade(json.loads(report)["tokens"], trained) == run.ledger.tokens.sha256
     told = json.loads(report)["artifacts"][0]["labels"]
     assert told["items"] == 120
     assert "flipped" not in told

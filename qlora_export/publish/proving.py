@@ -44,8 +44,9 @@ def prove_sample(name: str, session: Session, tokens: TokenSet, sample: Sample) 
     """Repeat the recorded sample in an opened model; raises VerifyMismatch when it gives another number."""
     found = mean_nll(session, first_windows(tokens, SAMPLE_TOKENS))
     if not abs(found - sample.nll) <= TOLERANCE_NATS:
+        where = f"nats a {tokens.unit[:-1]} over {sample.tokens} {tokens.unit}"
         raise VerifyMismatch(
-            f"{name}: {found:.6f} nats a {tokens.unit[:-1]} over {sample.tokens} {tokens.unit}, the release measured {sample.nll:.6f}",
+            f"{name}: {found:.6f} {where}, the release measured {sample.nll:.6f}",
             "the bytes agree: is the runtime of another version, or the machine faulty?",
         )
     return found

@@ -135,7 +135,8 @@ def _drift_table(found: Comparison) -> Table:
             table.add_row(f"{mark} {row.name}", *_drift_cells(row.measured))
     reference = found.reference
     perplexity = f"{reference.perplexity:.4g} ± {reference.perplexity_stderr:.1g}"
-    table.add_row("  as trained", "", "", perplexity, "0", "100%", "100%", "100%", "reference", style="bold")
+    gain = "" if found.tokens.labels else "100%"
+    table.add_row("  as trained", "", "", perplexity, "0", gain, "100%", "100%", "reference", style="bold")
     table.caption, table.caption_justify = "* nothing smaller drifts less", "left"
     return table
 

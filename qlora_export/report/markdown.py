@@ -77,8 +77,12 @@ def write_markdown(run: Reported, folder: Path) -> Path:
 def ledger_table(
     reference: float, base: Drift | None, merged: Drift | None, artifacts: Sequence[ArtifactRow]
 ) -> list[str]:
-    """The ledger as a Markdown table: the reference by its perplexity, what it is compared with, the artifacts."""
-    lines = [HEAD, f"| **reference** | | {reference:.4f} | 1 | 0 | 100% | 100% | 100% | reference |"]
+    """The ledger as a Markdown table: the reference by its perplexity, what it is compared with, the artifacts.
+
+    A merged model without a base that was measured is a classifier, which has no gain.
+    """
+    gain = "" if base is None and merged is not None else "100%"
+    lines = [HEAD, f"| **reference** | | {reference:.4f} | 1 | 0 | 100% | {gain} | 100% | reference |"]
     rows = (("base alone", base), ("merged, 16 bit", merged))
     lines += [_row(label, "", drift, "") for label, drift in rows if drift is not None]
     return lines + [_row(f"`{row.name}`", str(row.bytes), row.drift, row.verdict) for row in artifacts]

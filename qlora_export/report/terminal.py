@@ -106,8 +106,9 @@ def print_ledger(run: Reported) -> None:
     for name in ("size", "perplexity", "ratio", "mean KL", "top-1", "gain", "survival"):
         table.add_column(name, justify="right")
     table.add_column("verdict", no_wrap=True)
-    perplexity = f"{ledger.reference.perplexity:.5g}"
-    table.add_row(run.facts.reference_name, "", perplexity, "1", "0", "100%", "100%", "100%", "reference", style="bold")
+    gain = "" if ledger.tokens.labels else "100%"
+    numbers = (f"{ledger.reference.perplexity:.5g}", "1", "0", "100%", gain, "100%")
+    table.add_row(run.facts.reference_name, "", *numbers, "reference", style="bold")
     for label, drift in (("base alone", ledger.base), ("merged, 16 bit", ledger.merged)):
         if drift is not None:
             table.add_row(label, "", *_numbers(drift), "", style="dim")

@@ -35,9 +35,9 @@ LEGEND = (
 )
 
 LABELS_LEGEND = (
-    "Perplexity: of the labels, the exponential of their mean cross-entropy. Ratio: of perplexities, paired, ± standard "
-    "error. Mean KL: in nats a text, from the reference to the artifact. Same top-1: the same predicted label. Gain kept "
-    "has no number, since an untrained head says nothing. Survival: of the delta, in the worst layer."
+    "Perplexity: of the labels, the exponential of their mean cross-entropy. Ratio: of perplexities, paired, ± "
+    "standard error. Mean KL: in nats a text, from the reference to the artifact. Same top-1: the same predicted "
+    "label. Gain kept has no number, since an untrained head says nothing. Survival: of the delta, in the worst layer."
 )
 
 
@@ -139,8 +139,8 @@ def _drift(facts: CardFacts) -> Iterator[str]:
     yield f"## Drift from {original}"
     yield (
         f"Every artifact was opened from its own files in its own runtime and compared, {unit[:-1]} by {unit[:-1]}, "
-        f"with {original} ({escape(str(reference['model']))}) on {int(tokens['count'])} {unit}. That tells how close they "
-        "are, not how good or how safe the model is."
+        f"with {original} ({escape(str(reference['model']))}) on {int(tokens['count'])} {unit}. That tells how close "
+        "they are, not how good or how safe the model is."
     )
     base, merged = (drift_from(found) if found else None for found in (reference["base"], reference["merged"]))
     rows = [_row(facts, item) for item in facts.items]

@@ -80,7 +80,8 @@ def _references(report: Facts) -> list[Line]:
         return []
     perplexity = number(reference, "perplexity")
     shown = measured(fixed(perplexity), number(reference, "perplexity_stderr"))
-    exact = [Cell("1", 1.0), *(Cell("0", 0.0) for _ in range(3)), *(Cell("100%", 1.0) for _ in range(3))]
+    same, gain = Cell("100%", 1.0), Cell(DASH) if labelled(report) else Cell("100%", 1.0)
+    exact = [Cell("1", 1.0), *(Cell("0", 0.0) for _ in range(3)), same, gain, same]
     name = "as trained" if adapted(report) else "the model itself"
     rows = [Line((name, "reference", DASH, Cell(shown, perplexity), *exact), "reference")]
     for label, key in (("base alone", "base"), ("merged, 16 bit", "merged")):
