@@ -1,6 +1,7 @@
 """Everything of one repository in one local folder, before a byte of it is uploaded.
 
-    OUT/.publication/OWNER--NAME@BRANCH/        hard links to the artifact's files; card, report, provenance, sums
+    OUT/.publication/OWNER--NAME@BRANCH/        hard links to the artifact's files, copies of a graph's data; card,
+                                                report, provenance, sums
     OUT/.publication/OWNER--NAME@BRANCH.ndjson  what has been sent
 
 A publication is told by its invocation: a digest over manifests, where they lie, the recipe, and the tool's version.
@@ -45,6 +46,7 @@ from qlora_export.publish.signers import Signer, parse_signer
 from qlora_export.publish.signing import sign, signature_holds
 from qlora_export.publish.staged import Staged
 from qlora_export.recipe import CardRecipe, Recipe
+from qlora_export.tensors.external_data import DATA_NAME
 
 FOLDER_NAME = ".publication"
 IGNORED_BY_SIGNATURE = (*EDITED_BY_PEOPLE, SIGNATURE_PATH)
@@ -134,7 +136,8 @@ def _link_artifacts(folder: Path, artifacts: Mapping[str, Artifact]) -> FileFact
     for prefix, artifact in artifacts.items():
         facts = {**artifact.manifest["files"], MANIFEST_NAME: file_facts(artifact.path / MANIFEST_NAME)}
         for name, fact in facts.items():
-            _link(artifact.path / name, folder / prefix / name)
+            place = _copy if DATA_NAME.fullmatch(name.rpartition("/")[2]) else _link
+            place(artifact.path / name, folder / prefix / name)
             files[f"{prefix}{name}"] = fact
     return files
 
@@ -145,7 +148,13 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, target, follow_symlinks=False)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The bytes once more: ONNX Runtime opens no data that has a second name, which a failed run may leave behind."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def _write_documents(folder: Path, publication: Publication, files: FileFacts) -> None:

@@ -24,6 +24,8 @@ from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor, read_header
 from qlora_export.tensors.layout import INDEX_NAME, SINGLE_NAME
 
+# A Hub cache has snapshots/REVISION, at any depth of which files may be links to blobs.
+SNAPSHOTS = "snapshots"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
@@ -136,7 +138,8 @@ def require_contained(path: Path) -> Path:
     Raises InputError for what is no file: a folder, a pipe, a device.
     """
     target, folder = path.resolve(), path.parent.resolve()
-    inside = target.parent in (folder, folder.parent.parent / "blobs")
+    snapshots = [place for place in (folder, *folder.parents) if place.parent.name == SNAPSHOTS]
+    inside = target.parent in (folder, *(place.parent.parent / "blobs" for place in snapshots))
     if not inside or not target.exists():
         raise Refused(f"{path}: leads out of the folder, to {target}", "copy the real file into the folder")
     if not target.is_file():

@@ -28,7 +28,7 @@ from qlora_export.publish.hub.destination import places_of
 from qlora_export.publish.hub.job import BOM_PATH, CHECKSUMS_PATH, PROVENANCE_PATH, REPORT_PATH, Found, Seen
 from qlora_export.publish.provenance import invocation_of
 from qlora_export.publish.staged import Staged
-from qlora_export.publish.staging import Publication, stage
+from qlora_export.publish.staging import Publication, _link_artifacts, stage
 from qlora_export.recipe import make_recipe
 from qlora_export.report.data import report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry
@@ -77,6 +77,18 @@ def test_the_allow_list_is_what_lies_there(staged: Staged) -> None:
     there = {path.relative_to(staged.folder).as_posix() for path in staged.folder.rglob("*") if path.is_file()}
     assert there == set(staged.files)
     assert all(file_facts(staged.folder / name) == dict(facts) for name, facts in staged.files.items())
+
+
+def test_data_of_a_graph_keeps_one_name(tmp_path: Path) -> None:
+    """ONNX Runtime refuses a file that has several, and a run that failed leaves what it staged."""
+    folder = tmp_path / "onnx-fp32"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "manifest.json"):
+        (folder / name).write_bytes(b"0")
+    files = {name: file_facts(folder / name) for name in ("model.onnx", "model.onnx.data")}
+    _link_artifacts(tmp_path / "staged", {"": Artifact("onnx-fp32", "onnx-fp32", folder, {"files": files}, "")})
+    assert (tmp_path / "staged/model.onnx.data").read_bytes() == b"0"
+    assert [(folder / name).stat().st_nlink for name in ("model.onnx", "model.onnx.data")] == [2, 1]
 
 
 def test_no_path_and_no_time_of_this_machine(staged: Staged, publication: Callable[[str], Publication]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_export.errors import InputError, Refused
+from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from tests.conftest import edit_json, save_base
 
@@ -75,6 +76,22 @@ def test_links_of_a_hub_cache_are_followed(pico_base: Path, tmp_path: Path) -> N
         shutil.copy(path, blobs / f"blob-{path.name}")
         (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob-{path.name}")
     assert open_checkpoint(snapshot).headers_sha256 == open_checkpoint(pico_base).headers_sha256
+
+
+def test_links_of_a_hub_cache_are_followed_in_its_folders(pico_adapter: Path, tmp_path: Path) -> None:
+    """Those of a folder within a snapshot; a link to blobs of another cache is one out of the folder."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    (snapshot / "adapter").mkdir(parents=True)
+    for path in pico_adapter.iterdir():
+        shutil.copy(path, blobs / f"blob-{path.name}")
+        (snapshot / "adapter" / path.name).symlink_to(Path("../../../blobs") / f"blob-{path.name}")
+    assert open_adapter(snapshot / "adapter").sha256 == open_adapter(pico_adapter).sha256
+    other = Path(shutil.copytree(snapshot, tmp_path / "other/snapshots/0123", symlinks=True))
+    (other / "adapter/adapter_config.json").unlink()
+    (other / "adapter/adapter_config.json").symlink_to(blobs / "blob-adapter_config.json")
+    with pytest.raises(Refused, match="leads out of the folder"):
+        open_adapter(other / "adapter")
 
 
 def test_pickles_alone_are_refused_and_never_opened(base_copy: Path) -> None:

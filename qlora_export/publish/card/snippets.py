@@ -147,6 +147,7 @@ def _label_graph(facts: CardFacts, item: CardItem) -> str:
     return "\n".join(
         [
             "import json",
+            "from pathlib import Path",
             "",
             "import numpy",
             "import onnxruntime",
@@ -156,7 +157,7 @@ def _label_graph(facts: CardFacts, item: CardItem) -> str:
             f'folder = snapshot_download("{facts.repository}"{part})',
             f'tokenizer = Tokenizer.from_file(f"{{folder}}/{item.prefix}tokenizer.json")',
             f'session = onnxruntime.InferenceSession(f"{{folder}}/{item.prefix}{graph}")',
-            f'labels = json.load(open(f"{{folder}}/{item.prefix}config.json"))["id2label"]',
+            f'labels = json.loads(Path(folder, "{item.prefix}config.json").read_text())["id2label"]',
             "",
             f'tokens = numpy.array([tokenizer.encode("{GREETING}").ids])',
             '(logits,) = session.run(["logits"], {"input_ids": tokens, "attention_mask": numpy.ones_like(tokens)})',
