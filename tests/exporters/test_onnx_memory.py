@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from qlora_export.exporters.onnx.options import Int8Options, IntegerOptions
@@ -17,7 +18,7 @@ from tests.conftest import save_base
 EXCLUDED = "/model/layers.0/mlp/up_proj/MatMul"
 INTEGERS: list[tuple[str, Any]] = [
     ("untied", IntegerOptions(sensitive_layers="int8", symmetric=False)),
-    ("tied", IntegerOptions(last_matrix="int4")),
+    ("tied", IntegerOptions(last_matrix="int4", sensitive_layers="int8")),
     ("tied", IntegerOptions(algorithm="rtn", symmetric=False, exclude=EXCLUDED)),
     ("untied", IntegerOptions(algorithm="k_quant", last_matrix="int4", sensitive_layers="int8", block_size=16)),
     ("tied", Int8Options(provider="cuda")),
@@ -50,3 +51,15 @@ def test_graph_and_data_are_those_of_the_plain_builder(built: Path, number: int)
     assert files == sorted(path.name for path in ours.iterdir())
     for name in files:
         assert (plain / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+def test_sensitive_layers_have_8_bits_beside_a_head_of_4(built: Path) -> None:
+    number = 2 + INTEGERS.index(("tied", IntegerOptions(last_matrix="int4", sensitive_layers="int8")))
+    model = onnx.load(built / "ours" / str(number) / "model.onnx", load_external_data=False)
+    names = {node.name for node in model.graph.node if node.op_type == "MatMulNBits"}
+    assert {
+        "/lm_head/MatMul_Q4",
+        "/model/layers.0/mlp/down_proj/MatMul_Q8",
+        "/model/layers.0/mlp/up_proj/MatMul_Q4",
+    } <= names
+    assert "GatherBlockQuantized" in {node.op_type for node in model.graph.node}

@@ -29,7 +29,8 @@ class BuiltExporter:
     options: Float32Options | Float16Options | IntegerOptions | Int8Options
     takes: Takes = "dense"
     runtime: str = "onnxruntime"
-    working_bytes_per_weight: float = 0.0
+    # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
+    working_bytes_per_weight: float = 0.5
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
