@@ -62,7 +62,8 @@ class IntegerOptions:
         """The builder's key=value words."""
         # The builder shares a tied embedding with the last matrix, and loses it when that one is int8 (0.18.0).
         shared = ("shared_embeddings=false",) if self.last_matrix == "int8" else ()
-        mixed = [f"last_matmul:{self.last_matrix}"]
+        # Each group of bits that is named takes all products that are left (0.18.0), so 4, the usual, is not named.
+        mixed = ["last_matmul:int8"] if self.last_matrix == "int8" else []
         mixed += ["mixed_layers:int8"] if self.sensitive_layers == "int8" else []
         return (
             *shared,
@@ -70,7 +71,7 @@ class IntegerOptions:
             f"block_size={self.block_size}",
             f"algo_config={self.algorithm}",
             f"accuracy_level={self.accuracy_level}",
-            f"matmul_mixed_precision={','.join(mixed)}",
+            *((f"matmul_mixed_precision={','.join(mixed)}",) if mixed else ()),
             *((f"nodes_to_exclude={self.exclude}",) if self.exclude else ()),
         )
 
