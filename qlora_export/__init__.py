@@ -6,7 +6,8 @@
 
 `plan`, `build`, `check` and `release` are what the command calls. Each takes a `Recipe` and `RunOptions` and returns a
 `Run`: the plan, the artifacts, the ledger of their drift, the receipts. `compare` takes the same, and a list of formats
-where it is not the usual one, and returns a `Comparison`. Errors are `qlora_export.errors.ExportError`.
+where it is not the usual one, and returns a `Comparison`. `write_onnx_adapter` makes the file of one more adapter for
+an ONNX graph that takes several. Errors are `qlora_export.errors.ExportError`.
 Nothing is imported before it is asked for.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_export.comparing import compare
     from qlora_export.comparison.rows import Comparison
+    from qlora_export.exporters.onnx.adapter_file import write_onnx_adapter
     from qlora_export.pipeline import RunOptions, build, check, plan, release
     from qlora_export.recipe import Recipe, load_recipe, make_recipe
     from qlora_export.report.run import Run
@@ -35,6 +37,7 @@ __all__ = [
     "make_recipe",
     "plan",
     "release",
+    "write_onnx_adapter",
 ]
 
 _HOMES = {
@@ -49,6 +52,7 @@ _HOMES = {
     "check": "pipeline",
     "plan": "pipeline",
     "release": "pipeline",
+    "write_onnx_adapter": "exporters.onnx.adapter_file",
 }
 
 

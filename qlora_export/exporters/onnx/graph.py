@@ -47,10 +47,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Replacement:
-    """The nodes that stand in for a matrix product, and their tensors."""
+    """The nodes that stand in for a matrix product, their tensors, and those of them that a run may give others for."""
 
     nodes: tuple[Any, ...]
     tensors: tuple[NewTensor, ...]
+    inputs: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class BuiltGraph:
         """
         new = {tensor.name: tensor for item in replacements.values() for tensor in item.tensors}.values()
         nodes = _needed([new for old in self.model.graph.node for new in _nodes(old, replacements)], self.model.graph)
+        self.model.graph.input.extend(_inputs(replacements))
         gone = _used(self.model.graph.node) - _used(nodes)
         kept = [name for name in self._stored if name not in gone]
         entries = []
@@ -191,6 +193,10 @@ def numbers(name: str, values: list[int]) -> Any:
 
 def _nodes(old: Any, replacements: Mapping[str, Replacement]) -> tuple[Any, ...]:
     return replacements[old.name].nodes if old.name in replacements else (old,)
+
+
+def _inputs(replacements: Mapping[str, Replacement]) -> Iterable[Any]:
+    return {value.name: value for item in replacements.values() for value in item.inputs}.values()
 
 
 def _used(nodes: Iterable[Any]) -> set[str]:

@@ -5,9 +5,11 @@
     B        uint8 [out * in / 2]: bitsandbytes' own bytes, the first code of a pair in the high nibble
     absmax   float32 [blocks]: decoded from double quantisation, blocks of the flat weight
 
-The scale s of the adapter (alpha / r, or alpha / sqrt(r), by module) is multiplied into B'. MatMulBnb4 multiplies with
-codebook[code] * absmax in float32; training rounded that product to its compute dtype first. With `decode: as-trained`
-operators of ONNX itself decode the same bytes and round them so, before a plain product:
+The scale s of the adapter (alpha / r, or alpha / sqrt(r), by module) is multiplied into B'. With `adapter: inputs`
+both factors are the defaults of inputs (`beside.py`), and lie in an `.onnx_adapter` file as well.
+
+MatMulBnb4 multiplies with codebook[code] * absmax in float32; training rounded that product to its compute dtype first.
+With `decode: as-trained` operators of ONNX itself decode the same bytes and round them so, before a plain product:
 
     w = Cast(Cast(Gather(pairs, codes) * absmax, bfloat16), float32),   pairs [256, 2] the values of a byte's codes
 
@@ -26,7 +28,10 @@ from typing import Any
 import numpy as np
 
 from qlora_export.contracts import FROM_TORCH_NAMES, Float32, Takes
-from qlora_export.errors import PlanRefused, Refused
+from qlora_export.errors import Refused
+from qlora_export.exporters.onnx.adapted import AdaptedLayer, adapted_base
+from qlora_export.exporters.onnx.adapter_file import FILE_NAME, own_factors, write_factors
+from qlora_export.exporters.onnx.beside import Beside, as_constants, as_inputs
 from qlora_export.exporters.onnx.builder import require_packages
 from qlora_export.exporters.onnx.graph import (
     BFLOAT16,
@@ -48,12 +53,10 @@ from qlora_export.exporters.onnx.skeleton import MixedRows, Run
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.merge.carried import ADAPTER_FOLDER
-from qlora_export.merge.changes import LowRank
-from qlora_export.merge.homes import match_adapter
 from qlora_export.quant import four_bit
 from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
-from qlora_export.sources.weights import FourBitWeight, PlainWeight
+from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.reading import SourceFiles
 
 CHUNK_VALUES = 1 << 22
@@ -90,23 +93,16 @@ class Nf4AdapterExporter:
         checkpoint = open_checkpoint(source)
         adapter = open_adapter(source / ADAPTER_FOLDER)
         roundings = _roundings(adapter, checkpoint)
-        match = match_adapter(adapter, checkpoint)
-        if match.problems:
-            raise PlanRefused(list(match.problems))
-        layers, dense = {}, []
-        for name, weight in checkpoint.weights.items():
-            change = match.model.outputs[name].changes if name in match.model.outputs else ()
-            if isinstance(weight, FourBitWeight):
-                layers[name] = AdaptedLayer(weight, _plain(name, change))
-            elif isinstance(weight, PlainWeight) and not change:
-                dense.append(weight.tensor)
-            else:
-                raise Refused(f"{name}: changed by the adapter and not in 4 bits", "choose a merged format")
-        model = Model(source, checkpoint.config, dense, tuple(layer.weight.spec for layer in layers.values()))
+        base = adapted_base(checkpoint, adapter)
+        specs = tuple(layer.weight.spec for layer in base.layers.values())
+        model = Model(source, checkpoint.config, base.dense, specs)
+        replaceable = self.options.adapter == "inputs"
         with SourceFiles() as files:
             multiply = _decoded if self.options.decode == "as-trained" else _kernel
-            replace = partial(_replacement, layers, files, partial(multiply, roundings))
-            make_exact(self.name, model, False, replace, destination)
+            parts = Parts(partial(multiply, roundings), as_inputs if replaceable else as_constants)
+            make_exact(self.name, model, False, partial(_replacement, base.layers, files, parts), destination)
+            if replaceable:
+                write_factors(own_factors(base, files), destination / FILE_NAME)
 
     def finish(self, source: Path, destination: Path) -> None:
         """Give the complete folder the layout that was asked for."""
@@ -114,31 +110,15 @@ class Nf4AdapterExporter:
 
 
 @dataclass(frozen=True)
-class AdaptedLayer:
-    """A 4-bit weight, and what the adapter adds to it."""
+class Parts:
+    """How the product with 4-bit weights is made, and the adapter's beside it."""
 
-    weight: FourBitWeight
-    change: LowRank | None
-
-
-def _plain(name: str, changes: tuple[Any, ...]) -> LowRank | None:
-    """The only change of a layer; raises Refused for anything but a whole pair of factors."""
-    if not changes:
-        return None
-    found = changes[0]
-    if (
-        len(changes) > 1
-        or not isinstance(found, LowRank)
-        or found.transposed
-        or found.experts
-        or found.blocks != (1, 1)
-    ):
-        raise Refused(f"{name}: its adapter is no plain LoRA", "choose a merged format")
-    return found
+    multiply: Multiply
+    beside: Beside
 
 
 def _replacement(
-    layers: Mapping[str, AdaptedLayer], files: SourceFiles, multiply: Multiply, product: Product, runs: tuple[Run, ...]
+    layers: Mapping[str, AdaptedLayer], files: SourceFiles, parts: Parts, product: Product, runs: tuple[Run, ...]
 ) -> Replacement:
     if len(runs) > 1:
         raise MixedRows(f"{product.weight}: rows of {len(runs)} layers in one product", "choose a merged format")
@@ -151,11 +131,11 @@ def _replacement(
     codes = NewTensor(f"{product.weight}_NF4", UINT8, (-(-size // 2),), partial(_codes, weight, files, run))
     absmax = NewTensor(f"{product.weight}_absmax", FLOAT, (-(-size // block),), partial(_absmax, weight, files, run))
     base = product.output if layer.change is None else f"{product.output}/base"
-    made, constants = multiply(product, block, codes, absmax, base)
+    made, constants = parts.multiply(product, block, codes, absmax, base)
     if layer.change is None:
         return Replacement(made, (codes, absmax, *constants))
-    nodes, factors = _beside(product, layer.change, run, files, base)
-    return Replacement((*made, *nodes), (codes, absmax, *constants, *factors))
+    beside = parts.beside(files, product, run, layer, base)
+    return Replacement((*made, *beside.nodes), (codes, absmax, *constants, *beside.tensors), beside.inputs)
 
 
 def _kernel(
@@ -216,22 +196,6 @@ def _roundings(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
         return adapter.training.weight_roundings
     stated = checkpoint.config["quantization_config"]["bnb_4bit_compute_dtype"]
     return (FROM_TORCH_NAMES[stated],)
-
-
-def _beside(
-    product: Product, change: LowRank, run: Run, files: SourceFiles, base: str
-) -> tuple[tuple[Any, ...], tuple[NewTensor, ...]]:
-    """The adapter's products and the sum."""
-    factor_b = files.values(change.b)[run.first_row : run.first_row + run.rows]
-    a = array(f"{product.weight}.lora_A", files.values(change.a).T)
-    b = array(f"{product.weight}.lora_B", (factor_b * np.float32(change.scale)).T)
-    inner, added = f"{product.output}/lora_A", f"{product.output}/lora_B"
-    nodes = (
-        node("MatMul", [product.input, a.name], inner, f"{product.node}/lora_A"),
-        node("MatMul", [inner, b.name], added, f"{product.node}/lora_B"),
-        node("Add", [base, added], product.output, f"{product.node}/lora_Add"),
-    )
-    return nodes, (a, b)
 
 
 def _codes(weight: FourBitWeight, files: SourceFiles, run: Run) -> Iterator[Raw]:

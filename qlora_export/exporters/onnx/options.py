@@ -123,9 +123,13 @@ class SameInteger4Options(SameIntegerOptions):
 
 @dataclass(frozen=True)
 class Nf4Options:
-    """What multiplies: `kernel`, with 4-bit weights, or weights `as-trained`, decoded and rounded as in training."""
+    """What multiplies: `kernel`, with 4-bit weights, or weights `as-trained`, decoded and rounded as in training.
+
+    The adapter's factors are constants, or inputs of which they are the defaults.
+    """
 
     decode: str = choice("kernel", "kernel", "as-trained")
+    adapter: str = choice("constant", "constant", "inputs")
     layout: str = choice("genai", *LAYOUTS)
 
 
