@@ -24,8 +24,10 @@ from qlora_export.exporters.onnx.beside import as_inputs
 from qlora_export.exporters.onnx.graph import Product
 from qlora_export.exporters.onnx.skeleton import Run
 from qlora_export.planning import make_plan
+from qlora_export.publish.hub.commit import WEIGHTS
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.onnx.cached_graph import CachedGraph, log_softmax
+from qlora_export.runtimes.onnx.running_graph import WithAdapter
 from qlora_export.runtimes.onnx.validation import validate
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
@@ -33,6 +35,8 @@ from qlora_export.tensors.reading import SourceFiles
 from tests.conftest import save_adapter, save_base
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_nf4 import PATTERNS
+from tests.exporters.test_transformers_js import COUNT as NODE_COUNT
+from tests.exporters.test_transformers_js import in_node
 from tests.runtimes.onnx.test_validation import TOKENS as WINDOWS
 
 INPUTS: list[Any] = [
@@ -91,34 +95,20 @@ def second_file(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-class WithAdapter:
-    """A session of ONNX Runtime, every run with an adapter."""
-
-    def __init__(self, session: Any, adapter: Path) -> None:
-        self._session, self._adapter = session, onnxruntime.LoraAdapter()
-        self._adapter.Load(str(adapter))
-        self._options = onnxruntime.RunOptions()
-        self._options.add_active_adapter(self._adapter)
-
-    def get_inputs(self) -> Any:
-        return self._session.get_inputs()
-
-    def run(self, names: list[str], inputs: dict[str, Any]) -> Any:
-        return self._session.run(names, inputs, self._options)
-
-
 def opened(graph: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def rows(folder: Path, adapter: Path | None = None, graph: str = "model.onnx") -> Float32:
+def rows(
+    folder: Path, adapter: Path | None = None, graph: str = "model.onnx", tokens: Sequence[int] = TOKENS
+) -> Float32:
     """Log-probabilities of prefill and of four decoded tokens."""
     session = opened(folder / graph)
     decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     running = CachedGraph(session if adapter is None else WithAdapter(session, adapter), decoder)
-    return log_softmax(running.rows([TOKENS], 4)[0])
+    return log_softmax(running.rows([tokens], 4)[0])
 
 
 def apart(first: Float32, second: Float32) -> float:
@@ -233,7 +223,29 @@ def test_genai_writes_what_each_adapters_own_export_writes(exported: Exported, s
 
 @pytest.mark.parametrize("name", ["inputs", "laid-out"])
 def test_it_is_valid_in_every_way(exported: Exported, name: str) -> None:
-    assert validate(exported.first[name].path, WINDOWS, None).breaches == ()
+    found = validate(exported.first[name].path, WINDOWS, None)
+    assert found.breaches == ()
+    way = next(way for way in found.ways if way.name == "prefill with the adapter's file")
+    assert way.from_prefill is not None
+    assert (way.from_prefill.tokens, way.from_prefill.limit) == (160, 1e-4)
+
+
+def test_a_file_of_another_adapter_beside_the_graph_is_found(
+    exported: Exported, second_file: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported.graph, tmp_path / "copied"))
+    shutil.copyfile(second_file, folder / "adapter.onnx_adapter")
+    (breach,) = validate(folder, WINDOWS, None).breaches
+    assert breach.startswith("ONNX: prefill with the adapter's file differs from prefill: mean KL ")
+    assert "the first layer that departs is model.layers.0.attn.q_proj" in breach
+
+
+def test_a_file_that_lies_elsewhere_is_not_opened(exported: Exported, second_file: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported.graph, tmp_path / "copied"))
+    (folder / "adapter.onnx_adapter").unlink()
+    (folder / "adapter.onnx_adapter").symlink_to(second_file)
+    with pytest.raises(Refused, match="leads out of the folder"):
+        validate(folder, WINDOWS, None)
 
 
 def test_the_layout_of_transformers_js(exported: Exported) -> None:
@@ -242,6 +254,16 @@ def test_the_layout_of_transformers_js(exported: Exported) -> None:
     assert apart(rows(folder, graph=graph), rows(exported.graph)) < 1e-6
     assert {path.name for path in folder.glob("*.onnx*")} == {"adapter.onnx_adapter"}
     assert (folder / "adapter.onnx_adapter").read_bytes() == (exported.graph / "adapter.onnx_adapter").read_bytes()
+
+
+def test_transformers_js_writes_what_the_default_adapter_says(exported: Exported, tmp_path: Path) -> None:
+    (found,) = in_node(exported.first["laid-out"].path, ["Hi, my order 375 is late."], tmp_path)
+    written = rows(exported.graph, tokens=found[:-1])[-NODE_COUNT:].argmax(axis=1)
+    assert written.tolist() == found[-NODE_COUNT:]
+
+
+def test_a_release_that_has_none_removes_the_file() -> None:
+    assert WEIGHTS.fullmatch("adapter.onnx_adapter")
 
 
 @pytest.mark.filterwarnings("ignore:.*LoRA", "ignore:Setting `save_embedding_layers")

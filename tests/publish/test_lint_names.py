@@ -117,7 +117,7 @@ def test_what_is_no_part_of_a_release(path: str) -> None:
     [
         ".gitattributes", ".eval_results/wikitext.yaml", "onnx-int4/model.onnx.data", "qwen.tiktoken",
         "model-00001-of-00002.safetensors", "qlora-export/bom.cdx.json", "adapter/qlora_export.json", "README.md",
-        "modèle.json",
+        "modèle.json", "onnx/adapter.onnx_adapter",
     ],
 )  # fmt: skip
 def test_what_is_part_of_one(path: str) -> None:

@@ -26,7 +26,7 @@ from qlora_export.publish.hub.job import CHECKSUMS_PATH, Committed, Upload
 from qlora_export.publish.hub.journal import PublicationJournal
 from qlora_export.publish.hub.remote import PAUSES_SECONDS, Remote, RemoteFile, asked, git_blob_sha1
 
-WEIGHTS = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|onnx|onnx\.data|onnx_data)")
+WEIGHTS = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|onnx|onnx\.data|onnx_data|onnx_adapter)")
 LISTED = re.compile(r"[0-9a-f]{64} [ *](.+)")
 Progress = Callable[[int, int, str], None]
 

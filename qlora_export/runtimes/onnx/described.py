@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+ADAPTER_FILE = "adapter.onnx_adapter"
 GRAPH_NAME, SUBFOLDER = "model.onnx", "onnx"
 CLASSIFIER = "ForSequenceClassification"
 

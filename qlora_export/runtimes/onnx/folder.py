@@ -8,6 +8,7 @@ parsing the graph, without its data.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,8 +16,8 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.runtimes.onnx.cached_graph import LOGITS, PAST, POSITIONS, PRESENT, TOKENS_AND_MASK
+from qlora_export.runtimes.onnx.described import ADAPTER_FILE, classifier_of
 from qlora_export.runtimes.onnx.described import GENAI_CONFIG as CONFIG_NAME
-from qlora_export.runtimes.onnx.described import classifier_of
 from qlora_export.sources.checkpoint import read_json
 from qlora_export.tensors.external_data import EXPORT_AGAIN, is_hostile, outside_tensors, place_of, read_graph
 
@@ -27,12 +28,13 @@ INT64 = 7
 
 @dataclass(frozen=True)
 class GraphFolder:
-    """A folder whose graph is as its configuration says; `model` is the graph itself."""
+    """A folder whose graph, `model`, is as its configuration says; `adapter` is a file of its inputs."""
 
     folder: Path
     graph: Path
     model: Any
     is_classifier: bool
+    adapter: Path | None
 
 
 def open_graph(folder: Path) -> GraphFolder:
@@ -48,7 +50,9 @@ def open_graph(folder: Path) -> GraphFolder:
     found = _classifier_problems(model.graph) if classifier else _signature_problems(model.graph, decoder)
     if problem := next(found, None):
         raise InputError(f"{graph}: {problem}", "give a folder that the GenAI model builder made, or export it again")
-    return GraphFolder(folder, graph, model, classifier is not None)
+    adapter = folder / ADAPTER_FILE
+    adapter_file = _contained(folder, adapter) if os.path.lexists(adapter) else None
+    return GraphFolder(folder, graph, model, classifier is not None, adapter_file)
 
 
 def _decoder(folder: Path) -> Mapping[str, Any]:

@@ -48,13 +48,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Way:
-    """How a graph is run; at its own accuracy where none is named."""
+    """How a graph is run; at its own accuracy where none is named, perhaps with the `adapter` of the file beside it."""
 
     name: str
     decoded: int = 0
     batched: bool = False
     optimised: bool = True
     accuracy_level: int | None = None
+    adapter: bool = False
 
 
 PREFILL = Way("prefill")
@@ -65,6 +66,7 @@ SAME_GRAPH = (
     Way("prefill without graph optimisation", optimised=False),
     Way("decoding without graph optimisation", decoded=DECODED_TOKENS, optimised=False),
 )
+FROM_FILE = Way("prefill with the adapter's file", adapter=True)
 
 
 def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFindings:
@@ -74,7 +76,7 @@ def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFind
     windows = validation_windows(tokens)
     in_source = _source_rows(source, windows)
     with running(WORKER, folder) as worker:
-        runs = _Runs(worker, windows, opened.is_classifier)
+        runs = _Runs(worker, windows, opened.is_classifier, opened.adapter is not None)
         found = GraphFindings(
             weights=stored_as(model),
             accuracy_level=accuracy_level(model),
@@ -107,11 +109,13 @@ class _Runs:
     worker: Worker
     windows: Windows
     is_classifier: bool
+    has_adapter: bool
 
     @property
     def ways(self) -> tuple[Way, ...]:
         """Those beside prefill that the graph should agree in; a classifier decodes nothing."""
-        return tuple(way for way in SAME_GRAPH if not (way.decoded and self.is_classifier))
+        same = tuple(way for way in SAME_GRAPH if not (way.decoded and self.is_classifier))
+        return (*same, FROM_FILE) if self.has_adapter else same
 
     def rows(self, way: Way, output: str = LOGITS) -> list[Float32]:
         """An array for each window."""
@@ -122,6 +126,7 @@ class _Runs:
             "optimised": way.optimised,
             "accuracy_level": way.accuracy_level,
             "output": output,
+            "adapter": way.adapter,
         }
         return self.worker.ask(request, len(self.windows))
 
@@ -231,7 +236,7 @@ class _Search:
 
 def _judged(found: GraphFindings, search: _Search) -> GraphFindings:
     """The findings with what is wrong, and of the first such thing the layer that it begins at."""
-    known = {way.name: way for way in (PREFILL, *SAME_GRAPH, *_other_levels(found.accuracy_level))}
+    known = {way.name: way for way in (PREFILL, *SAME_GRAPH, FROM_FILE, *_other_levels(found.accuracy_level))}
     wrong: list[tuple[str, Callable[[], str | None]]] = []
     for way in found.ways:
         if way.from_source is not None and not way.from_source.agrees:

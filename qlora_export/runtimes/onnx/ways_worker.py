@@ -16,14 +16,15 @@ import onnxruntime
 
 from qlora_export.runtimes.onnx.answering import answers, put
 from qlora_export.runtimes.onnx.cached_graph import LOGITS, CachedGraph, Rows, log_softmax
+from qlora_export.runtimes.onnx.described import ADAPTER_FILE
 from qlora_export.runtimes.onnx.graph_copy import add_output, cache_grows, set_accuracy_level
 from qlora_export.runtimes.onnx.label_graph import LabelGraph
-from qlora_export.runtimes.onnx.running_graph import graph_path, running_graph
+from qlora_export.runtimes.onnx.running_graph import WithAdapter, graph_path, running_graph
 from qlora_export.runtimes.onnx.runtime_operators import know_runtime_operators
 
 LOG_ERRORS_ONLY = 3
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-SESSION_KEYS = ("optimised", "accuracy_level", "output")
+SESSION_KEYS = ("optimised", "accuracy_level", "output", "adapter")
 
 
 class Ways:
@@ -53,7 +54,9 @@ class Ways:
         found = [rows for batch in batches for rows in self._opened[1].rows(batch, way["decoded"], output)]
         return [log_softmax(rows) for rows in found] if output == LOGITS else found
 
-    def _open(self, optimised: bool, accuracy_level: int | None, output: str) -> CachedGraph | LabelGraph:
+    def _open(
+        self, optimised: bool, accuracy_level: int | None, output: str, adapter: bool
+    ) -> CachedGraph | LabelGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_ERRORS_ONLY
         options.add_session_config_entry(DATA_FOLDER, str(self._path.parent))
@@ -68,7 +71,8 @@ class Ways:
             add_output(model, output)
             source = model.SerializeToString()
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        return running_graph(session, self._folder, grows)
+        runs = WithAdapter(session, self._folder / ADAPTER_FILE) if adapter else session
+        return running_graph(runs, self._folder, grows)
 
 
 def main() -> None:
