@@ -48,6 +48,13 @@ def test_the_benchmark_of_onnx() -> None:
     assert row["meanwhile_bytes"] > 0 < row["folder_bytes"]
 
 
+def test_the_benchmark_of_speed_in_onnx() -> None:
+    sizes = ["--layers", "1", "--hidden", "256", "--vocabulary", "2048", "--threads", "1"]
+    data = json.loads(tool("bench_onnx_speed.py", *sizes, "--only", "onnx-fp32", "--json"))
+    assert set(data["rows"]) == {"torch", "onnx-fp32"}
+    assert all(row["prefill"] > 0 < row["decode"] for row in data["rows"].values())
+
+
 def test_the_calibration_benchmark() -> None:
     sizes = ["--hidden", "64", "96", "--sequences", "2", "--window", "16"]
     data = json.loads(tool("bench_calibration.py", *sizes, "--json"))
