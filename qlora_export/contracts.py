@@ -617,7 +617,10 @@ class Exporter(Protocol):
     takes: Takes
     runtime: str
     bytes_per_weight: float
-    working_bytes_per_weight: float  # of disk, while it works
+
+    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
+        """Disk that it takes beside the artifact while it works, for a model of this config.json."""
+        ...
 
     def obstacle(self, config: Mapping[str, Any]) -> str | None:
         """Why no model of this config.json can be exported; None where nothing stands in the way."""

@@ -36,6 +36,7 @@ from qlora_export.merge.carried import (
     beside_sha256,
     carried_files,
     edited_config,
+    merged_config,
 )
 from qlora_export.merge.homes import match_adapter
 from qlora_export.merge.merged_model import MergedModel, Output, unmerged_model
@@ -320,7 +321,8 @@ def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifact
         "facts": dict(exporter.facts()),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    working = int(weights * exporter.working_bytes_per_weight)
+    config = merged_config(inputs.checkpoint.config, "bfloat16", inputs.model.settings)
+    working = int(weights * exporter.working_bytes_per_weight(config))
     return ExportPlan(item, exporter, source, size, working, digest)
 
 

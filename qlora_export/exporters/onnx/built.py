@@ -18,6 +18,9 @@ from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.transformers_js import lay_out
 from qlora_export.sources.checkpoint import read_json
 
+# Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
+STACKED_BYTES_PER_WEIGHT = 0.5
+
 
 @dataclass(frozen=True)
 class BuiltExporter:
@@ -29,12 +32,17 @@ class BuiltExporter:
     options: Float32Options | Float16Options | IntegerOptions | Int8Options
     takes: Takes = "dense"
     runtime: str = "onnxruntime"
-    # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
-    working_bytes_per_weight: float = 0.5
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
+
+    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
+        """What the builder stacks, or the dense graph that traced integers are rounded from."""
+        if is_built(config):
+            return STACKED_BYTES_PER_WEIGHT
+        dense = 2.0 if self._traced_dtype == "fp16" else 4.0
+        return dense if isinstance(self.options, IntegerOptions | Int8Options) else 0.0
 
     def obstacle(self, config: Mapping[str, Any]) -> str | None:
         """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""

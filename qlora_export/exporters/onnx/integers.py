@@ -60,12 +60,16 @@ class SameIntegersExporter:
     options: SameIntegerOptions
     sources: tuple[Takes, ...]
     runtime: str = "onnxruntime"
-    working_bytes_per_weight: float = SURGERY_BYTES_PER_WEIGHT
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
         integers_of = {"integers": self.takes, "rounding": self.rounding}
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options), **integers_of}
+
+    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
+        """Marks and the graph around them."""
+        del config
+        return SURGERY_BYTES_PER_WEIGHT
 
     def obstacle(self, config: Mapping[str, Any]) -> str | None:
         """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""

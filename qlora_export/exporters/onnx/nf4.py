@@ -77,12 +77,16 @@ class Nf4AdapterExporter:
     name: str = "onnx-nf4-adapter"
     takes: Takes = "nf4-adapter"
     bytes_per_weight: float = 0.8
-    working_bytes_per_weight: float = SURGERY_BYTES_PER_WEIGHT
     runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
         return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
+
+    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
+        """Marks and the graph around them."""
+        del config
+        return SURGERY_BYTES_PER_WEIGHT
 
     def obstacle(self, config: Mapping[str, Any]) -> str | None:
         """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
