@@ -66,6 +66,8 @@ running.tuned, scale_search.FRACTIONS = tuned, (1.0,)
 options = CalibrationOptions(out, method=Method(0, 0, False, 1), tuning=Tuning(steps=2, batch_tokens=tokens))
 running.calibrate(plan, plan.artifacts[0], CalibrationTokens(windows, (), ()), options)
 """
+# One arena that gives large blocks back at once: else the peak is that of what was freed and not returned, too.
+COUNTED = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "weights": ({"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 512}, 64, 128),
     "vocabulary": ({"intermediate_size": 128, "vocab_size": 20000}, 256, 512),
@@ -78,9 +80,9 @@ def test_the_estimate_is_what_the_kernel_counts(tmp_path: Path, shape: str) -> N
     base = save_base(tmp_path / "base", seed=1, **changes)
     words = [sys.executable, "-c", CHILD, str(base), str(tmp_path / "out"), str(length), str(tokens)]
     (tmp_path / "out").mkdir()
-    found = subprocess.run(words, check=True, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    found = subprocess.run(words, check=True, capture_output=True, text=True, env=COUNTED)
     peak, estimate = (int(word) for word in found.stdout.split())
-    assert 0.7 * peak < estimate < 1.6 * peak
+    assert peak < estimate < 1.3 * peak
 
 
 def test_tuning_is_refused_before_anything_is_decided(

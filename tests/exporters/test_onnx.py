@@ -113,10 +113,12 @@ def test_a_finished_export_is_kept_or_its_change_named(
 def test_an_architecture_that_the_builder_lacks_is_refused_by_the_plan(
     pico_recipe: RecipeMaker, base_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And by the builder, where its source does not say what it knows."""
+    """Where torch cannot follow it either; and by the builder, where its source does not say what it knows."""
     edit_json(base_copy / "config.json", architectures=["OPTForCausalLM"])
     recipe = pico_recipe("bf16", "onnx-fp32", base=str(base_copy))
-    with pytest.raises(PlanRefused, match="onnx-fp32: the architecture OPTForCausalLM is not") as error:
+    with pytest.raises(
+        PlanRefused, match="OPTForCausalLM is not known to the model builder, and torch.onnx.export"
+    ) as error:
         make(recipe, tmp_path / "out")
     assert error.value.exit_code == 4
     assert not (tmp_path / "out").exists()
@@ -129,6 +131,7 @@ def test_an_architecture_that_the_builder_lacks_is_refused_by_the_plan(
 
 def test_a_source_that_the_builder_cannot_read(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     with pytest.raises(EnvironmentProblem, match="the model builder failed"):
         catalog.load_exporter("onnx-fp32", {}).export(tmp_path / "empty", tmp_path / "out")
 

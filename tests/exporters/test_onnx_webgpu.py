@@ -58,14 +58,15 @@ def test_float16_for_a_cpu_alone_borrows_a_layout(
 ) -> None:
     seen = []
 
-    def make_graph(name: str, order: Any, source: Path, destination: Path) -> None:
+    def run_builder(name: str, order: Any, source: Path, destination: Path) -> None:
         seen.append(order.provider)
         config: dict[str, Any] = {
             "model": {"decoder": {"session_options": {"provider_options": [{order.provider: {}}]}}}
         }
         (destination / "genai_config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr("qlora_export.exporters.onnx.built.make_graph", make_graph)
+    monkeypatch.setattr("qlora_export.exporters.onnx.built.run_builder", run_builder)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     exporter = catalog.load_exporter("onnx-fp16", {"provider": stated})
     assert isinstance(exporter, BuiltExporter)
     exporter.export(tmp_path, tmp_path)

@@ -39,7 +39,7 @@ def companion_problems(contents: Contents, prefix: str) -> Iterator[Problem]:
 
 
 def _is_classifier(contents: Contents, prefix: str) -> bool:
-    stated = (contents.table(f"{prefix}config.json", "companion") or {}).get("architectures")
+    stated = (contents.table(f"{prefix}config.json") or {}).get("architectures")
     return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith("ForSequenceClassification")
 
 
