@@ -28,7 +28,7 @@ def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, 
         except UsageError:
             continue  # told elsewhere
         if (what := exporter.obstacle(config)) is not None:
-            problems.append(_refused(item, what, "choose a safetensors format for this architecture"))
+            problems.append(_refused(item, what, "or choose a safetensors format, which holds any architecture"))
         if exporter.takes not in ("dense", "adapter") and facts.experts:
             what = f"{item.format}: the builder's graph has no products to put the codes of experts into"
             problems.append(_refused(item, what, "choose onnx-fp32, or a safetensors format"))

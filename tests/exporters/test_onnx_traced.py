@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import InputError, PlanRefused
+from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
@@ -138,6 +139,13 @@ def test_genai_writes_what_torch_writes(made: Path) -> None:
         tokens = torch.tensor([prompt])
         expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=16, do_sample=False)
         assert generator.get_sequence(0).tolist()[: expected.shape[1]] == expected[0].tolist()
+
+
+def test_experts_are_refused_by_name() -> None:
+    config = transformers.MixtralConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4).to_dict()
+    found = obstacle("onnx-fp32", {**config, "architectures": ["MixtralForCausalLM"]})
+    assert found is not None
+    assert found.endswith("and its 8 experts have no product in ONNX")
 
 
 def test_what_cannot_be_traced_is_refused_by_the_plan(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class BuiltExporter:
         """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
         sensitive = isinstance(self.options, IntegerOptions) and self.options.sensitive_layers != "int4"
         if sensitive and not is_built(config):
-            return f"{self.name}: sensitive_layers are chosen by the model builder, which does not make this graph"
+            return (
+                f"{self.name}: the model builder chooses sensitive_layers and does not make this graph: leave them out"
+            )
         return obstacle(self.name, config)
 
     def export(self, source: Path, destination: Path) -> None:

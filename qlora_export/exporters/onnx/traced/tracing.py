@@ -35,6 +35,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Of the example that is traced; none is 1 or another's, so that none is taken for a constant or for another.
 BATCH, TOKENS, PAST = 2, 3, 5
 INPUTS = ["input_ids", "attention_mask", "position_ids"]
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -79,6 +80,7 @@ def main(folder: Path, dtype: str) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
+        _require_no_experts(config)
         model = _without_weights(config, DTYPES[dtype])
         if config.architectures[0].endswith(CLASSIFIER):
             program, caches = _classifier(model), []
@@ -95,6 +97,14 @@ def main(folder: Path, dtype: str) -> None:
     settings = genai_config(config, folder, caches[0], inputs) if caches else None
     facts = {"weights": weights, "genai_config": settings}
     (folder / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _require_no_experts(config: Any) -> None:
+    """Raise for experts, which transformers multiplies in one grouped product that ONNX has not."""
+    text = config.get_text_config()
+    for name in EXPERTS:
+        if (getattr(text, name, None) or 0) > 1:
+            raise NotTraceable(f"its {getattr(text, name)} experts have no product in ONNX")
 
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
@@ -168,7 +178,9 @@ def _decoder(model: Any, caches: Sequence[tuple[int, int]], dtype: torch.dtype) 
 
 def _classifier(model: Any) -> Any:
     if model.config.pad_token_id is None:
-        raise NotTraceable("config.json states no pad_token_id, by which a classifier finds the end of a text")
+        raise NotTraceable(
+            "config.json states no pad_token_id, by which a classifier finds where a text ends: give it that of training"
+        )
     tokens, mask = torch.ones(BATCH, TOKENS, dtype=torch.int64), torch.ones(BATCH, TOKENS, dtype=torch.int64)
     text = {0: "batch_size", 1: "sequence_length"}
     sizes = {"tokens": text, "mask": text}
