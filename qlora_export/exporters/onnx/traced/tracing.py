@@ -179,7 +179,7 @@ def _decoder(model: Any, caches: Sequence[tuple[int, int]], dtype: torch.dtype) 
 def _classifier(model: Any) -> Any:
     if model.config.pad_token_id is None:
         raise NotTraceable(
-            "config.json states no pad_token_id, by which a classifier finds where a text ends: give it that of training"
+            "config.json states no pad_token_id, by which a classifier finds where a text ends: add that of training"
         )
     tokens, mask = torch.ones(BATCH, TOKENS, dtype=torch.int64), torch.ones(BATCH, TOKENS, dtype=torch.int64)
     text = {0: "batch_size", 1: "sequence_length"}
