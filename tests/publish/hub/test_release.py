@@ -282,7 +282,7 @@ def test_a_killed_release_goes_on(dense: Callable[..., Recipe], measured: Path, 
     facts = dense(version="v1").model_dump(mode="json", by_alias=True, exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(json.dumps(facts))
     words = ["-m", "qlora_export", "publish", str(tmp_path / "recipe.yaml"), "--out", str(out)]
-    with HubServer(faults=["put-slow:60"]) as hub:
+    with HubServer(faults=["put-slow:600"]) as hub:
         variables = {**os.environ, **environment(hub)}
         process = subprocess.Popen(
             [sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
