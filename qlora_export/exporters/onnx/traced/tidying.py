@@ -29,7 +29,7 @@ def tidy(program: Any, names: Sequence[str]) -> list[Mapping[str, Any]]:
     program.optimize()
     graph = program.model.graph
     for node in list(graph):
-        if node.op_type == "Gemm":
+        if node.op_type == "Gemm" and all(node.attributes.get_float(name, 1.0) == 1 for name in ("alpha", "beta")):
             _split(graph, node)
     turned = [value for value in weights if _turn(graph, value)]
     _state_constants(graph)
