@@ -192,8 +192,8 @@ class Plan:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json as the finished model has it; a key that it drops is None."""
-        return {**self.checkpoint.config, **self.model.settings}
+        """config.json as the finished model has it in 16 bits; a key that it drops is None."""
+        return merged_config(self.checkpoint.config, "bfloat16", self.model.settings)
 
     @property
     def bytes(self) -> int:

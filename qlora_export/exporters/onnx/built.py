@@ -15,7 +15,7 @@ from qlora_export.exporters.onnx.options import BITS, Float16Options, Float32Opt
 from qlora_export.exporters.onnx.rounded_products import BlockRounding
 from qlora_export.exporters.onnx.traced.rounded import TracedRounding, trace_rounded
 from qlora_export.exporters.onnx.traced.tracer import trace
-from qlora_export.exporters.transformers_js import lay_out
+from qlora_export.exporters.transformers_js import GENAI_CONFIG, lay_out
 from qlora_export.sources.checkpoint import read_json
 
 # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
@@ -69,7 +69,7 @@ class BuiltExporter:
         provider = "cuda" if self.precision == "fp16" and stated == "cpu" else stated
         run_builder(self.name, Order(self.precision, provider, extra), source, destination)
         if provider != stated:
-            _open_on_cpu(destination / "genai_config.json")
+            _open_on_cpu(destination / GENAI_CONFIG)
 
     @property
     def _traced_dtype(self) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 from qlora_export.errors import EnvironmentProblem, Refused
 from qlora_export.exporters.onnx.builder import Order, known_architectures, run_builder
 from qlora_export.exporters.onnx.stated_architecture import lacking
-from qlora_export.exporters.onnx.traced.tracer import is_classifier, outline, trace
+from qlora_export.exporters.onnx.traced.tracer import outline, trace
 from qlora_export.sources.checkpoint import read_json
+from qlora_export.sources.labels import is_classifier
 
 CONFIG_NAME = "config.json"
 

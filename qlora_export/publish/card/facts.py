@@ -13,6 +13,7 @@ from typing import Any
 from qlora_export.contracts import MAY_LACK, Artifact, Drift
 from qlora_export.publish.card.kinds import LABEL_GRAPH, VLLM, Kind, kind_of
 from qlora_export.recipe import CardRecipe
+from qlora_export.sources.labels import is_classifier
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -57,9 +58,8 @@ class CardItem:
     @cached_property
     def is_classifier(self) -> bool:
         """Whether it is a sequence classifier, by its config or its adapter's."""
-        architectures = self._json("config.json").get("architectures") or [""]
         task = self._json("adapter_config.json").get("task_type")
-        return str(architectures[0]).endswith("ForSequenceClassification") or task == "SEQ_CLS"
+        return is_classifier(self._json("config.json")) or task == "SEQ_CLS"
 
     @cached_property
     def has_zero_points(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from qlora_export.errors import Problem
 from qlora_export.publish.lint.contents import Contents, base_of
 from qlora_export.publish.lint.rules import finding
+from qlora_export.sources.labels import is_classifier
 
 VOCABULARY = re.compile(
     r"tokenizer\.json|tokenizer\.model|vocab\.(json|txt)|spiece\.model|sentencepiece.*\.model|.*\.tiktoken"
@@ -26,7 +27,7 @@ def companion_problems(contents: Contents, prefix: str) -> Iterator[Problem]:
     names = {base_of(name) for name in contents.beside(prefix)}
     inner = any(base_of(name).endswith(".onnx") for name in contents.beside(f"{prefix}onnx/"))
     graph = inner or any(name.endswith(".onnx") for name in names)
-    classifies = _is_classifier(contents, prefix)
+    classifies = is_classifier(contents.table(f"{prefix}config.json") or {})
     configs = ["genai_config.json"] if graph and not classifies else []
     for config in (*configs, *(["config.json"] if inner or classifies or not graph else [])):
         if config not in names:
@@ -36,11 +37,6 @@ def companion_problems(contents: Contents, prefix: str) -> Iterator[Problem]:
     yield from _tokenizer(contents, prefix, names)
     if graph and not classifies:
         yield from _graph_settings(contents, prefix)
-
-
-def _is_classifier(contents: Contents, prefix: str) -> bool:
-    stated = (contents.table(f"{prefix}config.json") or {}).get("architectures")
-    return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith("ForSequenceClassification")
 
 
 def _tokenizer(contents: Contents, prefix: str, names: set[str]) -> Iterator[Problem]:

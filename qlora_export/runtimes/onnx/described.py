@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_export.sources.labels import is_classifier
+
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 ADAPTER_FILE = "adapter.onnx_adapter"
 GRAPH_NAME, SUBFOLDER = "model.onnx", "onnx"
-CLASSIFIER = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ def classifier_of(folder: Path) -> Classifier | None:
     if (folder / GENAI_CONFIG).is_file() or not (folder / CONFIG).is_file():
         return None
     config = json.loads((folder / CONFIG).read_bytes())
-    stated = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(stated, list) or not stated or not str(stated[0]).endswith(CLASSIFIER):
+    if not isinstance(config, dict) or not is_classifier(config):
         return None
     graphs = [folder / GRAPH_NAME, *sorted((folder / SUBFOLDER).glob("*.onnx"))]
     found = next((str(path.relative_to(folder)) for path in graphs if path.is_file()), None)

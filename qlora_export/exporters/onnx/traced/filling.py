@@ -22,6 +22,7 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 
+ONE_MODEL = "are config.json and weights of one model?"
 CHUNK_VALUES = 1 << 22
 NUMPY: dict[str, Any] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 WRITTEN: dict[int, Any] = {FLOAT: "<f4", FLOAT16: "<f2"}
@@ -59,33 +60,24 @@ def _stored(
     weight: TracedWeight, shape: tuple[int, ...], checkpoint: Checkpoint, architecture: Architecture
 ) -> StoredTensor:
     homes = architecture.homes.get(weight.name) or architecture.homes.get(architecture.tied.get(weight.name, ""), ())
-    if len(homes) != 1 or homes[0].window is not None or weight.name in architecture.rearranged:
-        raise (
-            _missing(weight, checkpoint)
-            if not homes
-            else Refused(
-                f"{checkpoint.folder}: {weight.name} is put together from {len(homes)} stored tensors",
-                "a traced graph takes weights that are stored one by one",
-            )
+    if len(homes) > 1 or any(home.window for home in homes) or weight.name in architecture.rearranged:
+        raise Refused(
+            f"{checkpoint.folder}: {weight.name} is put together from several stored tensors",
+            "a traced graph takes weights that are stored one by one",
         )
-    stored = checkpoint.tensors.get(homes[0].tensor)
+    stored = checkpoint.tensors.get(homes[0].tensor) if homes else None
     if stored is None:
-        raise _missing(weight, checkpoint)
+        raise InputError(
+            f"{checkpoint.folder}: has no weight {weight.name}, which config.json's architecture has", ONE_MODEL
+        )
     found = tuple(reversed(stored.spec.shape)) if weight.turned else tuple(stored.spec.shape)
     if found != shape or stored.spec.dtype not in NUMPY:
         raise InputError(
             f"{stored.path}: tensor {stored.spec.name} is {stored.spec.dtype} {list(stored.spec.shape)}, "
             f"the graph of config.json has {list(shape)}",
-            "are config.json and weights of one model?",
+            ONE_MODEL,
         )
     return stored
-
-
-def _missing(weight: TracedWeight, checkpoint: Checkpoint) -> InputError:
-    return InputError(
-        f"{checkpoint.folder}: has no weight {weight.name}, which config.json's architecture has",
-        "are config.json and weights of one model?",
-    )
 
 
 def _rows(stored: StoredTensor, kind: str) -> Iterator[Raw]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GRAPH_NAME = "model.onnx"
+from qlora_export.exporters.onnx.graph import GRAPH_NAME
+
 # ONNX Runtime GenAI runs every decoder of its list of names by the same class; what it does not list it refuses.
 DECODER_TYPE = "llama"
 USUAL_CONTEXT_TOKENS = 2048

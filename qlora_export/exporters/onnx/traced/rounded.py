@@ -13,7 +13,8 @@ from pathlib import Path
 from qlora_export.exporters.onnx.constant_products import constant_products
 from qlora_export.exporters.onnx.graph import BuiltGraph, Product
 from qlora_export.exporters.onnx.rounded_products import BlockRounding, round_products
-from qlora_export.exporters.onnx.traced.tracer import GENAI_CONFIG, trace
+from qlora_export.exporters.onnx.traced.tracer import trace
+from qlora_export.exporters.transformers_js import GENAI_CONFIG
 
 
 @dataclass(frozen=True)

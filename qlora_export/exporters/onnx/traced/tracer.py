@@ -19,15 +19,15 @@ from typing import Any
 
 from qlora_export.errors import EnvironmentProblem, Refused
 from qlora_export.exporters.onnx.traced.filling import TracedWeight, fill
+from qlora_export.exporters.transformers_js import GENAI_CONFIG
 from qlora_export.merge.carried import STALE_KEYS
 from qlora_export.sources.architecture import read_architecture
 from qlora_export.sources.checkpoint import open_checkpoint
+from qlora_export.sources.labels import is_classifier
 
 TRACING = "qlora_export.exporters.onnx.traced.tracing"
 GRAPH_NAME, FACTS_NAME = "traced.onnx", "traced.json"
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-GENAI_CONFIG = "genai_config.json"
-CLASSIFIER = "ForSequenceClassification"
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 INSTEAD = "choose a safetensors format for this architecture"
 
@@ -62,12 +62,6 @@ def trace(name: str, dtype: str, source: Path, destination: Path) -> None:
     if facts["genai_config"]:
         text = json.dumps(facts["genai_config"], indent=4)
         (destination / GENAI_CONFIG).write_text(text, encoding="utf-8")
-
-
-def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is that of a sequence classifier."""
-    stated = config.get("architectures")
-    return isinstance(stated, list) and bool(stated) and str(stated[0]).endswith(CLASSIFIER)
 
 
 def outline(config: Mapping[str, Any]) -> None:

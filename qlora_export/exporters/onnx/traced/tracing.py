@@ -18,8 +18,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tidying import tidy
+from qlora_export.exporters.onnx.traced.tracer import FACTS_NAME, GRAPH_NAME
+from qlora_export.sources.labels import is_classifier
 
-GRAPH_NAME, FACTS_NAME = "traced.onnx", "traced.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Of the example that is traced; none is 1 or another's, so that none is taken for a constant or for another.
 BATCH, TOKENS, PAST = 2, 3, 5
 INPUTS = ["input_ids", "attention_mask", "position_ids"]
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CLASSIFIER = "ForSequenceClassification"
 
 
 class NotTraceable(Exception):
@@ -82,7 +81,7 @@ def main(folder: Path, dtype: str) -> None:
     try:
         _require_no_experts(config)
         model = _without_weights(config, DTYPES[dtype])
-        if config.architectures[0].endswith(CLASSIFIER):
+        if is_classifier({"architectures": config.architectures}):
             program, caches = _classifier(model), []
         else:
             caches = _caches(config)
@@ -190,7 +189,8 @@ def _classifier(model: Any) -> Any:
 def _exported(
     model: Any, example: tuple[Any, ...], sizes: Mapping[str, Any], inputs: list[str], outputs: list[str]
 ) -> Any:
-    with torch.no_grad(), _quiet():
+    # What torch says of its own parts is nobody's here.
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         return torch.onnx.export(
             model.eval(),
             example,
@@ -201,14 +201,6 @@ def _exported(
             input_names=inputs,
             output_names=outputs,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says of its own parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _parameters(model: Any) -> Mapping[str, Any]:
