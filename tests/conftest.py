@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 import qlora_export.demo
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.training import record
+from tests import sampling
 
-hypothesis.settings.register_profile("shared-machine", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("shared-machine")
+hypothesis.settings.register_profile("all-cases", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("sampled", hypothesis.settings.get_profile("all-cases"), max_examples=25)
 
 # Where numba keeps what it compiles. The workers of `make test` compile every kernel once, into a cache of their run:
 # one in the working tree may hold what was inlined from a module that has been edited since.
@@ -131,15 +132,24 @@ LONG_FILES = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    sampling.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """A cache of kernels for the workers, which are started later."""
+    """A cache of kernels for the workers, which are started later, and which cases are run."""
+    sampling.configure(config)
+    hypothesis.settings.load_profile("all-cases" if sampling.all_cases() else "sampled")
     if config.getoption("numprocesses", None):
         os.environ[KERNELS] = tempfile.mkdtemp(prefix="kernels-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(KERNELS), ignore_errors=True))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A worker among others begins with the long files; a run of its own keeps the order of the folders."""
+    if left := sampling.left_out(items, config.args):
+        config.hook.pytest_deselected(items=sorted(left, key=items.index))
+        items[:] = [item for item in items if item not in left]
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {name: place for place, name in enumerate(LONG_FILES)}
         items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
