@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import qlora_export.demo
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.training import record
-from tests import sampling
+from tests import processes, sampling
 
 hypothesis.settings.register_profile("all-cases", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("sampled", hypothesis.settings.get_profile("all-cases"), max_examples=25)
@@ -140,6 +142,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """A cache of kernels for the workers, which are started later, and which cases are run."""
     sampling.configure(config)
     hypothesis.settings.load_profile("all-cases" if sampling.all_cases() else "sampled")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        stack = contextlib.ExitStack()
+        stack.enter_context(processes.serving())
+        config.add_cleanup(stack.close)
+    processes.use(os.environ[processes.ADDRESS])
+    subprocess.Popen = processes.Warm  # type: ignore[misc]
     if config.getoption("numprocesses", None):
         os.environ[KERNELS] = tempfile.mkdtemp(prefix="kernels-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(KERNELS), ignore_errors=True))

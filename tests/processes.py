@@ -1,15 +1,21 @@
 """Processes of our interpreter that find the libraries imported: forked from one that has imported them.
 
 An interpreter spends five seconds on PyTorch, transformers, peft and bitsandbytes before its first word of ours. Here
-one process imports them once and then forks a child for each command: a process of its own, with its own environment,
-folder, output and end, that still imports all of `qlora_export` by itself. What is about the start of a process, or
-about variables that the libraries read when they are imported, runs in a fresh interpreter instead.
+one process for each kind of command imports them once and then forks a child for each: a process of its own, with its
+own environment, folder, files and end, that still imports all of `qlora_export` by itself. `forked` asks for such a
+child; where a test uses `Warm` as `subprocess.Popen`, so do the modules that the product runs in processes of their
+own. What is about the start of a process, or about variables that the libraries read when they are imported, runs in
+a fresh interpreter instead, whose children are fresh, too.
+
+A root process, started by `serving`, listens for every kind and starts the process of one when it is first asked for;
+all workers of a test run share them. A request is the files of the child and a line of JSON; the answers are a line
+with its number, and one with its wait status when it has ended.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
+import fcntl
 import gc
 import importlib
 import json
@@ -22,31 +28,62 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-LIBRARIES = (
+ADDRESS = "TESTS_PROCESSES"
+FIRST_FREE = 500
+STREAMS = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is imported beforehand, with which variables set, for which modules of `python -P -m`."""
+
+    libraries: Sequence[str]
+    modules: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+MODELS = (
     "torch",
-    "bitsandbytes",
-    "peft",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
-    "transformers.quantizers.auto",
-    "numba",
-    "numpy.typing",
     "safetensors.torch",
-    "jinja2",
-    "jinja2.sandbox",
+    "numpy.typing",
     "pydantic",
-    "rich.progress",
-    "rich.table",
-    "typer",
     "yaml",
 )
-STREAMS = 3
+KINDS = {
+    "models": Kind(
+        (
+            *MODELS,
+            "bitsandbytes",
+            "peft",
+            "transformers.quantizers.auto",
+            "numba",
+            "jinja2",
+            "jinja2.sandbox",
+            "rich.progress",
+            "rich.table",
+            "typer",
+        )
+    ),
+    "graphs": Kind(
+        (*MODELS, "torch.export", "torch.onnx", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
+        ("qlora_export.exporters.onnx.", "qlora_export.runtimes.", "tests.exporters."),
+        {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+    ),
+    # Not the client itself: it reads its variables when it is imported, and there are two versions of it.
+    "client": Kind(
+        ("httpx2", "httpcore2", "filelock", "yaml", "tqdm.auto", "packaging.version", "email.message", "fsspec"),
+        ("qlora_export.publish.hub.", "qlora_export.diagnosis."),
+    ),
+}
 
 
 def fresh(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
@@ -57,83 +94,178 @@ def fresh(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = 
 
 def forked(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
     """What `fresh` does, from a process that has the libraries."""
-    asked = [str(word) for word in words]
-    job = {"words": asked, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ if env is None else env)}
-    with (
-        socket.socket(socket.AF_UNIX) as connection,
-        Path(os.devnull).open("rb") as nothing,
-        tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as complaints,
-    ):
-        connection.connect(_server())
-        socket.send_fds(connection, [b"s"], [file.fileno() for file in (nothing, output, complaints)])
-        connection.sendall(json.dumps(job).encode() + b"\n")
-        with connection.makefile() as answer:
-            code = int(answer.readline())
-        told = []
-        for file in (output, complaints):
-            file.seek(0)
-            told.append(file.read().decode())
-    return subprocess.CompletedProcess(asked, code, *told)
+    asked = [sys.executable, *map(str, words)]
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with Forked(asked, stdin=nothing, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env) as process:
+        output, complaints = process.communicate()
+    return subprocess.CompletedProcess(asked, process.returncode, output, complaints)
 
 
 Finished = subprocess.CompletedProcess[str]
 
 
-@functools.cache
-def _server() -> str:
-    """Address of the process that forks; it ends with this one."""
-    folder = tempfile.TemporaryDirectory(prefix="processes-")
-    address = str(Path(folder.name) / "socket")
-    words = [sys.executable, __file__, address]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+class Warm(subprocess.Popen[Any]):
+    """`subprocess.Popen` whose child is forked from a process that has the libraries, if it is of one of the kinds."""
 
-    def close() -> None:
-        process.communicate()
-        folder.cleanup()
+    folder: ClassVar[str] = ""
+    connection: socket.socket | None = None
 
-    atexit.register(close)
-    return address
+    def kind(self, words: Sequence[str]) -> str | None:
+        """Whom to ask; None for a process as ever."""
+        if list(words[:3]) != [sys.executable, "-P", "-m"]:
+            return None
+        return next((name for name, kind in KINDS.items() if words[3].startswith(kind.modules or " ")), None)
+
+    def _execute_child(self, args: Any, *options: Any) -> None:
+        words = [os.fsdecode(word) for word in ([args] if isinstance(args, str | bytes | os.PathLike) else args)]
+        kind = self.kind(words)
+        if kind is None:
+            super()._execute_child(args, *options)  # type: ignore[misc]
+            return
+        _, _, close_others, kept, cwd, environment, _, _, _, *pipes = options
+        streams = pipes[0], pipes[3], pipes[5]
+        files = {number: number if stream == -1 else stream for number, stream in enumerate(streams)}
+        others = kept if close_others else _inheritable(set(pipes[:6]))
+        files |= {number: number for number in others if number >= STREAMS}
+        self.connection, self.pid = request(self.folder, kind, words[1:], files, cwd, environment)
+        self._child_created = True
+        self._close_pipe_fds(*pipes[:6])  # type: ignore[attr-defined]
+
+    def _try_wait(self, flags: int) -> tuple[int, int]:
+        if self.connection is None:
+            return super()._try_wait(flags)  # type: ignore[misc]
+        if not select.select([self.connection], [], [], 0 if flags & os.WNOHANG else None)[0]:
+            return 0, 0
+        with self.connection, self.connection.makefile() as lines:
+            return self.pid, int(lines.readline())
+
+    def _internal_poll(self, *state: Any, **options: Any) -> int | None:
+        if self.connection is None:
+            return super()._internal_poll(*state, **options)  # type: ignore[misc]
+        if self.returncode is None and self._waitpid_lock.acquire(blocking=False):  # type: ignore[attr-defined]
+            try:
+                found, status = (0, 0) if self.returncode is not None else self._try_wait(os.WNOHANG)
+                if found:
+                    self._handle_exitstatus(status)  # type: ignore[attr-defined]
+            finally:
+                self._waitpid_lock.release()  # type: ignore[attr-defined]
+        return self.returncode
 
 
-def serve(address: str) -> Mapping[str, Any]:
-    """In the server: never returns. In each child: its job."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    # The first function that numba compiles and the first model that pydantic sees load most of the two.
-    sys.modules["numba"].njit(lambda value: value + 1)(1)
-    sys.modules["pydantic"].create_model("First", number=(int, 1))
-    gc.freeze()
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen()
+class Forked(Warm):
+    """A command of ours, which otherwise is started as ever."""
+
+    def kind(self, words: Sequence[str]) -> str | None:
+        return "models"
+
+
+def _inheritable(but: set[int]) -> list[int]:
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if os.get_inheritable(int(path.name)) and int(path.name) not in but:
+                found.append(int(path.name))
+    return found
+
+
+def request(
+    folder: str, kind: str, words: Sequence[str], files: Mapping[int, int], cwd: Any, environment: Any
+) -> tuple[socket.socket, int]:
+    """The connection that tells the child's end, and its number."""
+    variables = dict(os.environ if environment is None else environment)
+    place = str(Path.cwd() if cwd is None else Path(cwd).absolute())
+    job = {"words": list(words), "cwd": place, "environment": variables, "numbers": list(files)}
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(f"{folder}/{kind}")
+    socket.send_fds(connection, [b"s"], list(files.values()))
+    connection.sendall(json.dumps(job).encode() + b"\n")
+    number = b""
+    while not number.endswith(b"\n"):
+        received = connection.recv(1)
+        if not received:
+            raise ChildProcessError(f"the process that imports libraries for {kind} ended")
+        number += received
+    return connection, int(number)
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Processes to fork from, for this process and those that inherit its environment."""
+    with tempfile.TemporaryDirectory(prefix="processes-") as folder:
+        words = [sys.executable, "-P", __file__, folder]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            os.environ[ADDRESS] = folder
+            use(folder)
+            yield
+            del os.environ[ADDRESS]
+            process.communicate()
+
+
+def use(folder: str) -> None:
+    """Ask the processes that listen there."""
+    Warm.folder = folder
+
+
+def serve(folder: str) -> Mapping[str, Any]:
+    """In the root process: never returns. In each process that is forked in the end: its job."""
+    listeners = {name: _listening(f"{folder}/{name}") for name in KINDS}
+    ended, held = os.pipe()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    while True:
+        ready, _, _ = select.select([0, *(item.fileno() for item in listeners.values())], [], [])
+        if 0 in ready:
+            os._exit(0)
+        for name in [name for name, listener in listeners.items() if listener.fileno() in ready]:
+            listener = listeners.pop(name)
+            if os.fork() == 0:
+                for other in (held, *(item.detach() for item in listeners.values())):
+                    os.close(other)
+                use(folder)
+                return _serve_kind(KINDS[name], listener, ended)
+            listener.close()
+
+
+def _listening(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    return listener
+
+
+def _serve_kind(kind: Kind, listener: socket.socket, ended: int) -> Mapping[str, Any]:
+    os.environ.update(kind.environment)
+    for name in kind.libraries:
+        importlib.import_module(name)
+    # The first function that numba compiles and the first model that pydantic sees load most of the two.
+    if "numba" in sys.modules:
+        sys.modules["numba"].njit(lambda value: value + 1)(1)
+    if "pydantic" in sys.modules:
+        sys.modules["pydantic"].create_model("First", number=(int, 1))
+    gc.freeze()
     children: dict[int, tuple[int, socket.socket]] = {}
     while True:
-        ready, _, _ = select.select([listener, sys.stdin, *children], [], [])
-        for ended in children.keys() & set(ready):
-            _report(ended, *children.pop(ended))
-        if sys.stdin in ready:
+        ready, _, _ = select.select([listener.fileno(), ended, *children], [], [])
+        if ended in ready:
             os._exit(0)
-        if listener not in ready:
+        for child in children.keys() & set(ready):
+            _report(child, *children.pop(child))
+        if listener.fileno() not in ready:
             continue
         connection, _ = listener.accept()
-        streams, job = _received(connection)
-        if child := os.fork():
-            for stream in streams:
-                os.close(stream)
-            children[os.pidfd_open(child)] = child, connection
+        files, job = _received(connection)
+        if number := os.fork():
+            for file in files:
+                os.close(file)
+            with suppress(BrokenPipeError):
+                connection.sendall(f"{number}\n".encode())
+            children[os.pidfd_open(number)] = number, connection
             continue
         for opened in (listener, connection, *(other for _, other in children.values())):
-            opened.close()
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-        for descriptor in (*streams, *children):
-            os.close(descriptor)
+            opened.detach()
+        _take(files, job["numbers"])
         os.chdir(job["cwd"])
         os.environ.clear()
         os.environ.update(job["environment"])
@@ -141,22 +273,38 @@ def serve(address: str) -> Mapping[str, Any]:
 
 
 def _received(connection: socket.socket) -> tuple[list[int], Mapping[str, Any]]:
-    _, streams, _, _ = socket.recv_fds(connection, 1, STREAMS)
+    _, files, _, _ = socket.recv_fds(connection, 1, FIRST_FREE // 2)
     with connection.makefile() as lines:
-        return streams, json.loads(lines.readline())
+        return files, json.loads(lines.readline())
 
 
 def _report(ended: int, child: int, connection: socket.socket) -> None:
     os.close(ended)
     _, status = os.waitpid(child, 0)
     with connection, suppress(BrokenPipeError):
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        connection.sendall(f"{status}\n".encode())
+
+
+def _take(files: Sequence[int], numbers: Sequence[int]) -> None:
+    """Have these files under these numbers, and no other file."""
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD, FIRST_FREE) for file in files]
+    os.closerange(STREAMS, FIRST_FREE)
+    for place, number in zip(moved, numbers, strict=True):
+        os.dup2(place, number)
+        os.close(place)
 
 
 def obey(words: list[str], cwd: str) -> None:
-    """What the interpreter does with its words."""
+    """What the interpreter does with its words and with PYTHONPATH."""
+    subprocess.Popen = Warm  # type: ignore[misc]
+    sys.path[:] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place] + sys.path
+    with suppress(ModuleNotFoundError):
+        importlib.import_module("sitecustomize")
+    if words[0] == "-P":
+        words = words[1:]
+    else:
+        sys.path.insert(0, cwd)
     kind, what, *arguments = words
-    sys.path[0] = cwd
     sys.argv = [kind, *arguments]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

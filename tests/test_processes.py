@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.processes import forked, fresh
+from tests.processes import Forked, Warm, forked, fresh
 
 SCRIPTS = {
     "says": "import sys; print(sys.argv); print('mind', file=sys.stderr)",
@@ -49,3 +54,55 @@ def test_a_module_runs_as_the_command() -> None:
             expected.stdout,
             expected.stderr,
         )
+
+
+@pytest.fixture(params=["fresh", "forked"])
+def start(request: pytest.FixtureRequest) -> Callable[..., subprocess.Popen[bytes]]:
+    kind: Any = {"fresh": subprocess.Popen, "forked": Forked}[request.param]
+    return lambda script, *words, **options: kind([sys.executable, "-P", "-c", script, *words], **options)
+
+
+def test_it_is_waited_for_and_ended_as_any_process(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    with start("import time; time.sleep(60)", stdin=subprocess.DEVNULL) as process:
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
+        assert process.poll() == -signal.SIGTERM
+
+
+def test_it_is_talked_with(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    script = "import sys; print(sys.stdin.readline().upper(), file=sys.stderr)"
+    with start(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.communicate(b"word\n")[0] == b"WORD\n\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_it_inherits_the_files_that_any_process_does(
+    start: Callable[..., subprocess.Popen[bytes]], close: bool
+) -> None:
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    with start(f"import os; os.write({writing}, b'here')", close_fds=close, stderr=subprocess.PIPE) as process:
+        assert (process.wait() == 0) == (not close)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as told:
+        assert told.read() == (b"" if close else b"here")
+
+
+def test_what_python_imports_by_itself(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import own; own.word = 'set'")
+    (tmp_path / "own.py").write_text("word = ''")
+    options = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "stdout": subprocess.PIPE}
+    with start("import own; print(own.word)", **options) as process:
+        assert process.communicate()[0] == b"set\n"
+
+
+def test_the_products_own_processes_are_forked_here() -> None:
+    assert issubclass(subprocess.Popen, Warm)
+    with subprocess.Popen([sys.executable, "-P", "-m", "qlora_export.runtimes.nowhere"], stderr=subprocess.PIPE) as own:
+        assert isinstance(own, Warm)
+        assert own.connection is not None
+        assert b"No module named qlora_export.runtimes.nowhere" in own.communicate()[1]
