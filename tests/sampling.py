@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
@@ -63,3 +63,12 @@ def left_out(items: Iterable[pytest.Item], named: Sequence[str]) -> set[pytest.I
             counts[key] = marker.args[0]
     drawn = {item for key, group in groups.items() for item in some(group, counts[key], " ".join(key))}
     return {item for group in groups.values() for item in group if item not in drawn and item.nodeid not in named}
+
+
+def cases_of(test: str, request: pytest.FixtureRequest) -> list[Mapping[str, Any]]:
+    """Parameters of each case of a test of this module that is run: what a fixture need prepare."""
+    return [
+        item.callspec.params  # type: ignore[attr-defined]
+        for item in request.session.items
+        if item.path == request.path and item.originalname == test  # type: ignore[attr-defined]
+    ]

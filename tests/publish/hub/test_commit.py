@@ -18,8 +18,11 @@ from qlora_export.publish.hub.job import Target
 from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.testing import HubServer
 from tests.publish.hub.conftest import CLIENTS, client, create, library_of, make_release, publish, upload
+from tests.sampling import cases_of
 
 Library = Mapping[str, str]
+# Each test with one of the two clients.
+pytestmark = pytest.mark.sampled(1)
 # An unsigned identity token: header, claims and signature of a JSON web token.
 IDENTITY = ".".join(
     base64.urlsafe_b64encode(part).decode().rstrip("=") for part in (b'{"alg":"none"}', b'{"sub":"ci"}', b"none")
@@ -117,8 +120,11 @@ def fail(fault: str, library: Library, release: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[tuple[str, str], Future[None]]]:
-    """Every fault with both clients, each with a Hub of its own; several at a time, since they mostly wait."""
+def trials(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[tuple[str, str], Future[None]]]:
+    """Each fault and client that is tried, with a Hub of its own; several at a time, since they mostly wait."""
+    cases = [tuple(drawn[key] for key in ("name", "fault")) for drawn in cases_of("test_a_fault", request)]
     with ThreadPoolExecutor(6) as pool:
         yield {
             (name, fault): pool.submit(
@@ -127,11 +133,11 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[tuple[s
                 library_of(name),
                 make_release(tmp_path_factory.mktemp("trial") / "release"),
             )
-            for name in CLIENTS
-            for fault in (*RECOVERED, *REFUSED)
+            for name, fault in cases
         }
 
 
+@pytest.mark.sampled(1, per="fault")
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize("fault", [*RECOVERED, *REFUSED])
 def test_a_fault(trials: Mapping[tuple[str, str], Future[None]], name: str, fault: str) -> None:

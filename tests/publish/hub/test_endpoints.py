@@ -14,6 +14,8 @@ from qlora_export.publish.hub.process import run_job
 from qlora_export.testing import HubServer, Limits
 from tests.publish.hub.conftest import client, create, publish
 
+# Each test with one of the two clients.
+pytestmark = pytest.mark.sampled(1)
 PREFIX = "/artifactory/api/huggingfaceml/models"
 WITHOUT = ("/whoami-v2", "/auth-check", "/commits/", "/xet-write-token/", "/refs", "/collections")
 FAULTS = ["commit-applied-then-closed", "put-500", "tree-missing-shard"]
@@ -48,6 +50,7 @@ def test_what_is_not_known_is_a_404(endpoint: HubServer) -> None:
         assert run_job(client(server, {}), "authorise") == {"name": "rehearsal"}
 
 
+@pytest.mark.sampled(1, per="allowed")
 @pytest.mark.parametrize("allowed", [True, False])
 def test_xet_is_used_where_it_is_spoken(
     release: Path, library: Mapping[str, str], allowed: bool, tmp_path: Path

@@ -21,6 +21,8 @@ from qlora_export.testing import HubServer
 from tests.publish.hub.conftest import client, create, publish, upload
 
 Library = Mapping[str, str]
+# Each test with one of the two clients.
+pytestmark = pytest.mark.sampled(1)
 # Python imports a module of this name before anything else. It lets the process kill itself at the chosen record.
 KILLING = """
 import os, signal
@@ -96,6 +98,7 @@ def test_a_kill_at_each_record(hub: HubServer, release: Path, library: Library, 
     assert sorted(sent(hub).values()) == [1, 1]
 
 
+@pytest.mark.sampled(1, per="point")
 @pytest.mark.parametrize("point", [COMMITTED - 1, COMMITTED])
 def test_a_kill_around_the_pull_request(
     hub: HubServer, release: Path, library: Library, killing: Library, point: int

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import close_session
 
 from qlora_export import pipeline
 from qlora_export.contracts import Account
@@ -36,7 +38,7 @@ from qlora_export.publish.verifying import Wanted, verify
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.report.data import write_report
 from qlora_export.testing import HubServer
-from tests.processes import forked, fresh
+from tests.processes import Forked, forked, fresh
 
 EASY = {"perplexity_ratio": 1.5, "mean_kl": 1.0, "same_top1": 0.1, "gain_kept": None, "survival_min": None}
 
@@ -148,18 +150,9 @@ def test_again_after_people_edited_the_card(hub: HubServer, dense: Callable[...,
 
 def edit(hub: HubServer, repository: str, path: str, content: str) -> None:
     """A commit by somebody else."""
-    code = (
-        "import sys; from huggingface_hub import HfApi; HfApi(endpoint=sys.argv[1], token='hf_other').upload_file("
-        "repo_id=sys.argv[2], path_in_repo=sys.argv[3], path_or_fileobj=sys.stdin.buffer.read())"
-    )
-    words = [sys.executable, "-c", code, hub.endpoint, repository, path]
-    subprocess.run(
-        words,
-        input=content.encode(),
-        check=True,
-        capture_output=True,
-        env={**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-    )
+    other = HfApi(endpoint=hub.endpoint, token="hf_other")
+    other.upload_file(repo_id=repository, path_in_repo=path, path_or_fileobj=content.encode())
+    close_session()
 
 
 def test_another_release_under_the_same_version(
@@ -284,9 +277,7 @@ def test_a_killed_release_goes_on(dense: Callable[..., Recipe], measured: Path, 
     words = ["-m", "qlora_export", "publish", str(tmp_path / "recipe.yaml"), "--out", str(out)]
     with HubServer(faults=["put-slow:600"]) as hub:
         variables = {**os.environ, **environment(hub)}
-        process = subprocess.Popen(
-            [sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        process = Forked([sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
         while not [record for record in hub.requests if "lfs/objects/batch" in record.path]:
             assert time.monotonic() < deadline

@@ -8,11 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qlora_export.errors import ExitCode, ExportError
 from qlora_export.testing import HubServer
 from tests.publish.hub.conftest import client, create, publish
 
 Library = Mapping[str, str]
+# Each test with one of the two clients.
+pytestmark = pytest.mark.sampled(1)
 
 
 def race(hub: HubServer, library: Library, folders: Mapping[Path, str]) -> list[dict[str, Any] | ExportError]:
