@@ -15,6 +15,7 @@ import yaml
 
 from qlora_export.cli import main
 from qlora_export.errors import ExitCode
+from tests import sampling
 from tests.conftest import edit_json, edit_tensors
 from tests.processes import forked, fresh
 
@@ -23,9 +24,14 @@ def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]
     return forked("-m", "qlora_export", *arguments, **options)
 
 
-def started(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The same in an interpreter that has imported nothing yet; every verb runs in one in some test."""
-    return fresh("-m", "qlora_export", *arguments, **options)
+# Verbs that spend seconds on importing libraries.
+HEAVY = ("build", "check", "compare", "inspect", "plan", "publish", "rehearse", "release", "verify")
+FORKED = set(HEAVY) - set(sampling.some(HEAVY, 3, "verbs"))
+
+
+def started(verb: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same in an interpreter that has imported nothing yet: for every verb with all cases, else for some."""
+    return (forked if verb in FORKED else fresh)("-m", "qlora_export", verb, *arguments, **options)
 
 
 @pytest.fixture

@@ -13,18 +13,14 @@ import yaml
 
 from qlora_export.errors import ExitCode
 from qlora_export.testing import HubServer
-from tests.processes import forked, fresh
+from tests.cli.test_cli import started
+from tests.processes import forked
 
 TOKEN = "hf_" + "a1B2" * 8
 
 
 def command(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
     return forked("-m", "qlora_export", *arguments, env={**os.environ, **variables})
-
-
-def started(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The same in an interpreter that has imported nothing yet, with the variables set when it does."""
-    return fresh("-m", "qlora_export", *arguments, env={**os.environ, **variables})
 
 
 @pytest.fixture
@@ -48,14 +44,15 @@ def test_check_publish_verify(recipe: Path, tmp_path: Path) -> None:
     with HubServer(token=TOKEN, organisations=("acme",)) as hub:
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         assert command("check", recipe, "--out", out).returncode == 0
-        found = started("publish", recipe, "--out", out, "--json", "--junit-xml", tmp_path / "junit.xml", **variables)
+        words = ("--json", "--junit-xml", tmp_path / "junit.xml")
+        found = started("publish", recipe, "--out", out, *words, env=os.environ | variables)
         assert found.returncode == 0, found.stderr
         (receipt,) = json.loads(found.stdout)["published"]
         assert receipt["commit"] == hub.repositories["acme/bot"].tags["v1"]
         assert receipt["proof"]["sample_tokens"] > 0
         again = command("publish", recipe, "--out", out, **variables)
         assert again.stdout.startswith("already published bf16 to "), again.stderr
-        verified = started("verify", "acme/bot@v1", "--no-open", **variables)
+        verified = started("verify", "acme/bot@v1", "--no-open", env=os.environ | variables)
         assert verified.returncode == 0, verified.stderr
         assert receipt["commit"] in verified.stdout
         wrong = command("publish", recipe, "--out", out, **{**variables, "HF_TOKEN": "hf_" + "x" * 30})
@@ -67,7 +64,8 @@ def test_check_publish_verify(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_rehearsal_with_a_fault(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = started("rehearse", recipe, "--out", out, "--fault", "commit-applied-then-closed", HF_TOKEN="")
+    words = ("--fault", "commit-applied-then-closed")
+    found = started("rehearse", recipe, "--out", out, *words, env=os.environ | {"HF_TOKEN": ""})
     assert found.returncode == 0, found.stderr
     assert "published bf16" in found.stdout
     assert "proven" in found.stdout
