@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from qlora_export.comparing import compare
+from qlora_export.comparison import speed
 from qlora_export.comparison.rows import Comparison
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe import Recipe, make_recipe
@@ -28,7 +32,15 @@ def compared(pico_base: Path, pico_adapter: Path, pico_text: Path) -> Comparison
 
 @functools.cache
 def made(base: Path, adapter: Path, text: Path) -> Comparison:
-    return compare(recipe_of(base, adapter, text), RunOptions(base.parent / "compared"), FORMATS)
+    with timed_once():
+        return compare(recipe_of(base, adapter, text), RunOptions(base.parent / "compared"), FORMATS)
+
+
+@contextmanager
+def timed_once() -> Iterator[None]:
+    """No test of a whole comparison asks how near its times are to the least."""
+    with mock.patch.multiple(speed, REPEATS=1, LEAST_SECONDS=0.0):
+        yield
 
 
 def recipe_of(base: Path, adapter: Path, text: Path) -> Recipe:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions, check
 from qlora_export.recipe import Recipe
-from tests.compared import compared, compared_recipe
+from tests.compared import compared, compared_recipe, timed_once
 from tests.conftest import edit_json
 
 __all__ = ["compared", "compared_recipe"]
+
+
+@pytest.fixture(autouse=True)
+def hasty() -> Iterator[None]:
+    with timed_once():
+        yield
 
 
 def trial_of(comparison: Comparison) -> Path:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pytest
 
+from qlora_export.comparison import speed
 from qlora_export.comparison.rows import Comparison
 from qlora_export.comparison.speed import (
     DECODED_TOKENS,
-    LEAST_SECONDS,
     PROMPT_TOKENS,
     REPEATS,
     speed_of,
@@ -21,6 +21,12 @@ from qlora_export.runtimes.loading import ModelSession, load_model
 LONGEST = tuple(range(40))
 WINDOWS = tuple(Window(ids, (1,), "", block) for block, ids in enumerate([(1, 2), LONGEST, (1, 2, 3)]))
 TOKENS = TokenSet(WINDOWS, Protocol("test", "as the test says", len(LONGEST)))
+LEAST_SECONDS = 0.1
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "LEAST_SECONDS", LEAST_SECONDS)
 
 
 class Prefilling:
@@ -48,6 +54,7 @@ class Decoding(Prefilling):
         return [0] * count
 
 
+@pytest.mark.usefixtures("hasty")
 def test_the_longest_window_is_repeated_and_the_least_time_counts() -> None:
     session = Prefilling()
     found = speed_of(session, TOKENS)
@@ -57,6 +64,7 @@ def test_the_longest_window_is_repeated_and_the_least_time_counts() -> None:
     assert found.decode is None
 
 
+@pytest.mark.usefixtures("hasty")
 def test_decoding_is_timed_after_a_short_prompt() -> None:
     session = Decoding()
     found = speed_of(session, TOKENS)
