@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,10 @@ from safetensors.torch import load_file, save_file
 import qlora_export.demo
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.training import record
-from tests import processes, sampling
+from tests import processes, room_times, sampling
 
 hypothesis.settings.register_profile("all-cases", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("sampled", hypothesis.settings.get_profile("all-cases"), max_examples=25)
-
-# Where numba keeps what it compiles. The workers of `make test` compile every kernel once, into a cache of their run:
-# one in the working tree may hold what was inlined from a module that has been edited since.
-KERNELS = "NUMBA_CACHE_DIR"
 
 DEMO = Path(qlora_export.demo.__file__).parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -139,18 +135,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A cache of kernels for the workers, which are started later, and which cases are run."""
+    """Which cases are run, a cache of kernels, and processes to fork from: told to the workers, which are started later."""
     sampling.configure(config)
     hypothesis.settings.load_profile("all-cases" if sampling.all_cases() else "sampled")
+    os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(config.rootpath))
     if "PYTEST_XDIST_WORKER" not in os.environ:
         stack = contextlib.ExitStack()
         stack.enter_context(processes.serving())
         config.add_cleanup(stack.close)
     processes.use(os.environ[processes.ADDRESS])
     subprocess.Popen = processes.Warm  # type: ignore[misc]
-    if config.getoption("numprocesses", None):
-        os.environ[KERNELS] = tempfile.mkdtemp(prefix="kernels-")
-        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(KERNELS), ignore_errors=True))
+
+
+def kernel_cache(root: Path) -> Path:
+    """Where numba keeps what it compiles of these very sources.
+
+    It looks at the file of a function alone: one cache for all sources could hold what was inlined from a module that
+    has been edited since.
+    """
+    sources = [raw for path in sorted((root / "qlora_export").rglob("*.py")) if b"numba" in (raw := path.read_bytes())]
+    return root / ".cache" / f"kernels-{hashlib.sha256(b''.join(sources)).hexdigest()[:16]}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -161,6 +165,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {name: place for place, name in enumerate(LONG_FILES)}
         items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each room took."""
+    reports = [item for items in terminalreporter.stats.values() for item in items if hasattr(item, "duration")]
+    terminalreporter.section("seconds of each room, over all processes")
+    for line in room_times.lines(room_times.seconds_of_rooms(reports)):
+        terminalreporter.write_line(line)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
