@@ -20,7 +20,7 @@ from qlora_export.tensors.dtypes import round_to
 from tests.conftest import random_values
 from tests.formats.test_grids import GRID_FORMATS
 
-ROWS, COLUMNS = 136, 256
+ROWS, COLUMNS = 136, 128
 
 
 def inputs_of(seed: int) -> InputStatistics:
@@ -37,9 +37,10 @@ def inputs_of(seed: int) -> InputStatistics:
 def output_error(found: Float32, wanted: Float32, inputs: InputStatistics) -> float:
     """tr (Q - T) H (Q - T)^T in float64."""
     difference = (found - wanted).astype(np.float64)
-    return float(np.einsum("ri,ij,rj->", difference, inputs.hessian.double().numpy(), difference))
+    return float((difference @ inputs.hessian.double().numpy() * difference).sum())
 
 
+@pytest.mark.sampled(1, per="name")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", [name for name, _ in GRID_FORMATS if name != "nf4-adapter"])
 def test_without_a_delta_on_undisturbed_inputs_it_is_never_worse_than_nearest(name: str, seed: int) -> None:

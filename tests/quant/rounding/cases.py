@@ -85,7 +85,7 @@ def numbers(tensor: Tensor) -> Any:
 def objective(target: Any, hessian: Any, values: Any) -> Float64:
     """(Q - T) H (Q - T)^T of every row, in float64."""
     difference = np.asarray(values, np.float64) - np.asarray(target, np.float64)
-    found: Float64 = np.einsum("ri,ij,rj->r", difference, np.asarray(hessian, np.float64), difference)
+    found: Float64 = (difference @ np.asarray(hessian, np.float64) * difference).sum(axis=1)
     return found
 
 

@@ -22,7 +22,7 @@ def every_level(target: Any, hessian: Any, levels: Any, spread: Any, codes: Any)
                 continue
             tried = np.repeat((levels[codes[row]] * spread[row] - target[row])[None], len(levels), axis=0)
             tried[:, column] = levels * spread[row, column] - target[row, column]
-            found = np.einsum("li,ij,lj->l", tried, hessian, tried)
+            found = (tried @ hessian * tried).sum(axis=1)
             codes[row, column] = found.argmin()
             # Objectives of two neighbours differ by twice curvature, step and distance from the tie.
             worse = np.sort(found[levels != levels[found.argmin()]])[0] - found.min()
@@ -47,16 +47,17 @@ def test_codes_are_those_of_trying_every_level(name: str, rows: int, columns: in
     assert (found != start).any()
 
 
+@pytest.mark.sampled(1, per="name")
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_never_raises_the_objective(name: str, seed: int) -> None:
-    target, hessian = weights_of(9, 320, seed=seed), hessian_of(320, seed=seed, tokens=100 + 200 * seed)
+    target, hessian = weights_of(9, 192, seed=seed), hessian_of(192, seed=seed, tokens=100 + 100 * seed)
     grid = grid_of(name, target)
     scales = grid.rule(absmax_scales(target, grid))
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(len(grid.levels), target.shape, generator=generator)
     before = objective(target, hessian, grid.decode(codes, scales))
-    for _ in range(4):
+    for _ in range(3):
         codes = sweep(target, hessian, grid, scales, codes)
         after = objective(target, hessian, grid.decode(codes, scales))
         assert (after <= before * (1 + 1e-6)).all()

@@ -30,6 +30,7 @@ def one_by_one(target: Any, hessian: Any, levels: Any, spread: Any) -> tuple[Any
     return codes, closest
 
 
+@pytest.mark.sampled(1, per="name")
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (7, 192), (4, 320)])
 def test_codes_are_those_of_the_plain_loop(name: str, rows: int, columns: int) -> None:

@@ -52,6 +52,7 @@ def test_scales_are_those_of_dense_least_squares(name: str, rows: int, columns: 
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.sampled(1, per="name")
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_it_never_raises_the_objective_of_a_block(name: str, seed: int) -> None:

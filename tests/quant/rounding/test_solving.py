@@ -39,7 +39,7 @@ def layer_of(base: Tensor, size: float, seed: int = 0, disturbed: float = 0.0) -
     return Layer(base, delta, hessian, hessian * (1 - disturbed))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 192), (37, 320)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 128), (37, 192)])
 def test_without_a_delta_the_base_comes_back(rows: int, columns: int) -> None:
     base, starts = trained(rows, columns, seed=rows)
     grid, scales = starts[0]  # type: ignore[misc]
@@ -53,7 +53,7 @@ def test_without_a_delta_the_base_comes_back(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("size", [0.01, 0.03, 0.1])
 def test_a_small_delta_survives_where_nearest_drops_it(size: float) -> None:
-    base, starts = trained(64, 256, seed=3)
+    base, starts = trained(64, 128, seed=3)
     layer = layer_of(base, size)
     found = solve(layer, FREE, starts, Method())
     assert found is not None
@@ -70,7 +70,7 @@ def test_a_small_delta_survives_where_nearest_drops_it(size: float) -> None:
 
 @pytest.mark.parametrize("levels", [NF4_LEVELS, INT4_LEVELS])
 def test_every_step_helps(levels: tuple[float, ...]) -> None:
-    base = weights_of(24, 256, seed=5)
+    base = weights_of(24, 128, seed=5)
     free = Grid(levels, 64, lambda scales: scales)
     stored = dataclasses.replace(free, rule=sixteen_bit_scales(torch.bfloat16))
     layer = layer_of(base, 0.05)
@@ -85,7 +85,7 @@ def test_every_step_helps(levels: tuple[float, ...]) -> None:
 
 
 def test_more_rounds_bring_the_delta_nearer() -> None:
-    base, starts = trained(48, 256, seed=8)
+    base, starts = trained(48, 128, seed=8)
     layer = layer_of(base, 0.01)
     once, often = (solve(layer, FREE, starts, Method(rounds=rounds)) for rounds in (1, 3))
     assert once is not None
