@@ -9,21 +9,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-
-from qlora_export.tensors.header import read_header
-from qlora_export.tensors.reading import SourceFiles
+from safetensors.torch import load_file
 
 
 def main() -> None:
     """Write a graph of every matrix of `-i` into `-o`."""
     words = sys.argv
     source, out = Path(words[words.index("-i") + 1]), Path(words[words.index("-o") + 1])
-    with SourceFiles() as files:
-        weights = {
-            name.removesuffix(".weight"): files.values(tensor)
-            for name, tensor in read_header(source / "model.safetensors").items()
-            if len(tensor.spec.shape) == 2 and "embed_tokens" not in name
-        }
+    weights = {
+        name.removesuffix(".weight"): tensor.float().numpy()
+        for name, tensor in load_file(source / "model.safetensors").items()
+        if tensor.ndim == 2 and "embed_tokens" not in name
+    }
     if "fuse_qkv=false" not in words:
         for name in [name for name in weights if name.endswith("q_proj")]:
             layer = name.removesuffix("q_proj")

@@ -29,7 +29,7 @@ from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnxruntime import OnnxRuntime
-from tests.conftest import edit_json
+from tests.conftest import edit_json, save_base
 from tests.exporters.test_onnx_traced import IDS, TOKENS
 
 EXPORTS: list[Any] = [
@@ -45,10 +45,10 @@ def recipe(base: Path, adapter: Path, *artifacts: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def base(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that states the token that pads."""
-    folder = Path(shutil.copytree(pico_base, tmp_path_factory.mktemp("classifier") / "base"))
-    edit_json(folder / "config.json", pad_token_id=2)
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that states the token that pads, and nothing of generation; its one layer is all that the plan traces."""
+    folder = save_base(tmp_path_factory.mktemp("classifier") / "base", seed=1, num_hidden_layers=1, pad_token_id=2)
+    (folder / "generation_config.json").unlink()
     return folder
 
 
@@ -133,6 +133,8 @@ def test_a_graph_with_other_inputs_is_no_classifier(made: Path, tmp_path: Path) 
         open_graph(folder)
 
 
-def test_without_a_token_that_pads_it_is_refused_by_the_plan(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_without_a_token_that_pads_it_is_refused_by_the_plan(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    edit_json(other / "config.json", pad_token_id=None)
     with pytest.raises(PlanRefused, match="config.json states no pad_token_id"):
-        make_plan(recipe(pico_base, adapter, "bf16", "onnx-fp32"), tmp_path / "out")
+        make_plan(recipe(other, adapter, "bf16", "onnx-fp32"), tmp_path / "out")

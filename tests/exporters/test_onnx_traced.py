@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from qlora_export import catalog
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
+from qlora_export.drift.ways import GraphFindings, RunWay
 from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.exporters.onnx.graphs import obstacle
+from qlora_export.exporters.onnx.traced import tracer
+from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
+from qlora_export.runtimes.onnx.validation import Source, validate
 from tests.conftest import save_adapter
 from tests.exporters.test_onnx_integers import decoded, in_graph, same_bits
 
@@ -45,7 +51,6 @@ PACKED: dict[str, Any] = {"format": "w4a16", "rounding": "nearest", "options": {
 EXPORTS: list[Any] = [
     "bf16",
     "onnx-fp32",
-    {"format": "onnx-fp16", "options": {"layout": "transformers.js"}},
     {"format": "onnx-int4", "name": "rounded"},
     PACKED,
     {"format": "onnx-int4", "rounding": "nearest", "name": "same-integers"},
@@ -73,34 +78,59 @@ def save_model(folder: Path, pico_base: Path, config: Any) -> Path:
             if weight.ndim == 1:
                 weight.normal_(mean=1, std=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
     for path in pico_base.glob("*token*"):
         shutil.copy(path, folder)
     return folder
 
 
+def cohere(pico_base: Path, **changes: Any) -> transformers.Cohere2Config:
+    vocabulary = json.loads((pico_base / "config.json").read_text())["vocab_size"]
+    return transformers.Cohere2Config(**{"vocab_size": vocabulary, **COHERE, **changes})
+
+
 @pytest.fixture(scope="module")
 def made(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of all exports; what is traced is the same for most of them."""
+    """A run folder of all exports; they share one trace, which is also the plan's, as two layers are of two kinds."""
     out = tmp_path_factory.mktemp("traced")
-    vocabulary = json.loads((pico_base / "config.json").read_text())["vocab_size"]
-    config = transformers.Cohere2Config(vocab_size=vocabulary, **COHERE)
-    base = save_model(out / "base", pico_base, config)
+    base = save_model(out / "base", pico_base, cohere(pico_base))
     adapter = save_adapter(base, out / "adapter", seed=8)
     build(recipe(base, adapter, *EXPORTS), RunOptions(out / "run"))
     return out / "run"
 
 
-@pytest.mark.parametrize("name", ["onnx-fp32", "onnx-fp16", "rounded", "same-integers", "onnx-nf4-adapter"])
+def in_every_way(found: GraphFindings, most: float) -> RunWay:
+    """Prefill, of a graph that agrees with it and with its source in every other way."""
+    assert found.breaches == ()
+    prefill, *others = found.ways
+    assert prefill.from_source is not None
+    assert prefill.from_source.mean_kl < most
+    assert len(others) >= 5
+    return prefill
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "rounded", "same-integers", "onnx-nf4-adapter"])
 def test_it_is_the_model_in_every_way_that_it_is_run(made: Path, name: str) -> None:
     """Prefill, decoding, batches padded on the left, without optimisation, past the window of attention."""
     found = validated(read_artifact(made / name), TOKENS, untracked)
     assert found is not None
-    assert found.breaches == ()
-    prefill, *others = found.ways
+    prefill = in_every_way(found, {"onnx-fp32": 1e-10}.get(name, 0.05))
     assert prefill.from_source is not None
     assert prefill.from_source.top1_differs == 0 or name != "onnx-fp32"
-    assert prefill.from_source.mean_kl < {"onnx-fp32": 1e-10, "onnx-fp16": 1e-5}.get(name, 0.05)
-    assert len(others) >= 5
+
+
+def test_so_it_is_in_float16(pico_base: Path, tmp_path: Path) -> None:
+    """Traced in that dtype: one layer with a window of attention, as transformers.js reads it."""
+    config = cohere(pico_base, num_hidden_layers=1, layer_types=["sliding_attention"], num_key_value_heads=4)
+    base = save_model(tmp_path / "base", pico_base, config)
+    exporter = catalog.load_exporter("onnx-fp16", {"layout": "transformers.js"})
+    exporter.export(base, tmp_path / "out")
+    exporter.finish(base, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {"model_fp16.onnx", "model_fp16.onnx_data"}
+    source = Source("base", partial(catalog.load_runtime("transformers").open, base))
+    found = validate(tmp_path / "out", TOKENS, source)
+    assert found.weights == "float16"
+    in_every_way(found, 1e-5)
 
 
 def test_a_tied_embedding_is_stored_once_and_nothing_tells_of_this_machine(made: Path) -> None:
@@ -139,6 +169,29 @@ def test_genai_writes_what_torch_writes(made: Path) -> None:
         tokens = torch.tensor([prompt])
         expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=16, do_sample=False)
         assert generator.get_sequence(0).tolist()[: expected.shape[1]] == expected[0].tolist()
+
+
+def test_the_plan_traces_as_few_layers_as_there_are_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(tracer, "_trace", lambda dtype, config, generation: asked.append((dtype, json.loads(config))))
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    tracer.outline({"num_hidden_layers": 4, "layer_types": kinds, "hidden_size": 8})
+    tracer.outline({"n_layer": 4, "n_embd": 8})
+    assert asked == [
+        ("fp32", {"num_hidden_layers": 3, "layer_types": kinds[:3], "hidden_size": 8}),
+        ("fp32", {"n_layer": 1, "n_embd": 8}),
+    ]
+
+
+def test_genai_is_told_what_the_model_states_of_generation(tmp_path: Path) -> None:
+    """Over what its configuration says; several ends of a text, the first of which pads."""
+    config = transformers.LlamaConfig(hidden_size=8, num_attention_heads=2, eos_token_id=3, max_position_embeddings=64)
+    transformers.GenerationConfig(eos_token_id=[5, 6], temperature=0.5, do_sample=True).save_pretrained(tmp_path)
+    told = genai_config(config, tmp_path, (1, 4), ["input_ids"])
+    model, search = told["model"], told["search"]
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, [5, 6], 5)
+    assert (model["decoder"]["num_key_value_heads"], model["decoder"]["head_size"]) == (1, 4)
+    assert (search["temperature"], search["do_sample"], search["top_k"], search["max_length"]) == (0.5, True, 50, 64)
 
 
 def test_experts_are_refused_by_name() -> None:
