@@ -30,14 +30,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bases, in shards, and every case built both ways by one process."""
     folder = tmp_path_factory.mktemp("built")
     for name, tied in (("untied", False), ("tied", True)):
-        save_base(folder / name, seed=3, shard="200KB", intermediate_size=128, tie_word_embeddings=tied)
+        save_base(folder / name, 3, shard="80KB", vocab_size=512, intermediate_size=128, tie_word_embeddings=tied)
+        assert len(list((folder / name).glob("*.safetensors"))) > 1
     cases: list[Any] = [(str(folder / "tied"), "fp32", "cpu", ()), (str(folder / "untied"), "fp16", "cuda", ())]
     for base, options in INTEGERS:
         precision = "int4" if isinstance(options, IntegerOptions) else "int8"
         cases.append((str(folder / base), precision, options.provider, options.words()))
-    words = [sys.executable, "-m", "tests.exporters.both_builders", json.dumps(cases), str(folder)]
+    words = [sys.executable, "-P", "-m", "tests.exporters.both_builders", json.dumps(cases), str(folder)]
+    here = {"PYTHONPATH": str(Path(__file__).parents[2])}
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull}
-    found = subprocess.run(words, check=False, capture_output=True, text=True, env={**os.environ, **quiet})
+    found = subprocess.run(words, check=False, capture_output=True, text=True, env={**os.environ, **here, **quiet})
     assert found.returncode == 0, found.stderr
     return folder
 

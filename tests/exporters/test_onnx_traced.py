@@ -21,6 +21,7 @@ from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.drift.ways import GraphFindings, RunWay
 from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import InputError, PlanRefused
+from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.traced import tracer
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
@@ -124,6 +125,7 @@ def test_so_it_is_in_float16(pico_base: Path, tmp_path: Path) -> None:
     config = cohere(pico_base, num_hidden_layers=1, layer_types=["sliding_attention"], num_key_value_heads=4)
     base = save_model(tmp_path / "base", pico_base, config)
     exporter = catalog.load_exporter("onnx-fp16", {"layout": "transformers.js"})
+    assert isinstance(exporter, BuiltExporter)
     exporter.export(base, tmp_path / "out")
     exporter.finish(base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {"model_fp16.onnx", "model_fp16.onnx_data"}

@@ -36,7 +36,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo's model in this layout, in float32 and in 4 bits, through check, lint and publication."""
     out = tmp_path_factory.mktemp("clients")
     text = (DEMO_FOLDER / "holdout.jsonl").read_text().splitlines()
-    (out / "text.jsonl").write_text("\n".join(text[:8]) + "\n")
+    (out / "text.jsonl").write_text("\n".join(text[:3]) + "\n")
     data = {
         "base": str(DEMO_FOLDER / "base"),
         "base_id": "qlora-export/demo",
