@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from qlora_export.quant.rounding import scale_search
 from tests.conftest import edit_tensors, save_adapter, save_base
 
 WORDS = (
@@ -44,6 +47,13 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     return Pico(
         base, adapter, untrained, save_chats(folder / "text.jsonl", 70, 0), save_chats(folder / "h.jsonl", 20, 1)
     )
+
+
+@pytest.fixture(scope="module")
+def hasty_search() -> Iterator[None]:
+    """Four scales are tried for each group instead of all, for tests that ask nothing of how good the search is."""
+    with mock.patch.object(scale_search, "FRACTIONS", (0.85, 0.95, 1.0, 1.1)):
+        yield
 
 
 def save_chats(path: Path, count: int, seed: int) -> Path:

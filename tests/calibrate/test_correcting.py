@@ -35,8 +35,9 @@ from tests.conftest import RecipeMaker, folder_bytes, save_adapter, save_base
 
 LOWRANK = {"format": "nf4-lowrank", "options": {"rank": 4}}
 CALIBRATION = {"calibration": {"text": "calibration.txt"}}
-TOKENS = windows_of(24)
-HASTY = Method(sweeps=1, fits_scales=False, rounds=1)
+TOKENS = windows_of(16)
+HASTY = Method(sweeps=0, fits_scales=False, rounds=1)
+pytestmark = pytest.mark.usefixtures("hasty_search")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def built(plan: Plan, out: Path, blocks: Path | None = None) -> list[Artifact]:
 
 
 @pytest.fixture(scope="module")
-def artifacts(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+def artifacts(hasty_search: None, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
     return built(plan, tmp_path_factory.mktemp("correcting") / "out")
 
 

@@ -17,7 +17,8 @@ from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of
 from tests.calibrate.test_running import blocks, made_of, pico_plan
 
-TUNING = Tuning(steps=40, rate=0.003, batch_tokens=64, looks=2)
+TUNING = Tuning(steps=20, rate=0.003, batch_tokens=64, looks=2)
+pytestmark = pytest.mark.usefixtures("hasty_search")
 # What is held out is what was looked at: words in random order tell nothing of each other.
 TOKENS = replace(windows_of(1), windows=windows_of(1).windows * (2 * HELD_OUT))
 
