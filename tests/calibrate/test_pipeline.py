@@ -31,13 +31,15 @@ from tests.calibrate.conftest import Pico
 from tests.conftest import folder_bytes
 from tests.processes import forked
 
-HASTY = {"sweeps": 1, "fit_scales": False, "delta_rounds": 1}
+HASTY = {"sweeps": 0, "fit_scales": False, "delta_rounds": 1}
 CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export import pipeline
+from qlora_export.quant.rounding import scale_search
 from qlora_export.recipe import load_recipe
 
+scale_search.FRACTIONS = (0.95, 1.0)
 recipe, out, point = sys.argv[1:]
 syncs = 0
 fsync = os.fsync
@@ -92,6 +94,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["nf4-calibrated"]
 
 
+@pytest.mark.usefixtures("hasty_search")
 def test_a_release_tells_of_its_calibration(pico: Pico, tmp_path: Path, capsys: Any) -> None:
     """And drifts less than the same grid with rounding to nearest."""
     w4a16 = {"format": "w4a16", "options": {"group_size": 32}}
@@ -101,7 +104,7 @@ def test_a_release_tells_of_its_calibration(pico: Pico, tmp_path: Path, capsys: 
         pico,
         *({**item, "name": str(item["rounding"])} for item in artifacts),
         drift={"text": str(pico.holdout), "limits": limits},
-        calibration={"text": str(pico.text), "sequences": 32, "window_tokens": 48},
+        calibration={"text": str(pico.text), "sequences": 16, "window_tokens": 48},
     )
     run = pipeline.check(recipe, RunOptions(tmp_path))
     write_report(run, tmp_path)
@@ -109,15 +112,15 @@ def test_a_release_tells_of_its_calibration(pico: Pico, tmp_path: Path, capsys: 
     jsonschema.validate(data, report_schema())
     calibrated, nearest = data["artifacts"]
     told = calibrated["calibration"]
-    assert (told["sequences"], told["layers"], told["fallbacks"]) == (32, 14, {})
+    assert (told["sequences"], told["layers"], told["fallbacks"]) == (16, 14, {})
     assert "calibration" not in nearest
-    assert told["notes"] == ["calibration: 32 sequences are few; give 64 or more, 128 are usual"]
-    line = f"14 layers rounded by 32 sequences of calibration, {told['tokens']} tokens"
+    assert told["notes"] == ["calibration: 16 sequences are few; give 64 or more, 128 are usual"]
+    line = f"14 layers rounded by 16 sequences of calibration, {told['tokens']} tokens"
     assert line in (tmp_path / "report.md").read_text()
     print_ledger(run)
     shown = capsys.readouterr().out
     assert f"calibrated: {line}" in shown
-    assert "32 sequences are few" in shown
+    assert "16 sequences are few" in shown
     assert calibrated["drift"]["mean_kl"] < nearest["drift"]["mean_kl"]
     assert not list(tmp_path.glob("*.calibrated"))
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("calibrated", "nearest")]
