@@ -84,12 +84,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = save_base(tmp_path_factory.mktemp("agreement") / "base", 1, torch.float32, max_position_embeddings=CONTEXT)
     chats = read_text(DEMO / "holdout.jsonl").chats
     turns = [message["content"] for chat in chats for message in chat]
-    documents = [turns[0], "", " ".join(turns[1:60]), f" {turns[60]}\n", *turns[61:80], " ".join(turns[80:120])]
+    documents = [turns[0], "", " ".join(turns[1:20]), f" {turns[20]}\n", *turns[21:27], " ".join(turns[27:39])]
     case = Case(folder, documents)
     ids, model = torch.tensor(case.ids()), case.model().train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(20):
         starts = torch.randint(len(ids) - 64, (16,), generator=generator)
         batch = torch.stack([ids[start : start + 64] for start in starts])
         loss = model(batch, labels=batch).loss

@@ -106,6 +106,7 @@ def test_stored_weights_are_decoded_to_the_last_bit(stored: Callable[[str, str],
     assert compared == 14
 
 
+@pytest.mark.sampled(1, per="storage")
 @pytest.mark.parametrize("variant", ["lora", "dora", "modules_to_save", "embedding", "trainable_tokens"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_stored_base_is_used_as_it_is(
@@ -133,6 +134,7 @@ def test_the_codes_of_a_stored_base_are_shipped_untouched(
     assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
 
 
+@pytest.mark.sampled(1, per="block")
 @pytest.mark.parametrize("block", [(16, 16), (128, 128), (16, 48)])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_an_fp8_base_is_decoded_by_its_block_scales(tmp_path: Path, variant: str, block: tuple[int, int]) -> None:
@@ -171,6 +173,7 @@ def to_fp8(base: Path, block: tuple[int, int]) -> Path:
     return plain
 
 
+@pytest.mark.sampled(1, per="architecture")
 @pytest.mark.parametrize(
     ("architecture", "variant"),
     [
@@ -200,6 +203,7 @@ def test_a_base_that_training_quantised(
     assert_as_trained(stored(architecture, "plain"), architecture, variant, tmp_path)
 
 
+@pytest.mark.sampled(1, per="quantisation")
 @pytest.mark.parametrize(("architecture", "variant"), [("gemma2", "dora"), ("gemma3", "lora"), ("llama", "lora")])
 @pytest.mark.parametrize("quantisation", ["nf4,storage=float32", "nf4,double,storage=float32,skip=q_proj"])
 def test_a_training_that_is_stated(tmp_path: Path, architecture: str, variant: str, quantisation: str) -> None:
