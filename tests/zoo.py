@@ -396,6 +396,8 @@ def save_variant(base: Path, architecture: str, variant: str, folder: Path, seed
     torch.manual_seed(seed)
     with _quiet(), torch.no_grad():
         model = peft.get_peft_model(_load(base, architecture), kind.config(entry))
+        # Its card is a template that is compiled anew each time.
+        model.create_or_update_model_card = lambda folder: None
         _randomise(model)
         if kind.save_embedding_layers:
             layers = (model.get_input_embeddings(), model.get_output_embeddings())
