@@ -20,7 +20,7 @@ from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
 from tests.conftest import DEMO, edit_json
 
-COUNT = 24
+COUNT = 12
 ASKED = [{"role": "user", "content": "Order 512 came broken."}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "We are sorry."}]
 
@@ -43,7 +43,7 @@ def tokenizer() -> FolderTokenizer:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: FolderTokenizer) -> tuple[Prompt, ...]:
-    entries = read_entries("holdout.jsonl", DEMO)[:12]
+    entries = read_entries("holdout.jsonl", DEMO)[:9]
     return prompts_of(entries, tokenizer, COUNT, 512, "holdout.jsonl")
 
 
@@ -85,7 +85,7 @@ def test_agreement_is_that_of_real_greedy_decoding(
 
 def test_the_reference_is_what_transformers_generates(prompts: tuple[Prompt, ...]) -> None:
     with opened(DEMO / "base") as session:
-        written = generate(session, prompts[:4], COUNT, quiet)
+        written = generate(session, prompts[:3], COUNT, quiet)
     model = load_model(DEMO / "base", dtype=torch.float32)
     for prompt, tokens in zip(prompts, written, strict=False):
         inputs = torch.tensor([prompt.tokens])
@@ -120,12 +120,12 @@ class Reading:
 
 def test_a_runtime_that_cannot_generate_agrees_or_not_all_the_same(prompts: tuple[Prompt, ...], rounded: Path) -> None:
     with opened(DEMO / "base") as session:
-        written = generate(session, prompts[:6], COUNT, quiet)
+        written = generate(session, prompts[:3], COUNT, quiet)
     with opened(rounded) as session:
         reading = Reading(session)
         assert not isinstance(reading, GreedySession)
-        found = compare_generation(reading, prompts[:6], written, COUNT, str, quiet)
-        able = compare_generation(session, prompts[:6], written, COUNT, str, quiet)
+        found = compare_generation(reading, prompts[:3], written, COUNT, str, quiet)
+        able = compare_generation(session, prompts[:3], written, COUNT, str, quiet)
     assert found.agreement_mean == able.agreement_mean
     assert found.worst
     assert all(item.candidate is None for item in found.worst)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from qlora_export.drift.tokens import TokenSet
 from qlora_export.errors import InputError
 from qlora_export.protocol_names import choose_protocol
 from qlora_export.runtimes.loading import FolderTokenizer
-from qlora_export.sources.text import read_text
+from qlora_export.sources.text import DriftText, read_text
 from qlora_export.testing import HubServer
 from tests.conftest import DEMO
 
@@ -40,7 +41,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def tokens(name: str | Path, protocol: str = "windows") -> TokenSet:
-    return token_set(read_text(name), FolderTokenizer(DEMO / "base"), sized(choose_protocol(protocol), 512), None)
+    return tokens_of(read_text(name), protocol)
+
+
+def tokens_of(text: DriftText, protocol: str = "windows") -> TokenSet:
+    return token_set(text, FolderTokenizer(DEMO / "base"), sized(choose_protocol(protocol), 512), None)
 
 
 def shown(found: TokenSet) -> list[str]:
@@ -118,9 +123,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 
 SCRIPT = """
+import pickle
 import sys
-from tests.drift.test_texts import tokens
-print([tokens(name).sha256 for name in sys.argv[1:]])
+from qlora_export.sources.text import read_text
+pickle.dump([read_text(name) for name in sys.argv[1:]], sys.stdout.buffer)
 """
 
 
@@ -128,7 +134,8 @@ def test_data_sets_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
     names = [f"hub:acme/{name}@{hub.repositories[f'datasets/acme/{name}'].head()}#train" for name in ("talks", "prose")]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.endpoint}
     words = [sys.executable, "-c", SCRIPT, *names]
-    found = subprocess.run(words, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    found = subprocess.run(words, check=False, capture_output=True, env=environment, timeout=120)
     assert found.returncode == 0, found.stderr
+    texts = pickle.loads(found.stdout)
     forms = [jsonl(tmp_path / "a.jsonl", ROWS["messages"]), jsonl(tmp_path / "b.jsonl", ROWS["text"])]
-    assert found.stdout.strip() == str([tokens(form).sha256 for form in forms])
+    assert [tokens_of(text).sha256 for text in texts] == [tokens(form).sha256 for form in forms]
