@@ -63,6 +63,7 @@ def test_the_methods_are_there_to_be_locked() -> None:
     assert all(hasattr(getattr(caching.IndexDataCacheFile, step), "__wrapped__") for step in ("save", "load"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("order", [("float64", "int64"), ("int64", "float64")])
 def test_a_cold_cache_is_filled_by_two_processes(tmp_path: Path, order: tuple[str, str]) -> None:
     (tmp_path / "summing.py").write_text(FUNCTION)
