@@ -87,7 +87,7 @@ KINDS = {
 
 
 def fresh(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
-    """Run a new interpreter with these words: `-m qlora_export ...` or `-c script ...`."""
+    """Run a new interpreter with these words: `-m qlora_export ...`, `-c script ...` or `script.py ...`."""
     asked = [sys.executable, *map(str, words)]
     return subprocess.run(asked, check=False, capture_output=True, text=True, cwd=cwd, env=env)
 
@@ -156,7 +156,7 @@ class Forked(Warm):
     """A command of ours, which otherwise is started as ever."""
 
     def kind(self, words: Sequence[str]) -> str | None:
-        return "models"
+        return super().kind(words) or ("models" if words[0] == sys.executable else None)
 
 
 def _inheritable(but: set[int]) -> list[int]:
@@ -303,8 +303,13 @@ def obey(words: list[str], cwd: str) -> None:
     if words[0] == "-P":
         words = words[1:]
     else:
-        sys.path.insert(0, cwd)
-    kind, what, *arguments = words
+        sys.path.insert(0, cwd if words[0].startswith("-") else str(Path(words[0]).parent))
+    kind, *arguments = words
+    if not kind.startswith("-"):
+        sys.argv = words
+        runpy.run_path(kind, run_name="__main__")
+        return
+    what = arguments.pop(0)
     sys.argv = [kind, *arguments]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from qlora_export.calibrate.overlap import require_apart
 from qlora_export.calibrate.text import read_calibration
 from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.sources.text import read_entries
-from tests.tools.running import tool
+from tests.tools.running import tool, whole_tool
 
 
-def test_the_build_benchmark() -> None:
-    data = json.loads(tool("bench_build.py", "--weights", "3e6", "--repeats", "1", "--no-peft", "--json"))
+def build_benchmark() -> None:
+    data = json.loads(whole_tool("bench_build.py", "--weights", "1e6", "--repeats", "1", "--no-peft", "--json"))
     assert {"cat", "start-up", "bf16", "nf4", "three formats", "bitsandbytes encode"} <= set(data["rows"])
     assert all(row["seconds"] > 0 for row in data["rows"].values())
     assert data["hash_to_copy"] > 0 < data["bf16"]["hash_to_copy"]
 
 
-def test_the_scale_benchmark() -> None:
-    data = json.loads(tool("bench_scale.py", "--layers", "2", "--hidden", "256", "--small", "3e6", "--json"))
+def scale_benchmark() -> None:
+    data = json.loads(whole_tool("bench_scale.py", "--layers", "2", "--hidden", "128", "--small", "1e6", "--json"))
     assert data["large"]["layers"] == data["planned_layers"] == 2
     assert {"time_per_weight_vs_small", "projected_seconds"} <= data.keys()
     assert all(count > 0 for count in data["large"]["resident_bytes"][1:])
+
+
+def onnx_benchmark() -> None:
+    sizes = ["--layers", "1", "--hidden", "128", "--vocabulary", "2048"]
+    data = json.loads(whole_tool("bench_onnx.py", *sizes, "--only", "onnx-int4", "--json"))
+    row = data["rows"]["onnx-int4"]
+    assert row["builder_anonymous_bytes"] > row["own_anonymous_bytes"] > 0
+    assert row["meanwhile_bytes"] > 0 < row["folder_bytes"]
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("benchmark", [build_benchmark, scale_benchmark, onnx_benchmark])
+def test_the_benchmarks_that_time_whole_processes(benchmark: Callable[[], None]) -> None:
+    benchmark()
 
 
 def test_the_kernel_benchmark() -> None:
@@ -38,14 +55,6 @@ def test_the_device_benchmark() -> None:
     data = json.loads(tool("bench_device.py", "--device", "cpu", "--weights", "1e5", "--json"))
     assert all(speed > 0 for speed in data["weights_per_second"].values())
     assert {"nf4 encode_to_copy", "merge to nf4_to_copy"} <= data.keys()
-
-
-def test_the_benchmark_of_onnx() -> None:
-    sizes = ["--layers", "1", "--hidden", "128", "--vocabulary", "2048"]
-    data = json.loads(tool("bench_onnx.py", *sizes, "--only", "onnx-int4", "--json"))
-    row = data["rows"]["onnx-int4"]
-    assert row["builder_anonymous_bytes"] > row["own_anonymous_bytes"] > 0
-    assert row["meanwhile_bytes"] > 0 < row["folder_bytes"]
 
 
 def test_the_benchmark_of_speed_in_onnx() -> None:
