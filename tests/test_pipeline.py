@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_export.drift.reference_store import ReferenceStore
 from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check
@@ -25,7 +26,14 @@ FAILS = {"format": "nf4", "limits": {"mean_kl": 0.0}}
 
 
 @pytest.fixture
-def release(pico_recipe: RecipeMaker, pico_text: Path, tmp_path: Path) -> Any:
+def shared_references(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reference says of the text is kept once for all runs: under a digest of all that decides it."""
+    place = tmp_path_factory.getbasetemp() / "references"
+    monkeypatch.setattr(ReferenceStore, "folder", property(lambda store: place))
+
+
+@pytest.fixture
+def release(shared_references: None, pico_recipe: RecipeMaker, pico_text: Path, tmp_path: Path) -> Any:
     """Release some artifacts of the pico model to a registry."""
 
     def run(*artifacts: Any, **changes: Any) -> Any:

@@ -39,7 +39,7 @@ from qlora_export import pipeline
 from qlora_export.quant.rounding import scale_search
 from qlora_export.recipe import load_recipe
 
-scale_search.FRACTIONS = (0.95, 1.0)
+scale_search.FRACTIONS = (0.9, 1.0)
 recipe, out, point = sys.argv[1:]
 syncs = 0
 fsync = os.fsync
