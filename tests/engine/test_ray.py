@@ -6,8 +6,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from qlora_export.engine.subjects import subjects_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 from qlora_export.planning import make_plan
 from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+from tests.processes import forked
 
 FORMATS = ("bf16", "nf4", "nf4-adapter", {"format": "fp32", "onto": "original"})
 ONE_BY_ONE = 1
@@ -37,7 +36,7 @@ STORE_BYTES = 80 << 20
 
 def command(base: Path, adapter: Path, out: Path) -> list[str]:
     words = ["build", "--base", str(base), "--adapter", str(adapter), "--format", "bf16", "--out", str(out)]
-    return [sys.executable, "-m", "qlora_export", *words, "--engine", "ray", "--workers", "1"]
+    return ["-m", "qlora_export", *words, "--engine", "ray", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +236,7 @@ def test_what_a_killed_driver_left_is_completed_by_either_engine(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-c", DRIVER, str(pico_base), str(pico_adapter), str(out)]
-    child = subprocess.run(words, check=False, capture_output=True, text=True)
+    child = forked("-c", DRIVER, pico_base, pico_adapter, out)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert (out / "nf4.partial/.journal").read_text().count("tensors") > 1
     copy = Path(shutil.copytree(out, tmp_path / "copy"))
@@ -253,8 +251,7 @@ def test_what_a_killed_driver_left_is_completed_by_either_engine(
 def test_a_cluster_of_its_own_says_nothing(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
     """Not started beside the other cluster: ray gives up on a node that is not up after half a minute."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    words = command(pico_base, pico_adapter, tmp_path / "out")
-    child = subprocess.run(words, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    child = forked(*command(pico_base, pico_adapter, tmp_path / "out"), env=environment)
     assert child.returncode == 0, child.stderr
     assert child.stderr == ""
     assert child.stdout.count("\n") == 1
@@ -272,8 +269,7 @@ def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_a
         "Crew._take = taken\n"
         "run()"
     )
-    words = [sys.executable, "-c", script, *command(pico_base, pico_adapter, tmp_path / "out")[3:]]
-    child = subprocess.run(words, check=False, capture_output=True, text=True, timeout=30)
+    child = forked("-c", script, *command(pico_base, pico_adapter, tmp_path / "out")[2:])
     assert child.returncode == 143, child.stderr
     assert child.stderr.count("\n") == 1, child.stderr
     assert (tmp_path / "out/bf16.partial/.journal").is_file()
