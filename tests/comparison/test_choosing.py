@@ -10,6 +10,7 @@ from qlora_export.comparison.rows import Comparison, Row, by_size
 from qlora_export.contracts import Verdict
 from qlora_export.drift.gate import judge
 from qlora_export.recipe import Limits
+from tests import sampling
 
 
 def judged(compared: Comparison, limits: Limits) -> Comparison:
@@ -68,7 +69,7 @@ def test_the_front_of_the_comparison(compared: Comparison) -> None:
 numbers = st.integers(0, 4).map(float)
 
 
-@settings(max_examples=50)
+@settings(max_examples=sampling.examples(50))
 @given(st.dictionaries(st.integers(0, 30).map(str), st.tuples(numbers, numbers), min_size=1))
 def test_the_front_is_what_nothing_dominates(places: dict[str, tuple[float, float]]) -> None:
     found = front(places)

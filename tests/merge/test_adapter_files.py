@@ -275,7 +275,7 @@ def test_bytes_depend_on_neither_workers_nor_blocks(
     adapter = save_variant(bases[architecture], architecture, variant, tmp_path / "adapter", seed=4)
     data = {"base": str(bases[architecture]), "adapter": str(adapter), "artifacts": ["bf16", "nf4", "nf4-adapter"]}
     seen = set()
-    for number, (workers, block) in enumerate([(1, 1 << 17), (4, 1 << 17), (1, 1), (3, 500)]):
+    for number, (workers, block) in enumerate([(1, 1 << 17), (4, 500), (1, 1)]):
         monkeypatch.setattr("qlora_export.merge.base_rows.BLOCK_WEIGHTS", block)
         out = tmp_path / f"out{number}"
         build(make_plan(make_recipe(data, Path(), "test"), out), out, BuildOptions(workers))

@@ -21,6 +21,7 @@ from qlora_export.merge.homes import match_adapter
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.tensors.header import StoredTensor
+from tests import sampling
 from tests.zoo import save_architecture
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Any]:
     return open_checkpoint(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@settings(max_examples=60)
+@settings(max_examples=sampling.examples(60))
 @given(
     rank=st.integers(1, 9),
     alpha=st.integers(1, 40),
@@ -114,7 +115,7 @@ def test_ranks_scales_and_homes_are_pefts(
         assert change.a.spec.shape == tuple(layer.lora_A["default"].weight.shape)
 
 
-@settings(max_examples=40)
+@settings(max_examples=sampling.examples(40))
 @given(data=st.data())
 def test_a_tensor_that_is_missing_or_foreign_never_passes(base: tuple[Checkpoint, Any], data: st.DataObject) -> None:
     """Take one tensor of a good adapter away, rename it or reshape it: there is a problem, and it names a tensor."""

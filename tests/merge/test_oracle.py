@@ -20,7 +20,6 @@ from qlora_export.recipe import make_recipe
 from tests.conftest import half_step
 from tests.zoo import CELLS, PEFT_IS_WRONG, TOKENS, oracle, reload_logits, save_architecture, save_variant
 
-
 Bases = Callable[[str], Path]
 # What at least one case is run of: plain LoRA on an architecture, or another variant.
 DRAWS = [(name if variant == "lora" else variant, name, variant) for name, variant in CELLS]

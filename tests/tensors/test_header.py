@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from qlora_export.errors import InputError
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
+from tests import sampling
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
-@settings(max_examples=40)
+@settings(max_examples=sampling.examples(40))
 @given(tensors=st.dictionaries(st.text("abc.é", min_size=1, max_size=6), st.tuples(shapes, st.sampled_from([*DTYPES]))))
 def test_any_file_of_the_library_is_read(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("header") / "x.safetensors"
@@ -86,7 +87,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-@settings(max_examples=150)
+@settings(max_examples=sampling.examples(150))
 @given(raw=st.binary(max_size=80))
 def test_random_bytes_never_crash(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"

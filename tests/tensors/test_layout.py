@@ -16,6 +16,7 @@ from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.layout import lay_out, part_bytes
 from qlora_export.tensors.writing import ShardWriter
+from tests import sampling
 
 parts = st.lists(
     st.lists(st.tuples(st.sampled_from(["U8", "F32", "BF16", "I64"]), st.lists(st.integers(0, 4), max_size=2))),
@@ -24,7 +25,7 @@ parts = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=sampling.examples(40))
 @given(drawn=parts, shard_bytes=st.integers(1, 200))
 def test_any_layout_is_a_valid_aligned_file(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[list[tuple[str, list[int]]]], shard_bytes: int

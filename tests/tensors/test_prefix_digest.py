@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_export.tensors.prefix_digest import PrefixDigest
+from tests import sampling
 
 
-@settings(max_examples=60)
+@settings(max_examples=sampling.examples(60))
 @given(
     cuts=st.lists(st.integers(0, 5000), max_size=8), chance=st.randoms(use_true_random=False), size=st.integers(0, 5000)
 )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_export.quant.rounding.low_rank_correction import RIDGE, low_rank_correction
+from tests import sampling
 from tests.quant.rounding.cases import Float64, hessian_of, numbers, objective, weights_of
 
 
@@ -36,7 +37,7 @@ def test_it_is_the_optimum_of_a_dense_decomposition(rows: int, columns: int, ran
     assert objective(error, ridge, numbers(b) @ numbers(a)).sum() == pytest.approx(left, rel=1e-4, abs=1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=sampling.examples(30))
 @given(
     rows=st.integers(1, 24),
     columns=st.integers(1, 24),
