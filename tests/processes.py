@@ -74,7 +74,24 @@ KINDS = {
         )
     ),
     "graphs": Kind(
-        (*MODELS, "torch.export", "torch.onnx", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"),
+        (
+            *MODELS,
+            "torch.export",
+            "torch.onnx",
+            "torch._dynamo",
+            "torch._inductor.decomposition",
+            "accelerate",
+            "numba",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "onnxruntime",
+            "onnxruntime.quantization.matmul_nbits_quantizer",
+            "onnxruntime_genai",
+            # Its folder joins the path while it is imported, for the next.
+            "onnxruntime_genai.models",
+            "builders",
+        ),
         ("qlora_export.exporters.onnx.", "qlora_export.runtimes.", "tests.exporters."),
         {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
     ),
