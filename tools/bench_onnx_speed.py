@@ -1,6 +1,6 @@
 """Time every kind of ONNX artifact in ONNX Runtime GenAI beside torch, on a Llama of random weights.
 
-    python tools/bench_onnx_speed.py [--layers 16] [--hidden 1024] [--threads N] [--only NAME ...] [--json]
+    python tools/bench_onnx_speed.py [--layers 16] [--hidden 1024] [--threads N] [--only NAME ...] [--tiny] [--json]
 
     prefill      a prompt of 256 tokens, tokens a second
     decode       64 tokens after it, one by one, most likely first, tokens a second
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,21 @@ ARTIFACTS: dict[str, dict[str, Any]] = {
     "onnx-int4-level-1": {"format": "onnx-int4", "options": {"accuracy_level": 1}},
     "onnx-int4-of-w4a16": {"format": "onnx-int4", "rounding": "nearest"},
 }
-PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 256, 64, 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-COPIED_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is timed, and how often."""
+
+    prompt: int
+    decoded: int
+    repeats: int
+    read_bytes: int
+
+
+FULL = Size(prompt=256, decoded=64, repeats=3, read_bytes=1 << 29)
+TINY = Size(prompt=8, decoded=2, repeats=1, read_bytes=1 << 20)
 
 
 def build(work: Path, names: list[str]) -> None:
@@ -55,22 +68,23 @@ def build(work: Path, names: list[str]) -> None:
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def timed(folder: Path, threads: int, kind: str) -> dict[str, float]:
+def timed(folder: Path, options: argparse.Namespace, kind: str) -> dict[str, float]:
     """What a process of its own measures."""
-    words = [sys.executable, __file__, "--time", kind, "--work", str(folder), "--threads", str(threads)]
+    words = [sys.executable, __file__, "--time", kind, "--work", str(folder), "--threads", str(options.threads)]
+    words += ["--tiny"] if options.tiny else []
     found = subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     rates: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
     return rates
 
 
-def rates(run: Callable[[], tuple[float, float]]) -> dict[str, float]:
+def rates(run: Callable[[], tuple[float, float]], size: Size) -> dict[str, float]:
     """Tokens a second of the least times, after one run that is not counted."""
     run()
-    prefill, decode = zip(*(run() for _ in range(REPEATS)), strict=True)
-    return {"prefill": PROMPT_TOKENS / min(prefill), "decode": DECODED_TOKENS / min(decode)}
+    prefill, decode = zip(*(run() for _ in range(size.repeats)), strict=True)
+    return {"prefill": size.prompt / min(prefill), "decode": size.decoded / min(decode)}
 
 
-def in_genai(folder: Path, threads: int) -> dict[str, float]:
+def in_genai(folder: Path, threads: int, size: Size) -> dict[str, float]:
     """ONNX Runtime GenAI, as a consumer runs it."""
     path = folder / "genai_config.json"
     settings = json.loads(path.read_text())
@@ -82,19 +96,19 @@ def in_genai(folder: Path, threads: int) -> dict[str, float]:
 
     def run() -> tuple[float, float]:
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=PROMPT_TOKENS + DECODED_TOKENS + 1, do_sample=False)
+        parameters.set_search_options(max_length=size.prompt + size.decoded + 1, do_sample=False)
         generator = onnxruntime_genai.Generator(model, parameters)
         started = time.perf_counter()
-        generator.append_tokens(list(range(3, 3 + PROMPT_TOKENS)))
+        generator.append_tokens(list(range(3, 3 + size.prompt)))
         prefilled = time.perf_counter()
-        for _ in range(DECODED_TOKENS):
+        for _ in range(size.decoded):
             generator.generate_next_token()
         return prefilled - started, time.perf_counter() - prefilled
 
-    return rates(run)
+    return rates(run, size)
 
 
-def in_torch(folder: Path, threads: int) -> dict[str, float]:
+def in_torch(folder: Path, threads: int, size: Size) -> dict[str, float]:
     """transformers, the weights widened to float32."""
     import torch
     import transformers
@@ -103,28 +117,28 @@ def in_torch(folder: Path, threads: int) -> dict[str, float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def run() -> tuple[float, float]:
-        tokens = torch.arange(3, 3 + PROMPT_TOKENS)[None]
+        tokens = torch.arange(3, 3 + size.prompt)[None]
         started = time.perf_counter()
         found = model(tokens, use_cache=True)
         prefilled = time.perf_counter()
-        for _ in range(DECODED_TOKENS):
+        for _ in range(size.decoded):
             token = found.logits[:, -1:].argmax(-1)
             found = model(token, past_key_values=found.past_key_values, use_cache=True)
         return prefilled - started, time.perf_counter() - prefilled
 
     with torch.inference_mode():
-        return rates(run)
+        return rates(run, size)
 
 
-def read_bytes_per_second() -> float:
+def read_bytes_per_second(size: Size) -> float:
     """How fast this process reads memory."""
-    values = np.ones(COPIED_BYTES // 8)
+    values = np.ones(size.read_bytes // 8)
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(size.repeats + 1):
         started = time.perf_counter()
         values.sum()
         seconds.append(time.perf_counter() - started)
-    return COPIED_BYTES / min(seconds)
+    return size.read_bytes / min(seconds)
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
@@ -134,11 +148,11 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, dict[str, floa
     for file in TOKENIZER:
         shutil.copy(DEMO / "base" / file, work / "base" / file)
     build(work, options.only)
-    found = {"torch": {**timed(work / "out/bf16", options.threads, "torch"), "bytes": 4.0 * shape.weights}}
+    found = {"torch": {**timed(work / "out/bf16", options, "torch"), "bytes": 4.0 * shape.weights}}
     for name in options.only:
         folder = work / "out" / name
         size = (folder / "model.onnx.data").stat().st_size
-        found[name] = {**timed(folder, options.threads, "genai"), "bytes": float(size)}
+        found[name] = {**timed(folder, options, "genai"), "bytes": float(size)}
     return found
 
 
@@ -152,14 +166,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the model and outputs [default: a temporary one]")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--time", choices=("genai", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help="a few tokens, to see that the tool runs")
     options = parser.parse_args()
+    size = TINY if options.tiny else FULL
     if options.time:
         run = in_genai if options.time == "genai" else in_torch
-        print(json.dumps(run(options.work, options.threads)))
+        print(json.dumps(run(options.work, options.threads, size)))
         return
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         found = measure(options, Path(name))
-    bandwidth = read_bytes_per_second()
+    bandwidth = read_bytes_per_second(size)
     if options.json:
         print(json.dumps({"read_bytes_per_second": bandwidth, "rows": found}))
         return

@@ -67,6 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
 ROUNDINGS = ("nearest", "search", "calibrated", "tuned")
 SWEEP_ROWS = (*PLAIN, "nf4 dithered")
 SWEEP_FACTORS = (0.0, 0.1, 0.3, 1.0, 2.0)
+TINY_FACTORS = (0.0, 2.0)
 CALIBRATED = ("calibrated", "tuned")
 NEEDS_CALIBRATION = ("nf4-lowrank",)
 
@@ -209,10 +210,10 @@ def measure_peer(
     say(f"{model.name}: {PEER}: {refused.get(PEER, 'measured')}")
 
 
-def sweep(model: QualityModel, setting: Setting) -> dict[str, Table]:
+def sweep(model: QualityModel, setting: Setting, factors: Sequence[float]) -> dict[str, Table]:
     """The plain and the dithered rounding at several sizes of the delta."""
     tables = {}
-    for factor in SWEEP_FACTORS:
+    for factor in factors:
         name = f"{model.name}-x{factor:g}"
         adapter = scaled_adapter(model.adapter, factor, setting.work / name / "adapter")
         part = replace(setting, rows=SWEEP_ROWS, peer_python=None)
@@ -249,7 +250,8 @@ def main() -> None:
         setting = Setting(options.work or Path(name), chosen, tokens, sequences, options.peer_python)
         models = [find_model(word, options.text) for word in options.models.split(",")]
         tables = {model.name: measure_model(model, setting) for model in models}
-        sweeps = {model.name: sweep(model, setting) for model in models} if options.sweep else {}
+        factors = TINY_FACTORS if options.tiny else SWEEP_FACTORS
+        sweeps = {model.name: sweep(model, setting, factors) for model in models} if options.sweep else {}
     ratios = ratios_of(tables, sweeps)
     if options.json:
         parts = {name: {factor: asdict(table) for factor, table in part.items()} for name, part in sweeps.items()}

@@ -66,6 +66,7 @@ class Size:
     conversations: int
     calibration: int
     holdout: int
+    judged: int
 
 
 FULL = Size(
@@ -80,6 +81,7 @@ FULL = Size(
     conversations=4000,
     calibration=160,
     holdout=280,
+    judged=60,
 )
 TINY = Size(
     hidden=128,
@@ -93,6 +95,7 @@ TINY = Size(
     conversations=20,
     calibration=4,
     holdout=4,
+    judged=2,
 )
 
 
@@ -162,7 +165,7 @@ def train_adapter(out: Path, size: Size, seed: int) -> dict[str, Any]:
     """Train and save the QLoRA adapter with its sidecar."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "base")
     pad = tokenizer.pad_token_id
-    held_out = examples(tokenizer, conversations(seed + 3, 60))
+    held_out = examples(tokenizer, conversations(seed + 3, size.judged))
     torch.manual_seed(seed)
     lora = peft.LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", bias="none"
