@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of
 from tests.calibrate.test_running import pico_plan
 from tests.conftest import save_base
+from tests.processes import forked
 
 TUNED = {"format": "w4a16", "rounding": "tuned", "options": {"group_size": 32}}
 CALIBRATED = {**TUNED, "rounding": "calibrated"}
@@ -26,6 +25,7 @@ CALIBRATED = {**TUNED, "rounding": "calibrated"}
 CHILD = """
 import sys
 import ctypes, gc
+import torch
 from pathlib import Path
 from typing import Any
 from qlora_export.calibrate import running
@@ -69,26 +69,30 @@ def measured(base, length, tokens):
     running.calibrate(plan, plan.artifacts[0], CalibrationTokens(windows, (), ()), options)
 
 
+# One arena that gives large blocks back at once: else the peak is that of what was freed and not returned, too.
+MMAP_THRESHOLD, ARENA_MAX = -3, -8
+ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 65536)
+ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
+torch.set_num_threads(1)
 # Rounded to nearest: what tuning begins with changes no memory.
 scale_search.FRACTIONS = (1.0,)
 solving.feed_back = lambda target, inverse, grid, scales: grid.nearest(target, scales)
 for base, length, tokens in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True):
     measured(Path(base), int(length), int(tokens))
 """
-# One arena that gives large blocks back at once: else the peak is that of what was freed and not returned, too.
-COUNTED = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "weights": ({"hidden_size": 384, "intermediate_size": 768, "vocab_size": 512}, 64, 128),
+    "weights": ({"hidden_size": 448, "intermediate_size": 768, "vocab_size": 512}, 64, 128),
     "vocabulary": ({"intermediate_size": 128, "vocab_size": 10000}, 256, 512),
 }
 
 
 def test_the_estimate_is_what_the_kernel_counts(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", CHILD]
+    words: list[object] = []
     for shape, (changes, length, tokens) in SHAPES.items():
         base = save_base(tmp_path / shape, seed=1, **changes)
-        words += [str(base), str(length), str(tokens)]
-    found = subprocess.run(words, check=True, capture_output=True, text=True, env=COUNTED)
+        words += [base, length, tokens]
+    found = forked("-c", CHILD, *words)
+    assert found.returncode == 0, found.stderr
     measured = [[int(word) for word in line.split()] for line in found.stdout.splitlines()]
     assert len(measured) == len(SHAPES)
     for shape, (peak, estimate) in zip(SHAPES, measured, strict=True):

@@ -66,11 +66,13 @@ def peft_logits(pair: tuple[Path, Path, Path], weights: tuple[float, float], met
         return live.eval()(input_ids=torch.tensor([TOKENS])).logits.numpy()
 
 
+@pytest.mark.sampled(1, per="case")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.3)])
-@pytest.mark.parametrize(("method", "settings"), METHODS)
+@pytest.mark.parametrize("case", METHODS, ids=str)
 def test_the_combination_is_pefts(
-    pair: tuple[Path, Path, Path], tmp_path: Path, method: str, settings: Any, weights: tuple[float, float]
+    pair: tuple[Path, Path, Path], tmp_path: Path, case: tuple[str, Any], weights: tuple[float, float]
 ) -> None:
+    method, settings = case
     plan = planned(pair, tmp_path, weights, combine=method, **settings)
     build(plan, tmp_path, BuildOptions())
     found = reload_logits(tmp_path / "fp32", "llama", TOKENS)
