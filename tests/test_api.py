@@ -10,7 +10,7 @@ import pytest
 
 import qlora_export
 from qlora_export import Recipe, Run, RunOptions, build, check, load_recipe, plan, release
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 
 
 def test_every_public_name_is_there() -> None:

@@ -21,8 +21,8 @@ from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
 from qlora_export.runtimes.loading import FolderTokenizer
-from tests.conftest import edit_json, edit_tensors, folder_bytes
 from tests.gguf_files import write_gguf
+from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 
 FREE = ["drift.limits={perplexity_ratio: 1.001, mean_kl: 0.0001, same_top1: null, gain_kept: null}"]
 Check = Callable[..., Checked]

@@ -43,7 +43,7 @@ from qlora_export.sources.labels import label_names
 from qlora_export.sources.text import read_text
 from qlora_export.testing import HubServer
 from qlora_export.training import record
-from tests.conftest import save_base
+from tests.helpers.pico import save_base
 
 WORDS = ["order", "broken", "money", "back", "sorry", "late", "parcel", "refund", "thanks", "great"]
 LABELS = ("bad", "fine", "good")

@@ -14,7 +14,7 @@ from qlora_export.errors import InputError, PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions, check
 from qlora_export.recipe import Recipe
 from tests.compared import compared, compared_recipe, timed_once
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 
 __all__ = ["compared", "compared_recipe"]
 

@@ -22,7 +22,9 @@ from qlora_export.runtimes.loading import FolderTokenizer, decoded_weight
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
 from tests import sampling
-from tests.conftest import DEMO, folder_bytes, half_step, load_qlora
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import DEMO, load_qlora
+from tests.helpers.values import half_step
 from tests.processes import Finished, forked, fresh
 
 MEGABYTE = 1_000_000

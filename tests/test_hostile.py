@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_export.cli import main as cli
 from tests import zoo
-from tests.conftest import edit_json, edit_tensors, folder_bytes, load_qlora, save_base
+from tests.helpers.files import edit_json, edit_tensors, folder_bytes
+from tests.helpers.pico import load_qlora, save_base
 
 REFUSED, BAD_INPUT, USAGE = 4, 5, 2
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json"

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_export.errors import ExitCode
 from qlora_export.testing import HubServer
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 
 
 @pytest.fixture

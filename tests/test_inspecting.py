@@ -9,7 +9,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
 from qlora_export.inspecting import inspect
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, edit_json
+from tests.helpers.files import edit_json
+from tests.helpers.pico import RecipeMaker
 from tests.zoo import save_architecture, save_variant
 
 

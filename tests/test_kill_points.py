@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import folder_bytes
+from tests.helpers.files import folder_bytes
 from tests.processes import forked
 
 # Builds, exports and publishes; the process kills itself at the chosen sync, or prints how many there are.

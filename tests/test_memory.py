@@ -16,7 +16,7 @@ from qlora_export.memory import peak_memory_bytes, workers_within
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.tensors.layout import lay_out
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
 
 HIDDEN = 8192

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from qlora_export.errors import ExitCode
-from tests.conftest import edit_tensors
+from tests.helpers.files import edit_tensors
 from tests.processes import forked
 
 

@@ -20,7 +20,8 @@ from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.report.data import exit_code, report
 from qlora_export.training import record
-from tests.conftest import RecipeMaker, folder_bytes, load_qlora, save_adapter
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter
 
 FAILS = {"format": "nf4", "limits": {"mean_kl": 0.0}}
 

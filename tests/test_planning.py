@@ -11,7 +11,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
 from qlora_export.planning import make_plan
 from qlora_export.report.data import plan_summary
-from tests.conftest import RecipeMaker, edit_json, edit_tensors, save_base
+from tests.helpers.files import edit_json, edit_tensors
+from tests.helpers.pico import RecipeMaker, save_base
 
 
 def refused(recipe: Any, out: Path) -> PlanRefused:

@@ -16,7 +16,7 @@ from qlora_export.errors import ExitCode, PlanRefused
 from qlora_export.planning import Plan, make_plan
 from qlora_export.predicting import SAMPLE_WEIGHTS, sample_of
 from qlora_export.report.data import plan_summary
-from tests.conftest import RecipeMaker, save_adapter
+from tests.helpers.pico import RecipeMaker, save_adapter
 
 NEAREST = {"format": "nf4", "rounding": "nearest"}
 CALIBRATED = {"format": "nf4", "rounding": "calibrated"}

@@ -8,7 +8,8 @@ import pytest
 from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, UsageError
 from qlora_export.pipeline import RunOptions, build, plan
-from tests.conftest import RecipeMaker, edit_json
+from tests.helpers.files import edit_json
+from tests.helpers.pico import RecipeMaker
 
 
 @pytest.fixture

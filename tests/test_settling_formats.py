@@ -12,7 +12,7 @@ from qlora_export.pinned import pinned_recipe, pins, require_pinned
 from qlora_export.pipeline import RunOptions, build, plan
 from qlora_export.recipe import Recipe
 from qlora_export.settling_formats import settle_formats
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 
 
 def chosen(recipe: Recipe, out: Path) -> tuple[str, str, str | None, str]:

@@ -16,7 +16,7 @@ from qlora_export import RunOptions, build, make_recipe
 from qlora_export.errors import UsageError
 from qlora_export.sources.sidecar import read_sidecar, write_sidecar
 from qlora_export.training import QloraExportCallback, record, weight_roundings
-from tests.conftest import load_qlora
+from tests.helpers.pico import load_qlora
 
 
 def test_what_is_recorded(pico_base: Path, pico_adapter: Path) -> None:

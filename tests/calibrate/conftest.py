@@ -13,7 +13,8 @@ from unittest import mock
 import pytest
 
 from qlora_export.quant.rounding import scale_search
-from tests.conftest import edit_tensors, save_adapter, save_base
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import save_adapter, save_base
 
 WORDS = (
     "order", "parcel", "came", "late", "broken", "early", "today", "yesterday", "we", "you", "they", "it", "sent",

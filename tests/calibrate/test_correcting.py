@@ -31,7 +31,8 @@ from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.served import served_rows
 from tests.calibrate.models import plan_of, save_family, windows_of
-from tests.conftest import RecipeMaker, folder_bytes, save_adapter, save_base
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import RecipeMaker, save_adapter, save_base
 
 LOWRANK = {"format": "nf4-lowrank", "options": {"rank": 4}}
 CALIBRATION = {"calibration": {"text": "calibration.txt"}}

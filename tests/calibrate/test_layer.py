@@ -17,8 +17,8 @@ from qlora_export.errors import InputError
 from qlora_export.predicting import round_trip
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.tensors.dtypes import round_to
-from tests.conftest import random_values
 from tests.formats.test_grids import GRID_FORMATS
+from tests.helpers.values import random_values
 
 ROWS, COLUMNS = 136, 128
 

@@ -28,7 +28,7 @@ from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
 from qlora_export.tensors.header import StoredTensor
 from tests.calibrate.conftest import Pico
-from tests.conftest import folder_bytes
+from tests.helpers.files import folder_bytes
 from tests.processes import forked
 
 HASTY = {"sweeps": 0, "fit_scales": False, "delta_rounds": 1}

@@ -28,7 +28,8 @@ from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.reading import SourceFiles
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import plan_of, save_family, windows_of
-from tests.conftest import edit_tensors, save_base
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import save_base
 
 CALIBRATED = {"format": "nf4", "rounding": "calibrated"}
 TOKENS = windows_of(16)

@@ -14,8 +14,8 @@ from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.errors import InputError
 from qlora_export.runtimes.loading import FolderTokenizer
 from qlora_export.sources.windows import text_windows
-from tests.conftest import DEMO, DIALOGUE
 from tests.drift.test_tokens import Letters
+from tests.helpers.pico import DEMO, DIALOGUE
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 

@@ -16,7 +16,7 @@ from qlora_export.errors import EnvironmentProblem, ExitCode
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of
 from tests.calibrate.test_running import pico_plan
-from tests.conftest import save_base
+from tests.helpers.pico import save_base
 from tests.processes import forked
 
 TUNED = {"format": "w4a16", "rounding": "tuned", "options": {"group_size": 32}}

@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from qlora_export.report.schemas import report_schema
-from tests.conftest import edit_tensors
+from tests.helpers.files import edit_tensors
 from tests.processes import forked
 
 SOUND = ("--set", "drift.limits={perplexity_ratio: 1.001, mean_kl: 0.0001, same_top1: null, gain_kept: null}")

@@ -16,7 +16,7 @@ import yaml
 from qlora_export.cli import main
 from qlora_export.errors import ExitCode
 from tests import sampling
-from tests.conftest import edit_json, edit_tensors
+from tests.helpers.files import edit_json, edit_tensors
 from tests.processes import forked, fresh
 
 

@@ -9,7 +9,7 @@ import pytest
 from qlora_export.recipe import load_recipe
 from qlora_export.starting import PLACEHOLDER
 from tests.cli.test_cli import command, started
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 
 COMMIT = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DIALOGUE
+from tests.helpers.pico import DIALOGUE
 from tests.processes import forked
 
 QUESTION = {"messages": DIALOGUE[:1], "choices": ["We are sorry.", "Hello."], "answer": "Hello."}

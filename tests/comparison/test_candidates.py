@@ -4,7 +4,7 @@ import pytest
 
 from qlora_export.comparison.candidates import Candidate, candidate, candidates
 from qlora_export.errors import UsageError
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 
 
 def test_a_candidate_is_spelled_by_format_rounding_and_merge_base() -> None:

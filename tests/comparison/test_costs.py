@@ -11,7 +11,7 @@ from qlora_export.comparison.costs import Cost, cost_of, fp32_cost, linear_modul
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.planning import make_plan
 from qlora_export.runtimes.loading import load_model
-from tests.conftest import RecipeMaker, save_base
+from tests.helpers.pico import RecipeMaker, save_base
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
 

@@ -13,7 +13,8 @@ from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, UsageError
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+from tests.helpers.files import edit_tensors, folder_bytes
+from tests.helpers.pico import RecipeMaker
 
 ALL: tuple[Any, ...] = (
     *(

@@ -12,7 +12,7 @@ from qlora_export.device import kernels
 from qlora_export.quant import four_bit
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.dtypes import narrow, round_to, widen
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = [1, 63, 64, 65, 4096, 100_003]

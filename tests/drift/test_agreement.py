@@ -31,7 +31,8 @@ from qlora_export.protocol_names import choose_protocol
 from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.sources.text_entries import Entry
-from tests.conftest import DEMO, TOKENIZER_FILES, edit_json, save_base
+from tests.helpers.files import edit_json
+from tests.helpers.pico import DEMO, TOKENIZER_FILES, save_base
 
 TOLERANCE = 1e-4
 READER = Path(__file__).parent / "harness_reader.py"

@@ -17,7 +17,7 @@ from qlora_export.drift.choices import asked_questions, compare_choices, mcnemar
 from qlora_export.errors import ExitCode, InputError
 from qlora_export.runtimes.loading import FolderTokenizer, load_model
 from qlora_export.sources.questions import Question, read_questions
-from tests.conftest import DEMO
+from tests.helpers.pico import DEMO
 
 ORDER = "Hi, Order 375. On Monday I got two yellow mirrors from you, and sadly bent. I want my money back. Mira"
 ANSWERS = ("Case 375: 2 x mirror (yellow), bent, refund.", "Case 12: 1 x chair (red), late, advice.")

@@ -18,7 +18,8 @@ from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
-from tests.conftest import DEMO, edit_json
+from tests.helpers.files import edit_json
+from tests.helpers.pico import DEMO
 
 COUNT = 12
 ASKED = [{"role": "user", "content": "Order 512 came broken."}]

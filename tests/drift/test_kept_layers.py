@@ -24,8 +24,9 @@ from qlora_export.merge import base_rows
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Limits, make_recipe
 from qlora_export.sources.sidecar import SIDECAR_NAME
-from tests.conftest import edit_tensors, load_qlora, save_adapter, save_base
 from tests.drift.test_gate import PERFECT
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import load_qlora, save_adapter, save_base
 
 ARTIFACTS: list[Any] = [
     "fp32",

@@ -27,7 +27,8 @@ from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
 from qlora_export.runtimes.opening import open_artifact
-from tests.conftest import DIALOGUE, RecipeMaker, edit_tensors
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import DIALOGUE, RecipeMaker
 
 NEAREST = {"format": "nf4", "name": "nf4", "rounding": "nearest", "limits": {"mean_kl": 1e-6}}
 BFLOAT = {"format": "bf16", "limits": {"mean_kl": 0.5, "same_top1": 0.1, "perplexity_ratio": 2.0, "survival_min": None}}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, edit_tensors, save_adapter
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import RecipeMaker, save_adapter
 
 NEAREST = {"format": "nf4", "rounding": "nearest"}
 

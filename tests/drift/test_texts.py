@@ -23,7 +23,7 @@ from qlora_export.protocol_names import choose_protocol
 from qlora_export.runtimes.loading import FolderTokenizer
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.testing import HubServer
-from tests.conftest import DEMO
+from tests.helpers.pico import DEMO
 
 PIECES = ["The order came broken.", "We are sorry. You get the money back.", "It comes on Friday."]
 QUESTIONS = ["Order 512 came broken.", "Where is my order?"]

@@ -15,7 +15,7 @@ from qlora_export.errors import InputError
 from qlora_export.runtimes.loading import FolderTokenizer
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Chat, Entry
-from tests.conftest import DEMO, DIALOGUE, TOKENIZER_FILES
+from tests.helpers.pico import DEMO, DIALOGUE, TOKENIZER_FILES
 
 
 class Letters:

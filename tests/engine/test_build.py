@@ -21,16 +21,9 @@ from qlora_export.errors import EnvironmentProblem, InputError, PlanRefused, Ref
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe
 from qlora_export.training import record
-from tests.conftest import (
-    RecipeMaker,
-    edit_json,
-    edit_tensors,
-    folder_bytes,
-    half_step,
-    load_qlora,
-    save_adapter,
-    save_base,
-)
+from tests.helpers.files import edit_json, edit_tensors, folder_bytes
+from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter, save_base
+from tests.helpers.values import half_step
 
 ALL = ("bf16", "fp32", "fp16", "nf4", "nf4-adapter", {"format": "bf16", "name": "original", "onto": "original"})
 

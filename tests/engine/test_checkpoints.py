@@ -16,7 +16,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.checkpoints import Checkpoints
 from qlora_export.engine.journal import Journal
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 
 
 class Writer:

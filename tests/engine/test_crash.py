@@ -17,7 +17,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+from tests.helpers.files import edit_tensors, folder_bytes
+from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
 
 FORMATS = ("bf16", "nf4", "nf4-adapter")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, folder_bytes
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import RecipeMaker
 
 ODD = {
     "mtp.scalar": torch.tensor(1.5),

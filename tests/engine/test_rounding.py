@@ -16,7 +16,8 @@ from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
-from tests.conftest import RecipeMaker, edit_tensors, folder_bytes, save_adapter
+from tests.helpers.files import edit_tensors, folder_bytes
+from tests.helpers.pico import RecipeMaker, save_adapter
 from tests.zoo import save_variant
 
 DITHERED = {"format": "nf4", "rounding": "dithered"}

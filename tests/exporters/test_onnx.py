@@ -33,7 +33,8 @@ from qlora_export.errors import (
 from qlora_export.exporters.onnx.options import IntegerOptions, chosen
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
-from tests.conftest import RecipeMaker, edit_json, folder_bytes
+from tests.helpers.files import edit_json, folder_bytes
+from tests.helpers.pico import RecipeMaker
 
 TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77, 5, 6, 7, 8]
 

@@ -19,8 +19,8 @@ from qlora_export.exporters.onnx.graphs import is_built
 from qlora_export.exporters.onnx.stated_architecture import follow_config, lacking
 from qlora_export.pipeline import untracked
 from qlora_export.runtimes.onnx.artifacts import validated
-from tests.conftest import DEMO, TOKENIZER_FILES
 from tests.exporters.test_onnx_integers import decoded, in_graph, make
+from tests.helpers.pico import DEMO, TOKENIZER_FILES
 
 IDS = tuple(np.random.default_rng(3).integers(5, 2000, 101).tolist())
 TOKENS = TokenSet((Window(IDS, tuple(range(1, 101)), "", 0),), Protocol("test", "as the test says", 101))

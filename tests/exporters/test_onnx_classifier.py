@@ -29,8 +29,9 @@ from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnxruntime import OnnxRuntime
-from tests.conftest import edit_json, save_base
 from tests.exporters.test_onnx_traced import IDS, TOKENS
+from tests.helpers.files import edit_json
+from tests.helpers.pico import save_base
 
 EXPORTS: list[Any] = [
     "bf16",

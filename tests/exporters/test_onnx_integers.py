@@ -25,8 +25,8 @@ from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.sources.checkpoint import read_tensors
 from qlora_export.tensors.reading import SourceFiles
-from tests.conftest import save_base
 from tests.exporters.test_onnx import TOKENS
+from tests.helpers.pico import save_base
 
 Made = tuple[Artifact, Artifact]
 Weights = dict[str, Float32]

@@ -17,9 +17,10 @@ from qlora_export.errors import ExportError, Refused
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.interleaved import decoded
-from tests.conftest import edit_tensors, save_base
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_integers import ODD, Made, in_graph, make, plain_builder, same_bits
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import save_base
 
 __all__ = ["plain_builder"]
 # Rows in words of eight, columns in groups of 32 and of 128.

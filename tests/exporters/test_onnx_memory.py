@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from qlora_export.exporters.onnx.options import Int8Options, IntegerOptions
-from tests.conftest import save_base
+from tests.helpers.pico import save_base
 
 EXCLUDED = "/model/layers.0/mlp/up_proj/MatMul"
 INTEGERS: list[tuple[str, Any]] = [

@@ -20,8 +20,8 @@ from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.reading import SourceFiles
-from tests.conftest import RecipeMaker, save_adapter, save_base
 from tests.exporters.test_onnx import TOKENS
+from tests.helpers.pico import RecipeMaker, save_adapter, save_base
 
 EXPORTS: list[Any] = [
     "nf4-adapter",

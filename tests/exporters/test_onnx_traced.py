@@ -31,8 +31,8 @@ from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.validation import Source, validate
-from tests.conftest import save_adapter
 from tests.exporters.test_onnx_integers import decoded, in_graph, same_bits
+from tests.helpers.pico import save_adapter
 
 # Windows of attention shorter than the text beside layers without positions, tied embeddings, scaled logits.
 COHERE: dict[str, Any] = {

@@ -24,9 +24,11 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.asymmetric import decoded, load_asymmetric
-from tests.conftest import edit_json, edit_tensors, folder_bytes, random_values, save_adapter, save_base
 from tests.formats.test_contract import cuts, encode
 from tests.formats.test_folders import TOKENS
+from tests.helpers.files import edit_json, edit_tensors, folder_bytes
+from tests.helpers.pico import save_adapter, save_base
+from tests.helpers.values import random_values
 
 SIZES = (32, 128)
 

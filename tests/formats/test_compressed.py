@@ -15,8 +15,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from qlora_export.catalog import load_format
 from qlora_export.contracts import Format, Options, TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
-from tests.conftest import random_values
 from tests.formats.test_contract import cuts, encode
+from tests.helpers.values import random_values
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}

@@ -12,7 +12,7 @@ import pytest
 from qlora_export.catalog import FORMATS, load_format
 from qlora_export.contracts import Format, TensorSpec, TrainingQuantization
 from qlora_export.tensors.dtypes import ITEM_BYTES
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640), (37, 256), (24, 384), (300, 256)]
 # Largest error a format may leave, relative to the largest magnitude of the tensor.

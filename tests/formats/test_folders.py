@@ -21,7 +21,8 @@ from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
-from tests.conftest import RecipeMaker, folder_bytes, save_adapter, save_base
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import RecipeMaker, save_adapter, save_base
 from tests.zoo import save_architecture, save_variant
 
 TOKENS = [3, 41, 17, 9, 5, 62, 23, 17, 88, 5]

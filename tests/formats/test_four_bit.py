@@ -13,8 +13,8 @@ import torch
 from qlora_export.catalog import load_format
 from qlora_export.contracts import Format, StoredScales, TensorSpec, TrainedModule, TrainingQuantization
 from qlora_export.quant import nested
-from tests.conftest import random_values
 from tests.formats.test_contract import SHAPES, encode
+from tests.helpers.values import random_values
 
 
 def oracle(weight: torch.Tensor, block: int, double: bool, kind: str) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ from qlora_export.errors import UsageError
 from qlora_export.formats.four_bit_corrected import WEIGHTS_FILE
 from qlora_export.tensors.dtypes import round_to, widen
 from qlora_export.tensors.served import served_rows
-from tests.conftest import random_values
 from tests.formats.test_contract import encode
+from tests.helpers.values import random_values
 
 LAYERS = {"model.a": TensorSpec("a.weight", "BF16", (96, 128)), "model.b": TensorSpec("b.weight", "BF16", (64, 192))}
 

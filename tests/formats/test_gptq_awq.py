@@ -26,8 +26,10 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import ArtifactPlan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.interleaved import decoded, load_interleaved
-from tests.conftest import edit_json, edit_tensors, random_values, save_adapter, save_base
 from tests.formats.test_contract import cuts, encode
+from tests.helpers.files import edit_json, edit_tensors
+from tests.helpers.pico import save_adapter, save_base
+from tests.helpers.values import random_values
 
 SHAPES = [(8, 128), (40, 384), (136, 640)]
 NAMES = ("gptq", "awq")

@@ -24,9 +24,9 @@ from qlora_export.contracts import (
 from qlora_export.quant import nested
 from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
-from tests.conftest import random_values
 from tests.formats.test_compressed import NAMES, decompressed
 from tests.formats.test_contract import cuts, encode
+from tests.helpers.values import random_values
 
 SHAPES = [(1, 64), (7, 640), (37, 256), (24, 384), (129, 128), (3, 88), (300, 256)]
 GRID_FORMATS: list[tuple[str, dict[str, Any]]] = [

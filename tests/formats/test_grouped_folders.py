@@ -16,8 +16,9 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model
-from tests.conftest import folder_bytes, save_adapter, save_base
 from tests.formats.test_folders import TOKENS, decoded
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import save_adapter, save_base
 
 FORMATS = ("fp8-block", "nvfp4a16", "mxfp4a16")
 # Largest difference of log-probabilities that rounding activations may make.

@@ -12,8 +12,8 @@ from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.quant import floats, row_integers
 from qlora_export.quant.scales import absmax
-from tests.conftest import random_values
 from tests.formats.test_contract import SHAPES, encode
+from tests.helpers.values import random_values
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

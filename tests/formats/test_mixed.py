@@ -21,8 +21,8 @@ from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.tensors.header import read_header
-from tests.conftest import RecipeMaker
 from tests.formats.test_folders import decoded
+from tests.helpers.pico import RecipeMaker
 
 GROUPS = {"group_size": 32}
 OVERRIDES = {"*.layers.0.*_proj": {"format": "w4a16", "options": GROUPS}, "*.v_proj": "w8a16", "*.o_proj": "fp8"}

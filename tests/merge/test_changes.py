@@ -14,7 +14,7 @@ from qlora_export.merge.loaded_changes import (
     RowFactors,
     RowMagnitude,
 )
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 sizes = st.integers(1, 40)
 

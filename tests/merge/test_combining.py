@@ -20,7 +20,8 @@ from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.training import record
-from tests.conftest import folder_bytes, load_qlora
+from tests.helpers.files import folder_bytes
+from tests.helpers.pico import load_qlora
 from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
 
 METHODS = [

@@ -10,7 +10,7 @@ from qlora_export.errors import ExitCode
 from qlora_export.merge.homes import match_adapter
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
-from tests.conftest import edit_json, edit_tensors
+from tests.helpers.files import edit_json, edit_tensors
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]

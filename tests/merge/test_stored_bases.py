@@ -22,7 +22,7 @@ from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles
-from tests.conftest import edit_json, folder_bytes
+from tests.helpers.files import edit_json, folder_bytes
 from tests.zoo import ARCHITECTURES, TOKENS, oracle, reload_logits, save_architecture, save_variant
 
 STORAGES: dict[str, dict[str, Any]] = {

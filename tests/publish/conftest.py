@@ -12,7 +12,7 @@ from qlora_export.engine import BuildOptions, build, export
 from qlora_export.planning import make_plan
 from qlora_export.publish.staged import Staged
 from qlora_export.recipe import make_recipe
-from tests.conftest import DEMO
+from tests.helpers.pico import DEMO
 from tests.publish.lint_stage import (
     FORMATS,
     listed,

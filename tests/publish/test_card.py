@@ -26,7 +26,7 @@ from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.recipe import CardRecipe, Recipe, make_recipe
 from qlora_export.report.data import report
 from qlora_export.testing.card import card_problems
-from tests.conftest import save_adapter, save_base
+from tests.helpers.pico import save_adapter, save_base
 
 REPOSITORY = "acme/bot-nf4"
 BASE = "acme/base"

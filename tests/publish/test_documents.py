@@ -32,7 +32,7 @@ from qlora_export.publish.staging import Publication, _link_artifacts, stage
 from qlora_export.recipe import make_recipe
 from qlora_export.report.data import report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 
 LIMITS = {"perplexity_ratio": 1.5, "mean_kl": 1.0, "same_top1": 0.1, "gain_kept": None, "survival_min": None}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_export.publish.staged import Staged
-from tests.conftest import edit_json, edit_tensors
+from tests.helpers.files import edit_json, edit_tensors
 from tests.publish.lint_stage import (
     EMBEDDING,
     LINEAR,

@@ -28,8 +28,8 @@ from qlora_export.publish.bom import SPDX_IDS, bill_of_materials
 from qlora_export.publish.provenance import invocation_of, provenance
 from qlora_export.publish.public_recipe import public_recipe, public_report
 from qlora_export.recipe import Recipe, make_recipe
-from tests.conftest import save_adapter
 from tests.drift.test_gate import PERFECT
+from tests.helpers.pico import save_adapter
 
 COMMIT = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
 INVOCATION = "f" * 64

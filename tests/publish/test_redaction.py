@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.publish.lint.secrets import secret_problems
 from qlora_export.publish.redaction import REDACTED, RedactingFilter, find_secrets, redact
-from tests.conftest import DEMO
+from tests.helpers.pico import DEMO
 
 VARIED = "aB3dE5fG7hJ9kL1mN2pQ4rS6tU8vW0xYzAbCdEfG"
 KEY = (

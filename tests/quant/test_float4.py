@@ -11,7 +11,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from qlora_export.quant import float4
 from qlora_export.quant.floats import Float32
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 
 def library(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlora_export.quant import float8
 from qlora_export.quant.scales import symmetric
 from qlora_export.tensors.dtypes import narrow
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CHANNEL = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")

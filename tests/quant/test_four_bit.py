@@ -11,7 +11,7 @@ import torch
 
 from qlora_export.quant import four_bit
 from qlora_export.tensors.dtypes import narrow, round_to
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 SHAPES = [(64, 256), (7, 100), (3, 3), (1, 1), (5, 64), (129, 65), (1000, 333)]
 

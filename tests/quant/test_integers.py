@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qlora_export.quant import integers
 from qlora_export.quant.integers import Grid
 from qlora_export.tensors.dtypes import narrow
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GRIDS = [Grid(*choice) for choice in product([4, 8], [32, 128, None], [True, False], TORCH)]

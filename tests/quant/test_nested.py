@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora_export.quant import nested
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 
 @pytest.fixture(autouse=True)

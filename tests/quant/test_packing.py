@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 SHAPES = [(1, 1), (3, 7), (5, 8), (4, 31), (7, 64), (33, 129), (16, 1024), (8, 1), (9, 3)]
 

@@ -12,7 +12,7 @@ from qlora_export.quant import float4, float8, ordered_codes, row_integers, sear
 from qlora_export.quant.rounding.grid import Grid, e4m3_scales, power_of_two_scales, sixteen_bit_scales
 from qlora_export.quant.rounding.scale_search import absmax_scales, search_scales
 from qlora_export.quant.searched_float_scales import E2M1, E4M3, INTEGERS, SmallFloat, search_float_groups
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 INTEGER_LEVELS = tuple(float(level) for level in range(-127, 128))
 CASES: dict[str, tuple[SmallFloat, Grid]] = {

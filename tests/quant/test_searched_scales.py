@@ -15,7 +15,7 @@ from qlora_export.quant.rounding.grid import Grid as TensorGrid
 from qlora_export.quant.rounding.grid import sixteen_bit_scales
 from qlora_export.quant.searched_scales import FRACTIONS, UNCHANGED, search_blocks, search_groups
 from qlora_export.tensors.dtypes import round_to
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 GRIDS = [Grid(4, 32), Grid(4, 128, dtype="F16"), Grid(8, None), Grid(4, 64, dtype="F32")]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

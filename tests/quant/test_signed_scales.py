@@ -11,7 +11,7 @@ import torch
 
 from qlora_export.quant import four_bit
 from qlora_export.quant.four_bit import NF4
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 ROWS, COLUMNS = 8, 128
 

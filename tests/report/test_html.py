@@ -30,7 +30,7 @@ from qlora_export.report.html.page import PAGE_NAME, page, write_page
 from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.visible import SHAPELESS, visible, visible_edges
 from qlora_export.report.schemas import report_schema
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 from tests.report.full_report import HOSTILE, full_report
 
 VOID = {"meta", "br", "hr", "link", "input", "img"}

@@ -6,7 +6,7 @@ from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import build as run_build
 from qlora_export.pipeline import check as run_check
 from qlora_export.report.markdown import markdown
-from tests.conftest import RecipeMaker
+from tests.helpers.pico import RecipeMaker
 
 
 def test_the_table_has_a_row_for_every_model(pico_recipe: RecipeMaker, pico_text: Path, tmp_path: Path) -> None:

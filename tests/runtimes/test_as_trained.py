@@ -22,7 +22,8 @@ from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import absmax_sha256, read_sidecar, write_sidecar
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.training import record
-from tests.conftest import RecipeMaker, edit_tensors, load_qlora, save_adapter, save_base
+from tests.helpers.files import edit_tensors
+from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter, save_base
 
 TOKENS = [0, 2, 300, 301, 17, 1500, 9, 77]
 

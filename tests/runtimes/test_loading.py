@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from qlora_export.runtimes.loading import decoded_weight, pin_weights
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 
 def layer(rows: int, columns: int, compute: torch.dtype = torch.bfloat16) -> tuple[Any, torch.Tensor]:

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Refused
 from qlora_export.sources.adapter import MERGED_SETTINGS, REFUSED, Adapter, open_adapter, variant_problems
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 
 
 def with_config(**config: Any) -> Adapter:

@@ -10,7 +10,8 @@ import pytest
 from qlora_export.errors import InputError, Refused
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
-from tests.conftest import edit_json, save_base
+from tests.helpers.files import edit_json
+from tests.helpers.pico import save_base
 
 
 @pytest.fixture

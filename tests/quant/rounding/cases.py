@@ -21,7 +21,7 @@ from qlora_export.quant.rounding.grid import (
     sixteen_bit_scales,
 )
 from qlora_export.quant.rounding.scale_search import absmax_scales
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 
 NF4_LEVELS = tuple(float(level) for level in NF4.levels)
 FP4_LEVELS = tuple(float(level) for level in FP4.levels)

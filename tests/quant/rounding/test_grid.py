@@ -9,7 +9,7 @@ import torch
 from qlora_export.quant import nested
 from qlora_export.quant.rounding.grid import Grid, NestedScales, fitted_nested_scales, nonzero
 from qlora_export.quant.rounding.scale_search import absmax_scales
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 from tests.quant.rounding.cases import FP4_LEVELS, GRIDS, INT4_LEVELS, grid_of, nearest_level, weights_of
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_export.quant.rounding.target import DAMPING, corrected_target, retention
-from tests.conftest import random_values
+from tests.helpers.values import random_values
 from tests.quant.rounding.cases import hessian_of, numbers, weights_of
 
 

@@ -15,7 +15,7 @@ from qlora_export.errors import ExportError, InputError, Refused
 from qlora_export.pipeline import RunOptions
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.sources.checkpoint import read_json
-from tests.conftest import edit_json
+from tests.helpers.files import edit_json
 from tests.runtimes.onnx.conftest import Spoil
 
 
