@@ -26,7 +26,9 @@ from qlora_export.engine.ray_crew import Crew, Question
 from qlora_export.engine.subjects import subjects_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 from qlora_export.planning import make_plan
-from tests.conftest import RecipeMaker, edit_tensors, folder_bytes
+from qlora_export.recipe import make_recipe
+from tests.helpers.files import edit_tensors, folder_bytes
+from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
 
 FORMATS = ("bf16", "nf4", "nf4-adapter", {"format": "fp32", "onto": "original"})
@@ -41,15 +43,12 @@ def command(base: Path, adapter: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head that only keeps the books, and two nodes of one CPU; a dead node is missed after a few seconds."""
-    patience = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 4}
+    """A head of one CPU. A node that does not answer is missed late, one that is gone soon."""
+    patience = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 5000, "failure_threshold": 5}
     settings = {f"health_check_{name}": value for name, value in patience.items()}
-    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": settings}
+    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": settings}
     with ray_cluster.environment(ray_cluster.QUIET):
-        made = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(2):
-            made.add_node(wait=False, num_cpus=1, object_store_memory=STORE_BYTES)
-        made.wait_for_nodes()
+        made = Cluster(initialize_head=True, head_node_args={**head, "include_log_monitor": False})
     yield made
     made.shutdown()
 
@@ -61,11 +60,14 @@ def address(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(cluster.address)
 
 
-@pytest.fixture
-def whole(pico_recipe: RecipeMaker, tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def whole(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What threads make."""
-    build(make_plan(pico_recipe(*FORMATS), tmp_path / "whole"), tmp_path / "whole", BuildOptions())
-    return folder_bytes(tmp_path / "whole")
+    out = tmp_path_factory.mktemp("whole")
+    artifacts = [{"format": item} if isinstance(item, str) else item for item in FORMATS]
+    recipe = make_recipe({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts}, Path(), "test")
+    build(make_plan(recipe, out), out, BuildOptions())
+    return folder_bytes(out)
 
 
 class Deaths:
@@ -87,24 +89,35 @@ class Deaths:
         monkeypatch.setattr(Crew, "__enter__", entered)
         monkeypatch.setattr(Crew, "_bury", buried)
 
-    def stall(self) -> tuple[str, int]:
-        """Have a worker that is at work stop inside its next tensor; its node and its process."""
+    def stall(self, node: str | None = None) -> int | None:
+        """Have a worker that is at work, on that node, stop inside its next tensor; its process, if there is one."""
 
-        def stalled(worker: Any) -> tuple[str, int]:
+        def place(worker: Any) -> tuple[str, int]:
+            return ray.get_runtime_context().get_node_id(), os.getpid()
+
+        def stalled(worker: Any) -> None:
             from qlora_export.engine.tensor_job import TensorJob
 
             setattr(TensorJob, "seal", lambda job: time.sleep(60))  # noqa: B010
-            return ray.get_runtime_context().get_node_id(), os.getpid()
 
-        working = next(item.worker for item in self.crew._asked.values() if item.batch is not None)
-        node, process = ray.get(working.__ray_call__.remote(stalled))
-        return node, process
+        for worker in [item.worker for item in self.crew._asked.values() if item.batch is not None]:
+            its_node, process = ray.get(worker.__ray_call__.remote(place))
+            if node in (None, its_node):
+                ray.get(worker.__ray_call__.remote(stalled))
+                return int(process)
+        ray.wait([*self.crew._asked], num_returns=len(self.crew._asked))
+        return None
 
 
-def once(action: Callable[[], None]) -> Callable[[int, int], None]:
-    """A progress that does something at its first report."""
-    left = [action]
-    return lambda done, total: left.pop()() if left else None
+def until_done(action: Callable[[], bool]) -> Callable[[int, int], None]:
+    """A progress that does something at its reports until it has succeeded."""
+    succeeded = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        if not succeeded.is_set() and action():
+            succeeded.set()
+
+    return progress
 
 
 def share_into(reports: list[float]) -> Callable[[int, int], None]:
@@ -115,42 +128,6 @@ def share_into(reports: list[float]) -> Callable[[int, int], None]:
 def later(action: Callable[[], Any]) -> None:
     """Do it when the driver has given the worker its next batch."""
     threading.Timer(0.7, action).start()
-
-
-def test_a_node_killed_inside_a_tensor_changes_no_byte(
-    cluster: Cluster,
-    address: str,
-    pico_recipe: RecipeMaker,
-    whole: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    deaths, out = Deaths(monkeypatch), tmp_path / "out"
-
-    def kill() -> None:
-        name, _ = deaths.stall()
-        node = next(node for node in cluster.worker_nodes if node.node_id == name)
-        later(lambda: cluster.remove_node(node, allow_graceful=False))
-
-    options = BuildOptions(2, ONE_BY_ONE, once(kill), engine="ray")
-    build(make_plan(pico_recipe(*FORMATS), out), out, options)
-    assert any(question.batch is not None for question in deaths.lost), "a batch was lost with the node"
-    assert folder_bytes(out) == whole
-    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-
-
-def test_a_worker_killed_inside_a_tensor_is_replaced(
-    address: str, pico_recipe: RecipeMaker, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deaths, out = Deaths(monkeypatch), tmp_path / "out"
-
-    def kill() -> None:
-        _, process = deaths.stall()
-        later(lambda: os.kill(process, signal.SIGKILL))
-
-    build(make_plan(pico_recipe(*FORMATS), out), out, BuildOptions(1, ONE_BY_ONE, once(kill), engine="ray"))
-    assert [question.batch is not None for question in deaths.lost] == [True]
-    assert folder_bytes(out) == whole
 
 
 def test_an_error_in_a_worker_is_the_one_that_threads_raise(
@@ -223,7 +200,7 @@ def progress(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = make_recipe({"base": base, "adapter": adapter, "artifacts": FORMATS}, Path(), "child")
-build(make_plan(recipe, Path(out)), Path(out), BuildOptions(2, 1, progress, engine="ray"))
+build(make_plan(recipe, Path(out)), Path(out), BuildOptions(1, 1, progress, engine="ray"))
 """.replace("FORMATS", repr([{"format": item} if isinstance(item, str) else item for item in FORMATS]))
 
 
@@ -248,15 +225,6 @@ def test_what_a_killed_driver_left_is_completed_by_either_engine(
         assert min(reports) > 0.2, "what was finished is not made again"
 
 
-def test_a_cluster_of_its_own_says_nothing(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
-    """Not started beside the other cluster: ray gives up on a node that is not up after half a minute."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    child = forked(*command(pico_base, pico_adapter, tmp_path / "out"), env=environment)
-    assert child.returncode == 0, child.stderr
-    assert child.stderr == ""
-    assert child.stdout.count("\n") == 1
-
-
 def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, threading\n"
@@ -273,6 +241,47 @@ def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_a
     assert child.returncode == 143, child.stderr
     assert child.stderr.count("\n") == 1, child.stderr
     assert (tmp_path / "out/bf16.partial/.journal").is_file()
+
+
+def test_a_cluster_of_its_own_says_nothing(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
+    """Not started beside the other cluster: ray gives up on a node that is not up after half a minute."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    child = forked(*command(pico_base, pico_adapter, tmp_path / "out"), env=environment)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    assert child.stdout.count("\n") == 1
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("dies", ["worker", "node"])
+def test_a_death_inside_a_tensor_changes_no_byte(
+    dies: str,
+    cluster: Cluster,
+    address: str,
+    pico_recipe: RecipeMaker,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker is replaced; what a node took with it is made by a worker of another."""
+    deaths, out = Deaths(monkeypatch), tmp_path / "out"
+    with ray_cluster.environment(ray_cluster.QUIET):
+        node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES) if dies == "node" else None
+
+    def kill() -> bool:
+        process = deaths.stall(node and node.node_id)
+        if process and node:
+            later(lambda: cluster.remove_node(node, allow_graceful=False))
+        elif process:
+            later(lambda: os.kill(process, signal.SIGKILL))
+        return process is not None
+
+    workers = 2 if node else 1
+    build(make_plan(pico_recipe(*FORMATS), out), out, BuildOptions(workers, ONE_BY_ONE, until_done(kill), engine="ray"))
+    lost = [question.batch is not None for question in deaths.lost]
+    assert True in lost, "a batch was lost with whoever died"
+    assert node or lost == [True]
+    assert folder_bytes(out) == whole
 
 
 def test_without_ray_or_a_cluster_the_next_step_is_named(
