@@ -16,8 +16,8 @@ from qlora_export.memory import peak_memory_bytes, workers_within
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.tensors.layout import lay_out
+from tests.cli.inside import inside
 from tests.helpers.pico import RecipeMaker
-from tests.processes import forked
 
 HIDDEN = 8192
 # Builds, and says how much memory the process took at its peak.
@@ -112,7 +112,7 @@ def test_what_is_no_number_of_bytes(text: str) -> None:
 def test_the_command_refuses_before_it_writes(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["build", "--base", pico_base, "--adapter", pico_adapter, "--format", "nf4", "--out", out]
-    found = forked("-m", "qlora_export", *words, "--memory-limit", "100MB")
+    found = inside(*words, "--memory-limit", "100MB")
     assert found.returncode == 6
     assert "--memory-limit is 100 MB" in found.stderr
     assert not out.exists()

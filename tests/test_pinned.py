@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ import torch
 import yaml
 
 from qlora_export.errors import ExitCode
+from tests.cli.inside import inside
 from tests.helpers.files import edit_tensors
-from tests.processes import forked
-
-
-def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return forked("-m", "qlora_export", *arguments)
+from tests.processes import Finished, forked
 
 
 @pytest.fixture
@@ -34,19 +30,19 @@ def place(base_copy: Path, adapter_copy: Path, pico_text: Path, tmp_path: Path) 
         "publish": {"to": "folder:registry", "version": "v1"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = command("plan", tmp_path / "recipe.yaml", "-o", tmp_path / "plan.json")
+    result = inside("plan", tmp_path / "recipe.yaml", "-o", tmp_path / "plan.json")
     assert result.returncode == 0, result.stderr
     return tmp_path
 
 
-def release(place: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return command("release", place / "plan.json", "--out", place / "out", *arguments)
+def release(place: Path, *arguments: Any) -> Finished:
+    return inside("release", place / "plan.json", "--out", place / "out", *arguments)
 
 
 def test_it_is_released_as_planned(place: Path) -> None:
     planned = json.loads((place / "plan.json").read_text())
     (place / "recipe.yaml").unlink()
-    result = release(place)
+    result = forked("-m", "qlora_export", "release", place / "plan.json", "--out", place / "out")
     assert result.returncode == 0, result.stderr
     manifest = json.loads((place / "registry/bf16/v1/manifest.json").read_text())
     assert manifest["plan_digest"] == planned["pinned"]["artifact"]["bf16"]
@@ -96,5 +92,5 @@ def test_a_plan_takes_no_flags(place: Path) -> None:
 
 
 def test_what_measuring_decides_cannot_be_kept(place: Path) -> None:
-    result = command("plan", place / "recipe.yaml", "--set", "merge.onto=auto", "-o", place / "other.json")
+    result = inside("plan", place / "recipe.yaml", "--set", "merge.onto=auto", "-o", place / "other.json")
     assert (result.returncode, "cannot promise" in result.stderr) == (ExitCode.USAGE, True)

@@ -11,18 +11,20 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from qlora_export.report.schemas import report_schema
+from tests.cli.inside import inside
 from tests.helpers.files import edit_tensors
-from tests.processes import forked
+from tests.processes import Finished, forked
 
 SOUND = ("--set", "drift.limits={perplexity_ratio: 1.001, mean_kl: 0.0001, same_top1: null, gain_kept: null}")
 
 
-def check(*words: Any, **options: Any) -> Any:
-    return forked("-m", "qlora_export", "check", *words, **options)
+def check(*words: Any, **options: Any) -> Finished:
+    return inside("check", *words, **options)
 
 
 def test_a_sound_folder_passes_and_is_reported(pico_base: Path, pico_text: Path, tmp_path: Path) -> None:
-    found = check(pico_base, "--against", pico_base, "--text", pico_text, *SOUND, "--json", cwd=tmp_path)
+    words = ("check", pico_base, "--against", pico_base, "--text", pico_text, *SOUND, "--json")
+    found = forked("-m", "qlora_export", *words, cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     data = json.loads(found.stdout)
     assert list(Draft202012Validator(report_schema()).iter_errors(data)) == []

@@ -7,7 +7,8 @@ import pytest
 from qlora_export.errors import ExitCode, UsageError
 from qlora_export.explaining import CODES, explanation
 from qlora_export.publish.lint import RULES
-from tests.cli.test_cli import command, started
+from tests.cli.inside import inside
+from tests.cli.test_cli import started
 
 
 def test_every_exit_code_has_an_explanation_of_its_own() -> None:
@@ -36,7 +37,7 @@ def test_the_command() -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("143 terminated\n")
     assert "Run it again?" in found.stdout
-    data = json.loads(command("explain", "not-authorised", "--json").stdout)
+    data = json.loads(inside("explain", "not-authorised", "--json").stdout)
     assert (data["number"], data["schema"]) == (9, 1)
 
 
@@ -45,4 +46,4 @@ def test_an_unknown_code_is_exit_2_with_the_nearest(word: str, near: str) -> Non
     with pytest.raises(UsageError) as caught:
         explanation(word, lambda: RULES)
     assert near in caught.value.hint
-    assert command("explain", word).returncode == 2
+    assert inside("explain", word).returncode == 2

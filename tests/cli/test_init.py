@@ -8,7 +8,8 @@ import pytest
 
 from qlora_export.recipe import load_recipe
 from qlora_export.starting import PLACEHOLDER
-from tests.cli.test_cli import command, started
+from tests.cli.inside import inside
+from tests.cli.test_cli import started
 from tests.helpers.files import edit_json
 
 COMMIT = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
@@ -40,22 +41,22 @@ def test_the_recipe_loads_and_plans_from_where_it_lies(workplace: Path) -> None:
     assert recipe.drift.text == "../holdout.jsonl"
     assert recipe.publish is not None
     assert (recipe.publish.to, recipe.publish.visibility) == ("hub:acme/bot-{name}", "private")
-    planned = command("plan", "release/recipe.yaml", "--json", cwd=workplace)
+    planned = inside("plan", "release/recipe.yaml", "--json", cwd=workplace)
     assert planned.returncode == 0, planned.stderr
     assert [item["name"] for item in json.loads(planned.stdout)["artifacts"]] == ["bf16", "nf4-adapter"]
 
 
 def test_nothing_is_overwritten(workplace: Path) -> None:
     (workplace / "recipe.yaml").write_text("mine")
-    found = command("init", *FLAGS, cwd=workplace)
+    found = inside("init", *FLAGS, cwd=workplace)
     assert found.returncode == 2
     assert "recipe.yaml: exists" in found.stderr
     assert (workplace / "recipe.yaml").read_text() == "mine"
-    assert command("init", *FLAGS, "--out", "nowhere/recipe.yaml", cwd=workplace).returncode == 2
+    assert inside("init", *FLAGS, "--out", "nowhere/recipe.yaml", cwd=workplace).returncode == 2
 
 
 def test_what_is_not_known_is_a_marked_placeholder(workplace: Path) -> None:
-    found = command("init", *FLAGS, "--out", "-", cwd=workplace)
+    found = inside("init", *FLAGS, "--out", "-", cwd=workplace)
     assert found.returncode == 0, found.stderr
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("  text:")]
     assert f"text: {PLACEHOLDER}" in line
@@ -64,13 +65,13 @@ def test_what_is_not_known_is_a_marked_placeholder(workplace: Path) -> None:
     recipe = load_recipe(workplace / "recipe.yaml")
     assert recipe.publish is None
     assert recipe.base == "models/base"
-    checked = command("check", "recipe.yaml", cwd=workplace)
+    checked = inside("check", "recipe.yaml", cwd=workplace)
     assert checked.returncode == 5
     assert PLACEHOLDER in checked.stderr
 
 
 def test_every_commented_key_is_one_that_recipes_have(workplace: Path) -> None:
-    text = command("init", *FLAGS, "--out", "-", cwd=workplace).stdout
+    text = inside("init", *FLAGS, "--out", "-", cwd=workplace).stdout
     keys = ("publish:", "  to:", "  visibility:", "  as:", "  version:", "  card:", "  tokens:", "  window_tokens:")
     lines = []
     for line in text.splitlines():
@@ -87,24 +88,24 @@ def test_every_commented_key_is_one_that_recipes_have(workplace: Path) -> None:
 
 def test_the_base_is_the_one_that_the_adapter_names(workplace: Path) -> None:
     edit_json(workplace / "runs/7/adapter_config.json", revision=COMMIT)
-    found = command("init", "--adapter", "runs/7", "--out", "-", cwd=workplace)
+    found = inside("init", "--adapter", "runs/7", "--out", "-", cwd=workplace)
     assert found.returncode == 0, found.stderr
     assert f"\nbase: acme/pico@{COMMIT}\n" in found.stdout
     assert "base_id:" not in found.stdout
     edit_json(workplace / "runs/7/adapter_config.json", revision=None)
-    assert "not pinned yet" in command("init", "--adapter", "runs/7", "--out", "-", cwd=workplace).stdout
+    assert "not pinned yet" in inside("init", "--adapter", "runs/7", "--out", "-", cwd=workplace).stdout
     edit_json(workplace / "runs/7/adapter_config.json", base_model_name_or_path="/gone/base")
-    found = command("init", "--adapter", "runs/7", "--out", "-", cwd=workplace)
+    found = inside("init", "--adapter", "runs/7", "--out", "-", cwd=workplace)
     assert found.returncode == 5
     assert "'/gone/base' is no folder here" in found.stderr
 
 
 def test_training_that_nobody_recorded_is_said_and_a_model_alone_is_released(workplace: Path) -> None:
     (workplace / "runs/7/qlora_export.json").unlink()
-    found = command("init", *FLAGS, "--out", "-", cwd=workplace).stdout
+    found = inside("init", *FLAGS, "--out", "-", cwd=workplace).stdout
     assert "# training_quantization: nf4" in found
     edit_json(workplace / "models/base/config.json", dtype="float16")
-    found = command("init", "--base", "models/base", "--out", "-", cwd=workplace).stdout
+    found = inside("init", "--base", "models/base", "--out", "-", cwd=workplace).stdout
     (workplace / "recipe.yaml").write_text(found)
     recipe = load_recipe(workplace / "recipe.yaml")
     assert recipe.adapter is None
@@ -121,7 +122,7 @@ def test_training_that_nobody_recorded_is_said_and_a_model_alone_is_released(wor
     ],
 )
 def test_what_cannot_begin_a_recipe(workplace: Path, flags: list[str], code: int, says: str) -> None:
-    found = command("init", *flags, cwd=workplace)
+    found = inside("init", *flags, cwd=workplace)
     assert found.returncode == code, found.stderr
     assert says in found.stderr
     assert not (workplace / "recipe.yaml").exists()

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from tests.cli.inside import inside
 from tests.helpers.pico import DIALOGUE
-from tests.processes import forked
+from tests.processes import Finished
 
 QUESTION = {"messages": DIALOGUE[:1], "choices": ["We are sorry.", "Hello."], "answer": "Hello."}
 
 
-def check(base: Path, text: Path | None, out: Path, *words: Any) -> Any:
+def check(base: Path, text: Path | None, out: Path, *words: Any) -> Finished:
     given = ("--text", text) if text else ()
-    return forked("-m", "qlora_export", "check", "--base", base, "--format", "bf16", "--out", out, *given, *words)
+    return inside("check", "--base", base, "--format", "bf16", "--out", out, *given, *words)
 
 
 @pytest.fixture

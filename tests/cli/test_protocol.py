@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.processes import forked
+from tests.cli.inside import inside
+from tests.processes import Finished
 
 
-def check(base: Path, out: Path, *words: Any) -> Any:
-    return forked("-m", "qlora_export", "check", "--base", base, "--format", "bf16", "--out", out, *words)
+def check(base: Path, out: Path, *words: Any) -> Finished:
+    return inside("check", "--base", base, "--format", "bf16", "--out", out, *words)
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+"""The command in this process, where what it says and its exit code are asked, and not how a process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from qlora_export.cli import main
+from tests.processes import Finished
+
+
+def inside(*words: Any, cwd: Path | None = None) -> Finished:
+    """What a process would say, and its exit code."""
+    said = [str(word) for word in words]
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        contextlib.redirect_stderr(io.StringIO()) as complaints,
+        contextlib.chdir(cwd or Path.cwd()),
+        mock.patch.dict("os.environ"),
+        mock.patch.object(sys, "argv", ["qlora-export", *said]),
+    ):
+        code = main._run()
+    return Finished(said, code, output.getvalue(), complaints.getvalue())
