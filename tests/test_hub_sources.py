@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from qlora_export.errors import ExitCode
 from qlora_export.testing import HubServer
 from tests.helpers.files import edit_json
+from tests.processes import Finished, forked, fresh
 
 
 @pytest.fixture
@@ -40,23 +39,34 @@ def downloaded(server: HubServer) -> list[str]:
     ]
 
 
-def run(server: HubServer | None, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+# The client reads its variables when it is imported, and the process that this one is forked from has imported it.
+WITH_A_NEW_CLIENT = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
+from qlora_export.cli.main import run
+run()
+"""
+
+
+def run(server: HubServer | None, cache: Path, *arguments: str, whole: bool = False) -> Finished:
     """The command in a process of its own, with a cache of its own."""
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment["HF_ENDPOINT"] = server.endpoint if server else "http://127.0.0.1:9"
-    command = [sys.executable, "-m", "qlora_export", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    if whole:
+        return fresh("-m", "qlora_export", *arguments, env=environment)
+    return forked("-c", WITH_A_NEW_CLIENT, *arguments, env=environment)
 
 
-def build(server: HubServer | None, tmp_path: Path, base: str, adapter: str) -> subprocess.CompletedProcess[str]:
+def build(server: HubServer | None, tmp_path: Path, base: str, adapter: str, whole: bool = False) -> Finished:
     flags = ["--base", base, "--adapter", adapter, "--format", "bf16", "--out", str(tmp_path / "out")]
-    return run(server, tmp_path / "cache", "build", *flags)
+    return run(server, tmp_path / "cache", "build", *flags, whole=whole)
 
 
 def test_base_and_adapter_come_from_the_hub_once(served: dict[str, Path], tmp_path: Path) -> None:
     with hub(served) as server:
         commit = server.repositories["acme/base"].head()
-        first = build(server, tmp_path, f"acme/base@{commit}", "acme/adapter")
+        first = build(server, tmp_path, f"acme/base@{commit}", "acme/adapter", whole=True)
         assert first.returncode == 0, first.stderr
         assert sorted(downloaded(server)) == ["adapter_model.safetensors", "model.safetensors"]
         again = build(server, tmp_path, f"acme/base@{commit}", "acme/adapter")

@@ -19,7 +19,7 @@ from qlora_export.tensors.layout import lay_out
 from tests.cli.inside import inside
 from tests.helpers.pico import RecipeMaker
 
-HIDDEN = 8192
+HIDDEN, HEAD = 8192, 128
 # Builds, and says how much memory the process took at its peak.
 CHILD = """
 import sys
@@ -39,9 +39,10 @@ print(int(line.split()[1]) * 1024, peak_memory_bytes(plan, 2))
 
 
 def sparse_base(folder: Path, rows: int) -> Path:
-    """A Llama of one layer whose zeros take no room on the disk."""
+    """A Llama of one layer, with one head, whose zeros take no room on the disk."""
     stem, square = "model.layers.0", (HIDDEN, HIDDEN)
-    shapes = {f"{stem}.self_attn.{name}_proj.weight": square for name in "qkvo"}
+    shapes = {f"{stem}.self_attn.{name}_proj.weight": (HEAD, HIDDEN) for name in "qkv"}
+    shapes |= {f"{stem}.self_attn.o_proj.weight": (HIDDEN, HEAD)}
     shapes |= {f"{stem}.mlp.{name}_proj.weight": square for name in ("gate", "up", "down")}
     shapes |= {"model.embed_tokens.weight": (rows, HIDDEN)}
     norms = ("model.norm.weight", f"{stem}.input_layernorm.weight", f"{stem}.post_attention_layernorm.weight")
@@ -58,8 +59,9 @@ def sparse_base(folder: Path, rows: int) -> Path:
         "hidden_size": HIDDEN,
         "intermediate_size": HIDDEN,
         "num_hidden_layers": 1,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": HEAD,
         "vocab_size": rows,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +15,14 @@ from qlora_export.cli import main
 from tests.processes import Finished
 
 
-def inside(*words: Any, cwd: Path | None = None) -> Finished:
+def inside(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
     """What a process would say, and its exit code."""
     said = [str(word) for word in words]
     with (
         contextlib.redirect_stdout(io.StringIO()) as output,
         contextlib.redirect_stderr(io.StringIO()) as complaints,
         contextlib.chdir(cwd or Path.cwd()),
-        mock.patch.dict("os.environ"),
+        mock.patch.dict(os.environ, os.environ if env is None else env, clear=True),
         mock.patch.object(sys, "argv", ["qlora-export", *said]),
     ):
         code = main._run()

@@ -17,7 +17,8 @@ from qlora_export.diagnosis.machine import Needs, disk_check, memory_check, thre
 from qlora_export.diagnosis.release import extras_of, recipe_checks
 from qlora_export.recipe import make_recipe
 from qlora_export.testing import HubServer
-from tests.cli.test_cli import command, recipe, started
+from tests.cli.inside import inside
+from tests.cli.test_cli import recipe, started
 
 __all__ = ["recipe"]
 
@@ -42,7 +43,7 @@ def environment(hub: HubServer, home: Path, **changes: str) -> dict[str, str]:
 
 
 def diagnosed(*words: Any, env: dict[str, str] | None = None) -> tuple[int, dict[str, dict[str, str]]]:
-    return checks_of(command("doctor", *words, "--json", env=env))
+    return checks_of(inside("doctor", *words, "--json", env=env))
 
 
 def checks_of(found: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, dict[str, str]]]:
@@ -58,7 +59,7 @@ def test_a_sound_machine_and_every_failure_has_a_fix(tmp_path: Path) -> None:
     assert code == 0, found
     assert {"python", "library.torch", "disk", "memory", "threads", "device", "cache"} <= set(found)
     assert "token" not in found, "the Hub is asked where it is needed only"
-    shown = command("doctor", "--out", "/proc/none")
+    shown = inside("doctor", "--out", "/proc/none")
     assert shown.returncode == 6
     assert "FAIL  disk" in shown.stdout
     assert "fix: choose another --out" in shown.stdout

@@ -12,7 +12,8 @@ from qlora_export.catalog import EXPORTERS, FORMATS
 from qlora_export.demo import recipe_path
 from qlora_export.report.offers import LINES, offers
 from qlora_export.report.schemas import SCHEMAS, plan_schema, recipe_schema, report_schema
-from tests.cli.test_cli import command, recipe, started
+from tests.cli.inside import inside
+from tests.cli.test_cli import recipe, started
 
 __all__ = ["recipe"]
 
@@ -25,31 +26,31 @@ def problems(schema: dict[str, Any], data: Any) -> list[str]:
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_the_schemas_are_schemas_and_the_command_prints_them(kind: str) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMAS[kind]())
-    found = started("schema", kind)
+    found = (started if kind == "recipe" else inside)("schema", kind)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == SCHEMAS[kind]()
 
 
 def test_an_unknown_schema_is_exit_2() -> None:
-    assert command("schema", "receipt").returncode == 2
+    assert inside("schema", "receipt").returncode == 2
 
 
 def test_what_the_commands_write_is_what_the_schemas_say(recipe: Path, tmp_path: Path) -> None:
-    planned = json.loads(command("plan", recipe, "--json").stdout)
+    planned = json.loads(inside("plan", recipe, "--json").stdout)
     assert problems(plan_schema(), planned) == []
-    kept = json.loads(command("plan", recipe, "--json", "-o", tmp_path / "plan.json").stdout)
+    kept = json.loads(inside("plan", recipe, "--json", "-o", tmp_path / "plan.json").stdout)
     assert problems(plan_schema(), kept) == []
     assert problems(plan_schema(), {**kept, "recipe": {"base": "b", "artifacts": ["nf5"]}})
     del kept["pinned"]
     assert problems(plan_schema(), kept), "kept plans hold all of it"
     place = f"publish.to=folder:{tmp_path / 'registry'}"
-    found = command("release", recipe, "--out", tmp_path / "out", "--json", "--set", place)
+    found = inside("release", recipe, "--out", tmp_path / "out", "--json", "--set", place)
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout)
     assert data["published"]
     assert problems(report_schema(), data) == []
     assert problems(report_schema(), json.loads((tmp_path / "out/report.json").read_text())) == []
-    built = json.loads(command("build", recipe, "--out", tmp_path / "built", "--json").stdout)
+    built = json.loads(inside("build", recipe, "--out", tmp_path / "built", "--json").stdout)
     assert problems(report_schema(), built) == []
     data["artifacts"][0]["drift"]["mean_kl"] = "small"
     del data["tokens"]
@@ -91,5 +92,5 @@ def test_every_format_of_the_catalog_is_offered() -> None:
     found = started("formats")
     assert found.returncode == 0, found.stderr
     assert "[onnx]" in found.stdout
-    listed = json.loads(command("formats", "--json").stdout)["formats"]
+    listed = json.loads(inside("formats", "--json").stdout)["formats"]
     assert [item["format"] for item in listed] == list(LINES)
