@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import sampling
 from tests.helpers.files import folder_bytes
 from tests.processes import forked
 
@@ -66,7 +67,7 @@ def without_places(folder: Path) -> dict[str, Any]:
     return {name: raw.replace(str(folder).encode(), b"PLACE") for name, raw in folder_bytes(folder).items()}
 
 
-@settings(max_examples=15)
+@settings(max_examples=sampling.examples(15))
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_any_kill_point(
     share: float,

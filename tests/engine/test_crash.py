@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
 from qlora_export.planning import make_plan
+from qlora_export.recipe import make_recipe
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
@@ -52,13 +51,26 @@ build(make_plan(recipe, Path(out)), Path(out), BuildOptions(2, int(checkpoint), 
 """.replace("FORMATS", repr(FORMATS))
 
 
+@pytest.fixture(scope="module")
+def whole(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed build makes."""
+    out = tmp_path_factory.mktemp("whole")
+    recipe = make_recipe({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": FORMATS}, Path(), "test")
+    build(make_plan(recipe, out), out, BuildOptions())
+    return folder_bytes(out)
+
+
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("point", ["0.0001", "0.3", "0.7", "0.9999", "manifest", "rename", "journal"])
 def test_a_killed_build_resumes_to_the_same_bytes(
-    pico_recipe: RecipeMaker, pico_base: Path, pico_adapter: Path, tmp_path: Path, point: str
+    pico_recipe: RecipeMaker,
+    pico_base: Path,
+    pico_adapter: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    point: str,
 ) -> None:
-    recipe = pico_recipe(*FORMATS)
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    build(make_plan(recipe, whole), whole, BuildOptions())
+    recipe, out = pico_recipe(*FORMATS), tmp_path / "killed"
     arguments = [str(pico_base), str(pico_adapter), str(out), point, "50000"]
     child = forked("-c", CHILD, *arguments)
     assert child.returncode == -signal.SIGKILL, child.stderr
@@ -67,7 +79,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(
         assert not names & set(FORMATS), "nothing looks finished"
     assert any(name.endswith(".partial") for name in names)
     build(make_plan(recipe, out), out, BuildOptions())
-    assert folder_bytes(out) == folder_bytes(whole)
+    assert folder_bytes(out) == whole
 
 
 def test_resuming_does_not_write_again_what_was_finished(
@@ -102,23 +114,28 @@ def test_a_terminated_command_says_so(pico_base: Path, pico_adapter: Path, tmp_p
         "pipeline.make_plan = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), threading.Event().wait(20))\n"
         "run()"
     )
-    child = subprocess.run([sys.executable, "-c", script, "build", *map(str, arguments)], check=False)
+    child = forked("-c", script, "build", *arguments)
     assert child.returncode == 143
     assert not os.path.exists(tmp_path / "out" / "bf16")  # noqa: PTH110
 
 
-@pytest.fixture
-def stopped(pico_base: Path, pico_adapter: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def left_behind(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder that a killed build left, with most tensors journalled."""
-    out = tmp_path / "out"
-    arguments = [str(pico_base), str(pico_adapter), str(out), "0.7", "1"]
-    forked("-c", CHILD, *arguments)
+    out = tmp_path_factory.mktemp("killed") / "out"
+    forked("-c", CHILD, pico_base, pico_adapter, out, "0.7", "1")
     return out
+
+
+@pytest.fixture
+def stopped(left_behind: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(left_behind, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("harm", ["remove", "shorten", "header"])
 def test_a_weight_file_harmed_in_between_is_written_anew(
-    pico_recipe: RecipeMaker, stopped: Path, tmp_path: Path, harm: str
+    pico_recipe: RecipeMaker, stopped: Path, whole: dict[str, bytes], harm: str
 ) -> None:
     path = stopped / "bf16.partial/model.safetensors"
     if harm == "remove":
@@ -129,9 +146,7 @@ def test_a_weight_file_harmed_in_between_is_written_anew(
         with path.open("r+b") as file:
             file.write(b"\0" * 8)
     build(make_plan(pico_recipe(*FORMATS), stopped), stopped, BuildOptions())
-    whole = tmp_path / "whole"
-    build(make_plan(pico_recipe(*FORMATS), whole), whole, BuildOptions())
-    assert folder_bytes(stopped) == folder_bytes(whole)
+    assert folder_bytes(stopped) == whole
 
 
 def test_a_base_changed_in_between_is_read_anew(
