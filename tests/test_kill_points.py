@@ -79,7 +79,10 @@ def test_any_kill_point(
     undisturbed, syncs = whole
     assert syncs > 30
     place = tmp_path_factory.mktemp("killed")
-    assert run((pico_base, pico_adapter), place, int(share * syncs)).returncode == -signal.SIGKILL
+    point = int(share * syncs)
+    found = run((pico_base, pico_adapter), place, point)
+    # Checkpoints are made by a thread that takes what is finished: a run beside other load may need fewer syncs.
+    assert found.returncode == -signal.SIGKILL or int(found.stdout) <= point < syncs
     for latest in place.glob("registry/*/latest"):
         assert folder_bytes(latest.resolve()) == folder_bytes(undisturbed / "registry" / latest.parent.name / "v1")
     again = run((pico_base, pico_adapter), place, -1)
