@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_export.cli import main as cli
 from tests import zoo
+from tests.cli.inside import inside
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 from tests.helpers.pico import load_qlora, save_base
+from tests.processes import Finished
 
 REFUSED, BAD_INPUT, USAGE = 4, 5, 2
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json"
@@ -1172,22 +1172,20 @@ def lay_out_pair(place: Place, pair: tuple[Path, Path], recorded: bool) -> None:
         (place.adapter / SIDECAR).unlink(missing_ok=True)
 
 
-def build(place: Place, monkeypatch: pytest.MonkeyPatch, form: str = "bf16") -> int:
-    """The exit code of `qlora-export build`, run in this process."""
-    sources = ["--base", str(place.base), "--adapter", str(place.adapter)]
-    words = ["build", *sources, "--format", form, "--onto", "original", "--out", str(place.out)]
-    monkeypatch.setattr(sys, "argv", ["qlora-export", *words])
-    return cli._run()
+def build(place: Place, form: str = "bf16") -> Finished:
+    """`qlora-export build`, run in this process."""
+    sources = ["--base", place.base, "--adapter", place.adapter]
+    return inside("build", *sources, "--format", form, "--onto", "original", "--out", place.out)
 
 
 @pytest.mark.parametrize(
     "pair", ["pico", "four-bit", "mixtral", "classifier", "multimodal", "qwen2", "gpt2", "tied-embedding"]
 )
 def test_every_pair_is_sound_before_it_is_broken(
-    pairs: Callable[[str], tuple[Path, Path]], place: Place, monkeypatch: pytest.MonkeyPatch, pair: str
+    pairs: Callable[[str], tuple[Path, Path]], place: Place, pair: str
 ) -> None:
     lay_out_pair(place, pairs(pair), recorded=False)
-    assert build(place, monkeypatch) == 0
+    assert build(place).returncode == 0
     assert (place.out / "bf16/manifest.json").exists()
 
 
@@ -1195,22 +1193,19 @@ def test_every_pair_is_sound_before_it_is_broken(
 def test_what_is_broken_is_refused_by_name(
     pairs: Callable[[str], tuple[Path, Path]],
     place: Place,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
     case = CASES[name]
     lay_out_pair(place, pairs(case.pair), case.recorded)
     case.breaks(place)
     before = [folder_bytes(folder) for folder in (place.base, place.adapter)]
-    code = build(place, monkeypatch)
-    said = capsys.readouterr()
-    assert code == case.code, said.err
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert "Traceback" not in said.err
+    found = build(place)
+    assert found.returncode == case.code, found.stderr
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert "Traceback" not in found.stderr
     for words in case.says:
-        assert words in said.err
+        assert words in found.stderr
     assert [folder_bytes(folder) for folder in (place.base, place.adapter)] == before
     assert not place.mark.exists()
     if case.late:
@@ -1222,15 +1217,15 @@ def test_what_is_broken_is_refused_by_name(
 
 @pytest.mark.parametrize("name", LIVE)
 def test_what_peft_saves_is_merged_as_it_runs_or_refused(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     architecture, changes = LIVE[name]
     monkeypatch.setitem(zoo.VARIANTS, name, zoo.Variant(lambda _: {"target_modules": [], **changes}))
     zoo.save_architecture(architecture, place.base, seed=3)
     zoo.save_variant(place.base, architecture, name, place.adapter, seed=5)
-    code = build(place, monkeypatch, "fp32")
-    if code:
-        assert (code in (REFUSED, BAD_INPUT), name in MERGED) == (True, False), capsys.readouterr().err
+    made = build(place, "fp32")
+    if made.returncode:
+        assert (made.returncode in (REFUSED, BAD_INPUT), name in MERGED) == (True, False), made.stderr
         return
     with zoo._quiet():
         model = peft.PeftModel.from_pretrained(zoo._load(place.base, architecture), place.adapter).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -11,8 +12,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import typer
+
 from qlora_export.cli import main
 from tests.processes import Finished
+
+
+@functools.cache
+def command() -> Any:
+    """What typer makes of the verbs and their flags; it would do so for each call."""
+    return typer.main.get_command(main.app)
 
 
 def inside(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
@@ -24,6 +33,7 @@ def inside(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None =
         contextlib.chdir(cwd or Path.cwd()),
         mock.patch.dict(os.environ, os.environ if env is None else env, clear=True),
         mock.patch.object(sys, "argv", ["qlora-export", *said]),
+        mock.patch.object(main, "app", command()),
     ):
         code = main._run()
     return Finished(said, code, output.getvalue(), complaints.getvalue())
