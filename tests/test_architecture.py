@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,14 @@ PACKAGE = Path(qlora_export.__file__).parent
 
 def calls(name: str) -> Iterator[Path]:
     """Files in which `name` is called."""
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-                yield path.relative_to(PACKAGE)
+    yield from (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if name in called_in(path))
+
+
+@functools.cache
+def called_in(path: Path) -> set[str]:
+    """Names that are called in a file."""
+    found = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return {function.id for function in found if isinstance(function, ast.Name)}
 
 
 def test_only_the_gate_makes_a_verified() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export.comparison.rows import Comparison
-from qlora_export.pipeline import RunOptions, build, check
+from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.comparison import comparison_data
 from qlora_export.report.data import report, write_report
 from qlora_export.report.html.assets import script, style
@@ -29,6 +30,7 @@ from qlora_export.report.html.figures import fixed, share, significant
 from qlora_export.report.html.page import PAGE_NAME, page, write_page
 from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.visible import SHAPELESS, visible, visible_edges
+from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from tests.helpers.pico import RecipeMaker
 from tests.report.full_report import HOSTILE, full_report
@@ -79,16 +81,25 @@ def reports() -> dict[str, dict[str, Any]]:
     """Reports of every kind: whole, each key missing, nothing measured, nothing at all, keys of a wrong kind."""
     found = {"full": full_report(), "empty": {}}
     for key in OPTIONAL:
-        found[f"without {key}"] = without(full_report(), key)
+        found[f"without {key}"] = without(of_few_layers(), key)
     for key in ("tokens", "reference", "published", "exit_code", "artifacts"):
-        found[f"without {key}"] = {name: value for name, value in full_report().items() if name != key}
-    built = full_report()
+        found[f"without {key}"] = {name: value for name, value in of_few_layers().items() if name != key}
+    built = of_few_layers()
     built |= {"tokens": None, "reference": None, "published": [], "exit_code": 0}
     names = ("name", "format", "path", "bytes", "runtime", "manifest_sha256", "reused")
     built["artifacts"] = [
         {key: item[key] for key in names} | {"verdict": "not-measured"} for item in built["artifacts"]
     ]
-    return found | {"built": built, "wrong kinds": spoiled(full_report())}
+    return found | {"built": built, "wrong kinds": spoiled(of_few_layers())}
+
+
+def of_few_layers() -> dict[str, Any]:
+    """A full report of a model with five matrices."""
+    report = full_report()
+    for artifact in report["artifacts"]:
+        if "layers" in artifact:
+            artifact["layers"] = artifact["layers"][:5]
+    return report
 
 
 def without(report: dict[str, Any], key: str) -> dict[str, Any]:
@@ -107,12 +118,20 @@ def spoiled(value: Any) -> Any:
 
 
 REPORTS = reports()
-TAGS = {tag for tag, _, _ in Outline(page(full_report())).elements}
 
 
-@pytest.fixture(params=REPORTS, scope="module")
+@functools.cache
+def outline_of(name: str) -> Outline:
+    return Outline(page(REPORTS[name]))
+
+
+def tags_of_a_full_report() -> set[str]:
+    return {tag for tag, _, _ in outline_of("full").elements}
+
+
+@pytest.fixture(params=REPORTS)
 def outline(request: pytest.FixtureRequest) -> Outline:
-    return Outline(page(REPORTS[request.param]))
+    return outline_of(request.param)
 
 
 def test_elements_are_nested_and_ids_unique(outline: Outline) -> None:
@@ -167,7 +186,7 @@ def test_what_is_said_has_no_character_that_hides(outline: Outline) -> None:
 
 
 def test_a_full_report_has_every_section_and_says_what_is_in_it() -> None:
-    outline = Outline(page(REPORTS["full"]))
+    outline = outline_of("full")
     assert [attributes["id"] for attributes in outline.of("section")] == SECTIONS
     assert [attributes["href"] for attributes in outline.of("a")][-len(SECTIONS) :] == [f"#{name}" for name in SECTIONS]
     said = outline.said()
@@ -203,13 +222,13 @@ def test_a_full_report_has_every_section_and_says_what_is_in_it() -> None:
     ],
 )  # fmt: skip
 def test_a_section_without_its_keys_is_left_out(name: str, missing: str) -> None:
-    found = [attributes["id"] for attributes in Outline(page(REPORTS[name])).of("section")]
+    found = [attributes["id"] for attributes in outline_of(name).of("section")]
     assert missing not in found
     assert {"ledger", "layers", "provenance"} <= set(found)
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
-    said = Outline(page(REPORTS["built"])).said()
+    said = outline_of("built").said()
     assert "7 artifacts; nothing was measured." in said
     assert "these artifacts were built, and not checked" in said
     assert "No artifact has weights that an adapter's change could be read from." in said
@@ -248,9 +267,7 @@ def test_tens_of_thousands_of_experts_do_not_make_a_page_that_no_browser_opens()
 
 
 def test_numbers_to_sort_by_are_beside_those_to_read() -> None:
-    values = [
-        attributes["data-value"] for attributes in Outline(page(full_report())).of("td") if "data-value" in attributes
-    ]
+    values = [attributes["data-value"] for attributes in outline_of("full").of("td") if "data-value" in attributes]
     assert len(values) > 500
     assert all(value is not None and repr(float(value)) == value for value in values)
 
@@ -269,7 +286,7 @@ def test_text_of_files_stays_text(text: str) -> None:
 def test_no_text_of_a_report_becomes_an_element(text: str, place: str) -> None:
     found = Outline(page(small_report({place: text})))
     tags = [tag for tag, _, _ in found.elements]
-    assert set(tags) <= TAGS
+    assert set(tags) <= tags_of_a_full_report()
     assert tags.count("script") == 1
 
 
@@ -338,16 +355,13 @@ def test_ticks_lie_within_the_axis(low: float, factor: float, logarithmic: bool,
     assert scale.place(low * factor) == pytest.approx(110)
 
 
-def test_a_run_writes_its_page(pico_recipe: RecipeMaker, pico_text: Path, tmp_path: Path) -> None:
-    drift = {"text": str(pico_text), "limits": {"gain_kept": None}}
-    nearest = {"format": "nf4", "name": "nf4", "rounding": "nearest", "expect": "fail"}
-    run = check(pico_recipe("bf16", nearest, drift=drift), RunOptions(tmp_path))
-    write_report(run, tmp_path)
+def test_a_run_writes_its_page(checked: Run, tmp_path: Path) -> None:
+    write_report(checked, tmp_path)
     written = (tmp_path / PAGE_NAME).read_text(encoding="utf-8")
     assert written == page(json.loads((tmp_path / "report.json").read_text()))
     said = Outline(written).said()
     assert "1 pass; 1 fail, as expected" in said
-    assert report(run)["tokens"]["sha256"] in said
+    assert report(checked)["tokens"]["sha256"] in said
 
 
 def test_a_comparison_has_a_page(compared: Comparison, tmp_path: Path) -> None:
@@ -367,7 +381,7 @@ def test_a_comparison_has_a_page(compared: Comparison, tmp_path: Path) -> None:
 @pytest.mark.parametrize("comparison", [{}, {"rows": [{}]}, {"rows": [{"name": HOSTILE, "drift": {"mean_kl": 1}}]}])
 def test_a_comparison_that_lacks_keys_has_a_page_too(comparison: dict[str, Any]) -> None:
     outline = Outline(comparison_page(comparison))
-    assert {tag for tag, _, _ in outline.elements} <= TAGS
+    assert {tag for tag, _, _ in outline.elements} <= tags_of_a_full_report()
 
 
 def test_a_build_writes_a_page_that_says_so(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
