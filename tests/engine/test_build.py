@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, PlanRefused, Refused, UsageError, VerifyMismatch
 from qlora_export.planning import make_plan
-from qlora_export.recipe import Recipe
+from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.training import record
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter, save_base
@@ -36,20 +36,29 @@ def without_leftovers(out: Path) -> set[str]:
     return {path.name for path in out.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def of_one_worker(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All formats, made by one thread from blocks of the usual size."""
+    out = tmp_path_factory.mktemp("one")
+    data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": ALL}
+    run(make_recipe(data, Path(), "test"), out, workers=1)
+    return folder_bytes(out)
+
+
 @pytest.mark.parametrize("workers", [2, 5])
-def test_bytes_do_not_depend_on_the_workers(pico_recipe: RecipeMaker, tmp_path: Path, workers: int) -> None:
-    run(pico_recipe(*ALL), tmp_path / "one", workers=1)
-    run(pico_recipe(*ALL), tmp_path / "many", workers=workers)
-    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "many")
+def test_bytes_do_not_depend_on_the_workers(
+    pico_recipe: RecipeMaker, of_one_worker: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
+    run(pico_recipe(*ALL), tmp_path, workers=workers)
+    assert folder_bytes(tmp_path) == of_one_worker
 
 
 def test_bytes_do_not_depend_on_the_size_of_the_blocks(
-    pico_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_recipe: RecipeMaker, of_one_worker: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(pico_recipe(*ALL), tmp_path / "large")
     monkeypatch.setattr("qlora_export.merge.base_rows.BLOCK_WEIGHTS", 1)
-    run(pico_recipe(*ALL), tmp_path / "small")
-    assert folder_bytes(tmp_path / "large") == folder_bytes(tmp_path / "small")
+    run(pico_recipe(*ALL), tmp_path)
+    assert folder_bytes(tmp_path) == of_one_worker
 
 
 def test_sharded_in_and_sharded_out(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
