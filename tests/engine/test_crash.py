@@ -60,7 +60,6 @@ def whole(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPath
     return folder_bytes(out)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("point", ["0.0001", "0.3", "0.7", "0.9999", "manifest", "rename", "journal"])
 def test_a_killed_build_resumes_to_the_same_bytes(
     pico_recipe: RecipeMaker,

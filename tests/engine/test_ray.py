@@ -267,7 +267,6 @@ def test_a_cluster_of_its_own_says_nothing(pico_base: Path, pico_adapter: Path, 
     assert child.stdout.count("\n") == 1
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dies", ["worker", "node"])
 def test_a_death_inside_a_tensor_changes_no_byte(
     dies: str,
