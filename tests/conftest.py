@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Which cases are run, where kernels are kept and who forks processes: the workers, started later, inherit it."""
+    # A run in the background of a shell ignores interrupts, and so would every process that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sampling.configure(config)
     hypothesis.settings.load_profile("all-cases" if sampling.all_cases() else "sampled")
     os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache(config.rootpath))
