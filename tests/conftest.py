@@ -146,7 +146,7 @@ def pico_text(pico_base: Path) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pico_recipe(pico_base: Path, pico_adapter: Path) -> RecipeMaker:
     """Make a recipe on the pico model: formats, and any key to change."""
     from qlora_export.recipe import make_recipe

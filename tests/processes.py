@@ -109,12 +109,18 @@ def fresh(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = 
     return subprocess.run(asked, check=False, capture_output=True, text=True, cwd=cwd, env=env)
 
 
-def forked(*words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
-    """What `fresh` does, from a process that has the libraries."""
+def forked(
+    *words: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> Finished:
+    """What `fresh` does, from a process that has the libraries; it is killed after so many seconds."""
     asked = [sys.executable, *map(str, words)]
     nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
     with Forked(asked, stdin=nothing, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env) as process:
-        output, complaints = process.communicate()
+        try:
+            output, complaints = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(asked, process.returncode, output, complaints)
 
 

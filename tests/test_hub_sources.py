@@ -55,7 +55,7 @@ def run(server: HubServer | None, cache: Path, *arguments: str, whole: bool = Fa
     environment["HF_ENDPOINT"] = server.endpoint if server else "http://127.0.0.1:9"
     if whole:
         return fresh("-m", "qlora_export", *arguments, env=environment)
-    return forked("-c", WITH_A_NEW_CLIENT, *arguments, env=environment)
+    return forked("-c", WITH_A_NEW_CLIENT, *arguments, env=environment, timeout=120)
 
 
 def build(server: HubServer | None, tmp_path: Path, base: str, adapter: str, whole: bool = False) -> Finished:

@@ -106,3 +106,8 @@ def test_the_products_own_processes_are_forked_here() -> None:
         assert isinstance(own, Warm)
         assert own.connection is not None
         assert b"No module named qlora_export.runtimes.nowhere" in own.communicate()[1]
+
+
+def test_one_that_takes_too_long_is_killed() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked("-c", "import time; time.sleep(60)", timeout=0.5)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, PlanRefused, Refused, UsageError, VerifyMismatch
 from qlora_export.planning import make_plan
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe import Recipe
 from qlora_export.training import record
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter, save_base
@@ -37,11 +37,10 @@ def without_leftovers(out: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def of_one_worker(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def of_one_worker(pico_recipe: RecipeMaker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """All formats, made by one thread from blocks of the usual size."""
     out = tmp_path_factory.mktemp("one")
-    data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": ALL}
-    run(make_recipe(data, Path(), "test"), out, workers=1)
+    run(pico_recipe(*ALL), out, workers=1)
     return folder_bytes(out)
 
 

@@ -15,7 +15,6 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
@@ -52,11 +51,10 @@ build(make_plan(recipe, Path(out)), Path(out), BuildOptions(2, int(checkpoint), 
 
 
 @pytest.fixture(scope="module")
-def whole(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(pico_recipe: RecipeMaker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed build makes."""
     out = tmp_path_factory.mktemp("whole")
-    recipe = make_recipe({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": FORMATS}, Path(), "test")
-    build(make_plan(recipe, out), out, BuildOptions())
+    build(make_plan(pico_recipe(*FORMATS), out), out, BuildOptions())
     return folder_bytes(out)
 
 

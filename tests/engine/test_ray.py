@@ -26,7 +26,6 @@ from qlora_export.engine.ray_crew import Crew, Question
 from qlora_export.engine.subjects import subjects_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
 from tests import sampling
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker
@@ -74,12 +73,10 @@ def address(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(pico_recipe: RecipeMaker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What threads make."""
     out = tmp_path_factory.mktemp("whole")
-    artifacts = [{"format": item} if isinstance(item, str) else item for item in FORMATS]
-    recipe = make_recipe({"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": artifacts}, Path(), "test")
-    build(make_plan(recipe, out), out, BuildOptions())
+    build(make_plan(pico_recipe(*FORMATS), out), out, BuildOptions())
     return folder_bytes(out)
 
 
@@ -250,7 +247,7 @@ def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_a
         "Crew._take = taken\n"
         "run()"
     )
-    child = forked("-c", script, *command(pico_base, pico_adapter, tmp_path / "out")[2:])
+    child = forked("-c", script, *command(pico_base, pico_adapter, tmp_path / "out")[2:], timeout=30)
     assert child.returncode == 143, child.stderr
     assert child.stderr.count("\n") == 1, child.stderr
     assert (tmp_path / "out/bf16.partial/.journal").is_file()
@@ -261,7 +258,7 @@ def test_a_cluster_of_its_own_says_nothing(pico_base: Path, pico_adapter: Path, 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     start = "" if sampling.all_cases() else WITHOUT_PAGES
     words = command(pico_base, pico_adapter, tmp_path / "out")[2:]
-    child = forked("-c", start + "from qlora_export.cli.main import run\nrun()", *words, env=environment)
+    child = forked("-c", start + "from qlora_export.cli.main import run\nrun()", *words, env=environment, timeout=120)
     assert child.returncode == 0, child.stderr
     assert child.stderr == ""
     assert child.stdout.count("\n") == 1
