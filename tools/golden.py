@@ -1,4 +1,4 @@
-"""What a release of the embedded model makes, in every format: a digest of each weight file, and the keys of the report.
+"""What a release of the embedded model makes in every format: digests of weight files, and the keys of the report.
 
 Two trees that print the same make the same artifacts. Nothing that depends on the date, the version or a path is in it:
 
