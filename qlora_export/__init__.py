@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qlora_export._version import __version__
+
 if TYPE_CHECKING:
     from qlora_export.comparing import compare
     from qlora_export.comparison.rows import Comparison
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from qlora_export.recipe import Recipe, load_recipe, make_recipe
     from qlora_export.report.run import Run
 
-__version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Recipe",
     "Run",
     "RunOptions",
+    "__version__",
     "build",
     "check",
     "compare",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_export import catalog
-from qlora_export.contracts import TORCH_NAMES, Format, TrainingQuantization
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
 from qlora_export.inputs import Inputs
 from qlora_export.merge.carried import differing_tokenizer_files
 from qlora_export.merge.combining import Weighted
@@ -14,6 +15,7 @@ from qlora_export.recipe import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.locate import hub_id, identity
 from qlora_export.tensors.dtypes import ITEM_BYTES
+from qlora_export.types import TORCH_NAMES, TrainingQuantization
 
 
 def assumptions_of(inputs: Inputs) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def _requantises(form: Format) -> bool:
 
 
 def _dense_experts(recipe: Recipe, checkpoint: Checkpoint, facts: TrainingFacts) -> list[str]:
-    merged = {name for name in catalog.FORMATS if _requantises(catalog.load_format(name, facts.live))}
+    merged = {name for name in catalog.FORMATS if _requantises(load_format(name, facts.live))}
     quantising = [item.name for item in recipe.artifacts if item.format in merged]
     if not facts.experts or not quantising:
         return []

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
 from importlib import import_module
-from inspect import signature
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
-from qlora_export.contracts import Exporter, Format, Options, Publisher, Rounding, Runtime, TrainingQuantization
 from qlora_export.errors import UsageError
 
 FORMATS = {
@@ -49,43 +45,6 @@ PUBLISHERS = {
     "folder": "qlora_export.publish.folder:open_registry",
     "hub": "qlora_export.publish.hub.publisher:open_hub",
 }
-NO_OPTIONS: Options = MappingProxyType({})
-
-
-def load_format(name: str, training: TrainingQuantization, options: Options = NO_OPTIONS) -> Format:
-    """The format of that name, told how the base was quantised in training; its options are keywords of its maker.
-
-    Raises UsageError for options that it does not have.
-    """
-    make = _load(FORMATS, "format", name)
-    known = [item.name for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY]
-    for option in options:
-        if not known:
-            raise UsageError(f"{name} has no options")
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}; known: {', '.join(known)}")
-    return cast(Format, make(training, **options))
-
-
-def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format:
-    """A format with others for some modules; raises UsageError for those that do not go together in one folder."""
-    return cast(Format, import_module("qlora_export.formats.mixed").mix(main, others, names))
-
-
-def load_exporter(name: str, options: Options, rounding: Rounding | None = None) -> Exporter:
-    """The exporter of that name with its options; raises UsageError where it takes over no integers so rounded."""
-    return cast(Exporter, _load(EXPORTERS, "format", name)(options, rounding))
-
-
-def load_runtime(name: str) -> Runtime:
-    """The runtime of that name."""
-    return cast(Runtime, _load(RUNTIMES, "runtime", name)())
-
-
-def load_publisher(to: str) -> Callable[..., Publisher]:
-    """What opens a destination `KIND:PLACE`, given the recipe, the run folder and the environment to publish in."""
-    kind, _, _ = to.partition(":")
-    return cast(Callable[..., Publisher], _load(PUBLISHERS, "publisher", kind))
 
 
 def require_known(table: dict[str, str], kind: str, name: str) -> None:
@@ -96,7 +55,8 @@ def require_known(table: dict[str, str], kind: str, name: str) -> None:
         raise UsageError(f"unknown {kind} {name!r}", hint)
 
 
-def _load(table: dict[str, str], kind: str, name: str) -> Any:
+def load(table: dict[str, str], kind: str, name: str) -> Any:
+    """What a table names; raises UsageError with the nearest known name where it names no such thing."""
     require_known(table, kind, name)
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Session
+from qlora_export.artifact import Artifact
 from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Measured, References, make_ledger
 from qlora_export.drift.measure import measure
@@ -49,6 +48,7 @@ from qlora_export.pipeline import RunOptions
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import DriftRecipe, Recipe, make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.onnx.artifacts import look_over, validated
 from qlora_export.runtimes.recognising import CONFIG, recognised
 from qlora_export.sources.adapter import adapter_config
@@ -60,6 +60,7 @@ from qlora_export.sources.text import DriftText
 
 if TYPE_CHECKING:
     from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.registry import load_runtime
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 BASE_HINT = "name the base that the adapter was trained on: --base FOLDER"
@@ -140,7 +141,7 @@ class _Model:
         """Load it."""
         if self.plan is not None:
             return open_trained(self.plan, device)
-        return catalog.load_runtime("transformers").open(self.checkpoint.folder, device)
+        return load_runtime("transformers").open(self.checkpoint.folder, device)
 
     def facts(self, drift: DriftRecipe | None, notes: Sequence[str]) -> RunFacts:
         """What the report says of it."""
@@ -281,7 +282,7 @@ def _opening(candidate: Artifact, model: _Model, question: Question, options: Ru
     """The candidate in its runtime."""
     runtime = str(candidate.manifest["runtime"])
     if runtime != "as-trained":
-        with catalog.load_runtime(runtime).open(candidate.path, options.device) as session:
+        with load_runtime(runtime).open(candidate.path, options.device) as session:
             yield session
         return
     from qlora_export.runtimes.as_trained import open_as_trained

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_export import catalog
+from qlora_export.artifact import Artifact
 from qlora_export.comparison.candidates import Candidate, candidates
 from qlora_export.comparison.costs import cost_of, fp32_cost, linear_modules, low_rank_cost
 from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
 from qlora_export.comparison.speed import Speed, speed_of
-from qlora_export.contracts import Artifact
 from qlora_export.drift.ledger import Entry, References, make_ledger
 from qlora_export.drift.probes import NO_TEXTS
 from qlora_export.drift.reference import require_reference
@@ -25,6 +25,7 @@ from qlora_export.drift.sizes import protocol_of
 from qlora_export.engine.building import locked
 from qlora_export.engine.trials import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
+from qlora_export.exporters.registry import load_exporter
 from qlora_export.measuring import (
     drift_text,
     drift_tokens,
@@ -188,7 +189,7 @@ def _recipe_of(recipe: Recipe, items: Sequence[Candidate]) -> Recipe:
 
 def _source(item: Candidate) -> Candidate:
     """What an exporter starts from."""
-    takes = catalog.load_exporter(item.format, {}, item.rounding).takes
+    takes = load_exporter(item.format, {}, item.rounding).takes
     return Candidate("bf16" if takes in ("dense", "adapter") else takes, item.rounding, item.onto)
 
 

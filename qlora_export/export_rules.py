@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, Problem, UsageError
+from qlora_export.exporters.registry import load_exporter
 from qlora_export.merge.carried import merged_config
 from qlora_export.merge.changes import AddedVector, Change, LowRank, Magnitude, ReplacedRows
 from qlora_export.merge.merged_model import MergedModel
@@ -24,7 +25,7 @@ def export_problems(recipe: Recipe, checkpoint: Checkpoint, model: MergedModel, 
         if item.format not in catalog.EXPORTERS:
             continue
         try:
-            exporter = catalog.load_exporter(item.format, item.options, item.rounding)
+            exporter = load_exporter(item.format, item.options, item.rounding)
         except UsageError:
             continue  # told elsewhere
         if (what := exporter.obstacle(config)) is not None:

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import TORCH_NAMES, TrainingQuantization
-from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
+from qlora_export.artifact import MANIFEST_NAME, read_artifact
 from qlora_export.errors import InputError, Problem, UsageError
 from qlora_export.merge.adapter_keys import factor_modules, sort_tensors
 from qlora_export.merge.base_rows import BaseRows, Training
@@ -41,6 +40,7 @@ from qlora_export.sources.locate import identity, local_folder
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.sources.weights import weight_bytes
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import TORCH_NAMES, TrainingQuantization
 
 Facts = Mapping[str, Any]
 VARIANTS = {

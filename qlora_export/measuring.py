@@ -12,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Measurement, NarrowableSession, Session, Track
+from qlora_export.artifact import Artifact
 from qlora_export.drift.batches import BATCH_TOKENS
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.drift.labelled import require_labels
@@ -29,6 +28,7 @@ from qlora_export.drift.reference_store import (
     columns_of,
     measurement_in,
 )
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.sizes import SizedProtocol, protocol_of
 from qlora_export.drift.survival import kept_layers
 from qlora_export.drift.tokens import TokenSet
@@ -37,13 +37,16 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
 from qlora_export.protocol_names import USUAL
 from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Limits, Recipe
+from qlora_export.runtimes.base import NarrowableSession, Session
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.context import context_tokens
 from qlora_export.sources.text import DriftText, read_text
+from qlora_export.types import Track
 
 if TYPE_CHECKING:
     from qlora_export.runtimes.as_trained import AsTrained
     from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.registry import load_runtime
 
 # What the noise floor is measured in, on about so many tokens.
 NOISE_DTYPE = "bfloat16"
@@ -171,7 +174,7 @@ def measure_folder(
 ) -> References:
     """Measure a model as transformers loads it; nothing that was kept before."""
     if not reference.known:
-        with catalog.load_runtime("transformers").open(folder, device) as session:
+        with load_runtime("transformers").open(folder, device) as session:
             found = columns_of(measure_model("the model", session, reference.rows, track))
             reference.keep({**found, **ask_reference(session, probes, track)})
     return _references(reference)
@@ -189,7 +192,7 @@ def _references(reference: Reference) -> References:
 def open_trained(plan: Plan, device: str = "cpu") -> Iterator[Session]:
     """The model that every artifact of a plan is compared with, on a device."""
     if plan.adapter is None:
-        with catalog.load_runtime("transformers").open(plan.checkpoint.folder, device) as session:
+        with load_runtime("transformers").open(plan.checkpoint.folder, device) as session:
             yield session
     else:
         yield _live(plan, device).tuned()

@@ -13,8 +13,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from qlora_export.contracts import HoldingFormat
 from qlora_export.errors import EnvironmentProblem
+from qlora_export.formats.base import HoldingFormat
 from qlora_export.merge.base_rows import BLOCK_WEIGHTS
 from qlora_export.planning import Plan, Route
 from qlora_export.sources.weights import Weight

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import cast
 
-from qlora_export import catalog
-from qlora_export.contracts import Format, Rounding, RoundingFormat, TrainingQuantization
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import Format, RoundingFormat
+from qlora_export.formats.mixed import mix
+from qlora_export.formats.registry import load_format
 from qlora_export.recipe import ArtifactRecipe, Override
+from qlora_export.types import Rounding, TrainingQuantization
 
 
 def overrides_of(item: ArtifactRecipe, modules: Iterable[str]) -> dict[str, Override]:
@@ -37,11 +40,11 @@ def mixed(
         return main
     forms: dict[str, Format] = {}
     for module, override in overrides_of(item, names).items():
-        form = catalog.load_format(override.format, training, override.options)
+        form = load_format(override.format, training, override.options)
         if isinstance(form, RoundingFormat) and rounding in form.roundings:
             form = form.rounded(rounding, training, item.seed)
         forms[module] = form
-    return catalog.mix(main, forms, names)
+    return cast(Format, mix(main, forms, names))
 
 
 def override_problems(item: ArtifactRecipe, modules: Iterable[str], training: TrainingQuantization) -> list[str]:
@@ -52,7 +55,7 @@ def override_problems(item: ArtifactRecipe, modules: Iterable[str], training: Tr
     unmatched = [pattern for pattern in item.overrides if not fnmatch.filter(known, pattern)]
     problems = [f"overrides: {pattern!r} matches no quantised module" for pattern in unmatched]
     try:
-        main = catalog.load_format(item.format, training, item.options)
+        main = load_format(item.format, training, item.options)
         mixed(item, main, training, {module: (module,) for module in known})
     except UsageError as error:
         problems.append(f"overrides: {error.message}" + (f" ({error.hint})" if error.hint else ""))

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_export import __version__
-from qlora_export.contracts import Artifact
+from qlora_export._version import __version__
+from qlora_export.artifact import Artifact
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, Refused, UsageError
 from qlora_export.planning import Plan

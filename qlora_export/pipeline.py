@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_export import catalog, engine
+from qlora_export import engine
 from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
-from qlora_export.contracts import Account, Progress, Publisher, Receipt, Track, Verified
 from qlora_export.drift.gate import recall
 from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import Reference, open_reference
+from qlora_export.drift.results import Verified
 from qlora_export.drift.sizes import protocol_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.tracing import Models, traced_entries
@@ -45,17 +45,20 @@ from qlora_export.measuring import (
 )
 from qlora_export.pinned import require_pinned, require_pinned_bytes
 from qlora_export.planning import ArtifactPlan, Plan, make_plan
+from qlora_export.publish.base import Account, Publisher
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove
+from qlora_export.publish.registry import load_publisher
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
-from qlora_export.report.run import Run
+from qlora_export.report.run import Receipt, Run
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.opening import open_artifact
 from qlora_export.settling import require_evidence, settle
 from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id_of_base
+from qlora_export.types import Progress, Track
 
 
 @contextmanager
@@ -238,7 +241,7 @@ def _is_left_out(item: ArtifactRecipe, entry: Mapping[str, Any]) -> bool:
 def _ready_publisher(recipe: Recipe, options: RunOptions) -> Publisher:
     if recipe.publish is None:
         raise UsageError("the recipe has no publish.to", "add `publish: {to: folder:PATH}`, or use check")
-    publisher = catalog.load_publisher(recipe.publish.to)(recipe, options.out, options.publisher_environment)
+    publisher = load_publisher(recipe.publish.to)(recipe, options.out, options.publisher_environment)
     publisher.require_ready([recipe.path(text) for text in recipe.sources])
     return publisher
 

@@ -14,21 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_export import __version__, catalog
+from qlora_export import catalog
+from qlora_export._version import __version__
 from qlora_export.assumptions import assumptions_of, combination_notes
-from qlora_export.contracts import (
-    Exporter,
-    Format,
-    MergeBase,
-    MixedFormat,
-    Onto,
-    Part,
-    RoundedExporter,
-    TensorSpec,
-    TrainingQuantization,
-)
 from qlora_export.errors import PlanRefused, Problem, UsageError
 from qlora_export.export_rules import export_problems
+from qlora_export.exporters.base import Exporter, RoundedExporter
+from qlora_export.exporters.registry import load_exporter
+from qlora_export.formats.base import Format, MixedFormat
+from qlora_export.formats.registry import load_format
 from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
 from qlora_export.merge.carried import (
@@ -65,6 +59,7 @@ from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
+from qlora_export.types import MergeBase, Onto, Part, TensorSpec, TrainingQuantization
 
 INTERPRETER_BYTES = 220_000_000
 TRANSFORMERS_BYTES = 300_000_000
@@ -274,7 +269,7 @@ def _plan_artifact(inputs: Inputs, item: ArtifactRecipe, rounding: RoundingChoic
     checkpoint, form = inputs.checkpoint, rounding.form
     dense = form
     if form.quantises:
-        dense = catalog.load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
+        dense = load_format(catalog.DENSE_FORMATS[form.dense_dtype], inputs.training)
     model = inputs.unmerged if form.consumes == "base" else inputs.model
     encoded = encoded_modules(item, inputs.facts) if form.quantises else frozenset()
     routes = {}
@@ -302,7 +297,7 @@ def _form_of(form: Format, spec: TensorSpec) -> Format:
 
 def _plan_export(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[ArtifactPlan, ...]) -> ExportPlan:
     """An export from the first artifact that its exporter can start from, or from the adapter."""
-    exporter = catalog.load_exporter(item.format, item.options, item.rounding)
+    exporter = load_exporter(item.format, item.options, item.rounding)
     source = _export_source(inputs, item, exporter, artifacts)
     if exporter.takes == "adapter" and inputs.adapter is None:
         raise UsageError(f"artifact {item.name}: the recipe has no adapter", "name one, or drop the artifact")

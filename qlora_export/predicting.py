@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, Format, MergeBase, Piece, TensorSpec
+from qlora_export.formats.base import Format
 from qlora_export.merge.base_rows import BaseRows, Rows, Training
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.merged_model import Output
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, MergeBase, Piece, TensorSpec
 
 SAMPLE_WEIGHTS = 1 << 15
 PLACES = 4

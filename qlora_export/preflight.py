@@ -15,8 +15,9 @@ from typing import TypeVar
 import numpy as np
 
 from qlora_export import catalog
-from qlora_export.contracts import Format
 from qlora_export.errors import ExitCode, ExportError, Problem, UsageError
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
 from qlora_export.merge.homes import Match
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
@@ -234,7 +235,7 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
         form = _format(artifact, facts)
         if isinstance(form, UsageError):
             problems.append((artifact, form.message))
-            form = catalog.load_format(artifact.format, training)
+            form = load_format(artifact.format, training)
         problems += [(artifact, what) for what in _override_problems(artifact, facts)]
         unmatched = [pattern for pattern in artifact.keep if not fnmatch.filter(facts.encodable, pattern)]
         problems += [(artifact, f"keep {pattern!r} matches no quantised module") for pattern in unmatched]
@@ -259,7 +260,7 @@ def artifact_problems(recipe: Recipe, facts: TrainingFacts) -> list[Problem]:
 def _format(artifact: ArtifactRecipe, facts: TrainingFacts) -> Format | UsageError:
     """The artifact's format, or what is wrong with its options."""
     try:
-        return catalog.load_format(artifact.format, facts.live, artifact.options)
+        return load_format(artifact.format, facts.live, artifact.options)
     except UsageError as error:
         return error
 
@@ -314,7 +315,7 @@ def kept_adapter_problems(recipe: Recipe, facts: TrainingFacts, model: MergedMod
             "choose a merged format",
         )
         for item in recipe.artifacts
-        if item.format in catalog.FORMATS and catalog.load_format(item.format, facts.live).keeps_adapter
+        if item.format in catalog.FORMATS and load_format(item.format, facts.live).keeps_adapter
     ]
 
 

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qlora_export.calibration_recipe import CalibrationMethod, CalibrationPart, CalibrationRecipe
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, require_known
-from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, Rounding, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
 from qlora_export.protocol_names import FEWEST_TOKENS, USUAL, choose_protocol
+from qlora_export.types import BLOCK_SIZES, FROM_TORCH_NAMES, Onto, OntoChoice, Rounding, TrainingQuantization
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 TraceWhen = Literal["failing", "always", "never"]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export import catalog
-from qlora_export.contracts import CorrectedFormat, Format, MergeBase, Rounding, RoundingFormat
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import CorrectedFormat, Format, RoundingFormat
+from qlora_export.formats.registry import load_format
 from qlora_export.inputs import Inputs
 from qlora_export.merge.merged_model import Output
 from qlora_export.mixing import mixed
@@ -22,6 +23,7 @@ from qlora_export.preflight import encoded_modules
 from qlora_export.recipe import ArtifactRecipe
 from qlora_export.rounding_rules import CALIBRATED, usual_rounding
 from qlora_export.sources.weights import FourBitWeight
+from qlora_export.types import MergeBase, Rounding
 
 # Nearest on the grid of training is as good as dithering from here on.
 SURVIVES = 0.98
@@ -105,7 +107,7 @@ def choose_roundings(inputs: Inputs) -> dict[str, RoundingChoice]:
 
 
 def _asked(inputs: Inputs, item: ArtifactRecipe) -> RoundingChoice:
-    form = catalog.load_format(item.format, inputs.training, item.options)
+    form = load_format(item.format, inputs.training, item.options)
     if not form.quantises or form.consumes == "base":
         return RoundingChoice(form, item.rounding, None)
     rounding = usual_rounding(inputs.recipe, item, inputs.facts, inputs.model)
@@ -140,7 +142,7 @@ def _questions(inputs: Inputs, item: ArtifactRecipe, choice: RoundingChoice) -> 
     modules: AbstractSet[str] = encoded_modules(item, inputs.facts)
     if choice.chosen != "dithered":
         return {item.name: Question(choice.form, inputs.onto(item), modules)}
-    nearest = catalog.load_format(item.format, inputs.training, item.options)
+    nearest = load_format(item.format, inputs.training, item.options)
     questions = {_beside(item): Question(nearest, "as-trained", modules)}
     if not _stored_codes(inputs, modules):
         questions[item.name] = Question(choice.form, "stored", modules)
@@ -152,7 +154,7 @@ def _chosen(
 ) -> RoundingChoice:
     nearest, predicted = answers.get(_beside(item)), answers.get(item.name)
     if nearest is not None and nearest.median >= SURVIVES:
-        form = catalog.load_format(item.format, inputs.training, item.options)
+        form = load_format(item.format, inputs.training, item.options)
         return RoundingChoice(form, item.rounding, "nearest", None, nearest, nearest)
     by_chance = choice.chosen == "dithered" and _stored_codes(inputs, encoded_modules(item, inputs.facts))
     return replace(choice, seed=item.seed if by_chance else None, predicted=predicted, nearest=nearest)

@@ -12,12 +12,15 @@ What cannot be is told before anything is built.
 from __future__ import annotations
 
 from qlora_export import catalog
-from qlora_export.contracts import CorrectedFormat, Format, GridFormat, Rounding, RoundingFormat
 from qlora_export.errors import ExitCode, Problem, UsageError
+from qlora_export.exporters.registry import load_exporter
+from qlora_export.formats.base import CorrectedFormat, Format, GridFormat, RoundingFormat
+from qlora_export.formats.registry import load_format
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.weights import FourBitWeight
+from qlora_export.types import Rounding
 
 CALIBRATED: tuple[Rounding, ...] = ("calibrated", "tuned")
 SEE = "see docs/rounding.md for what rounds which format, or leave `rounding` out"
@@ -28,7 +31,7 @@ def usual_rounding(recipe: Recipe, item: ArtifactRecipe, facts: TrainingFacts, m
     """The rounding that is stated; else dithering where it is possible, and nearest."""
     if item.rounding is not None:
         return item.rounding
-    form = catalog.load_format(item.format, facts.live, item.options)
+    form = load_format(item.format, facts.live, item.options)
     if isinstance(form, CorrectedFormat):
         return "calibrated"
     knows = isinstance(form, RoundingFormat) and "dithered" in form.roundings
@@ -49,7 +52,7 @@ def _obstacle(recipe: Recipe, item: ArtifactRecipe, facts: TrainingFacts, model:
     if item.format in catalog.EXPORTERS:
         return _unexported(item)
     try:
-        form = catalog.load_format(item.format, facts.live, item.options)
+        form = load_format(item.format, facts.live, item.options)
     except UsageError:
         form = None  # the options are told elsewhere
     if isinstance(form, CorrectedFormat):
@@ -73,7 +76,7 @@ def _obstacle(recipe: Recipe, item: ArtifactRecipe, facts: TrainingFacts, model:
 def _unexported(item: ArtifactRecipe) -> tuple[str, str] | None:
     """What keeps an exporter from this rounding or these options, and a hint."""
     try:
-        catalog.load_exporter(item.format, item.options, item.rounding)
+        load_exporter(item.format, item.options, item.rounding)
     except UsageError as error:
         return error.message, error.hint
     return None

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export import catalog
-from qlora_export.contracts import Onto
 from qlora_export.drift.ledger import Ledger
 from qlora_export.engine.trials import ONTO_TRIAL
 from qlora_export.errors import UsageError
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import ArtifactRecipe, Recipe
 from qlora_export.sources.text import read_text
+from qlora_export.types import Onto
 
 DECISION_NAME = "onto.json"
 SAMPLE_TOKENS = 4096

@@ -16,12 +16,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Rounding
 from qlora_export.errors import ExportError, UsageError
 from qlora_export.merge.homes import match_adapter
 from qlora_export.merge.training_facts import training_facts
 from qlora_export.opening import open_sources
 from qlora_export.recipe import AUTO, ArtifactRecipe, Recipe
+from qlora_export.types import Rounding
 
 BITS = (4, 8)
 KNOWN = "auto knows `options: {adapters: true | false, bits: 4 | 8}`"

@@ -20,11 +20,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_export.contracts import FROM_TORCH_NAMES, TrainingQuantization
 from qlora_export.errors import ExportError, UsageError
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.live_model import Repacked, trained_module
 from qlora_export.sources.sidecar import write_sidecar
+from qlora_export.types import FROM_TORCH_NAMES, TrainingQuantization
 
 RECORDED_PACKAGES = ("transformers", "bitsandbytes", "peft", "torch")
 

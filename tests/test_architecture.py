@@ -11,8 +11,12 @@ import pytest
 
 import qlora_export
 from qlora_export import catalog
-from qlora_export.contracts import Artifact, Drift, TrainingQuantization, Verdict, Verified
+from qlora_export.artifact import Artifact
+from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.errors import GateFailed
+from qlora_export.formats.registry import load_format
+from qlora_export.runtimes.registry import load_runtime
+from qlora_export.types import TrainingQuantization
 from tests.conftest import LONG_FILES
 from tests.drift.test_gate import PERFECT
 
@@ -49,9 +53,9 @@ def test_a_verified_without_a_passing_verdict_cannot_exist(outcome: str) -> None
 
 def test_every_name_in_the_catalog_loads() -> None:
     for name in catalog.FORMATS:
-        assert catalog.load_format(name, TrainingQuantization()).name == name
+        assert load_format(name, TrainingQuantization()).name == name
     for name in catalog.RUNTIMES:
-        assert catalog.load_runtime(name).name == name
+        assert load_runtime(name).name == name
     assert set(catalog.DENSE_FORMATS.values()) <= set(catalog.FORMATS)
 
 

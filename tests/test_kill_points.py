@@ -20,7 +20,8 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export import engine, make_recipe
-from qlora_export.contracts import Account, Drift, Verdict, Verified
+from qlora_export.publish.base import Account
+from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.engine import BuildOptions
 from qlora_export.planning import make_plan
 from qlora_export.publish.folder import FolderPublisher

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from qlora_export.cli.options import byte_count
-from qlora_export.contracts import Part
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.memory import peak_memory_bytes, workers_within
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.tensors.layout import lay_out
+from qlora_export.types import Part
 from tests.cli.inside import inside
 from tests.helpers.pico import RecipeMaker
 

@@ -36,10 +36,10 @@ from bench_model import Shape, make_base
 from quality_models import DEMO, scaled_adapter
 
 from qlora_export.checking import Question, check_against
-from qlora_export.contracts import Drift, Measurement
 from qlora_export.drift.gate import deciding_tokens, judge
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
+from qlora_export.drift.results import Drift, Measurement
 from qlora_export.drift.statistics import compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExportError

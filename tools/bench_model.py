@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_export.contracts import Part, Piece
 from qlora_export.tensors.layout import Layout, lay_out
 from qlora_export.tensors.writing import ShardWriter
+from qlora_export.types import Part, Piece
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ from quality_models import WINDOW_TOKENS, QualityModel, find_model, scaled_adapt
 from quality_rows import PEER, PLAIN, Row, Table, print_table, ratios_of
 
 from qlora_export import Recipe, Run, RunOptions, build, check, make_recipe
-from qlora_export.contracts import Artifact, Drift
+from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Entry
+from qlora_export.drift.results import Drift
 from qlora_export.errors import ExportError
 
 ROWS: dict[str, dict[str, Any]] = {

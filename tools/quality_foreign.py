@@ -10,13 +10,13 @@ from pathlib import Path
 from quality_models import QualityModel, calibration_ids
 
 from qlora_export import Run
-from qlora_export.catalog import load_runtime
-from qlora_export.contracts import Drift
 from qlora_export.drift.measure import measure
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
+from qlora_export.drift.results import Drift
 from qlora_export.drift.statistics import compare
 from qlora_export.measuring import measure_references, reference_key
 from qlora_export.pipeline import untracked
+from qlora_export.runtimes.registry import load_runtime
 
 REFERENCE_BYTES = 8_000_000_000
 

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_export.contracts import CorrectedFormat, Float32, TensorSpec
+from qlora_export.formats.base import CorrectedFormat
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.rounding.low_rank_correction import low_rank_correction
+from qlora_export.types import Float32, TensorSpec
 
 
 def correction_parts(

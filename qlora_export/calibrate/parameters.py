@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Onto, StoredScales, TensorSpec
 from qlora_export.merge.base_rows import require_finite
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.merge.names import names_of
@@ -21,6 +20,7 @@ from qlora_export.quant.four_bit import GRIDS, NF4, FourBitGrid
 from qlora_export.sources.architecture import Home
 from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Onto, StoredScales, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import transformers
 
-from qlora_export import __version__
+from qlora_export._version import __version__
 from qlora_export.calibrate.decoder import open_decoder, require_stored
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
 from qlora_export.calibrate.store import BlockStore, KeptBlock
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.whole_model import tuned
-from qlora_export.contracts import GridFormat
+from qlora_export.formats.base import GridFormat
 from qlora_export.planning import ArtifactPlan, Made, Plan, route_parts
 from qlora_export.tensors.reading import SourceFiles
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from qlora_export.calibrate.layer import Parts
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.store import KeptBlock
-from qlora_export.contracts import Float32, GridFormat, TensorSpec
+from qlora_export.formats.base import GridFormat
 from qlora_export.planning import ArtifactPlan
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, TensorSpec
 
 
 @dataclass(frozen=True)

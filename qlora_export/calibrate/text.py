@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.calibration_recipe import CalibrationRecipe
-from qlora_export.contracts import Tokenizer
 from qlora_export.errors import InputError
 from qlora_export.sources.text import joined, read_entries
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
 from qlora_export.sources.windows import digest_of_tokens, text_windows
 
 # Fewer sequences describe their own noise as much as the activations of the model.

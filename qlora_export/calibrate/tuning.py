@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_export.calibrate.activations import Batch
-from qlora_export.contracts import Progress
 from qlora_export.quant.rounding.grid import Grid
+from qlora_export.types import Progress
 
 HELD_OUT = 8
 

@@ -17,7 +17,7 @@ from qlora_export.calibrate.store import KeptBlock
 from qlora_export.calibrate.subjects import Subject, raw_parts
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.tuning import TunedLayer, tune
-from qlora_export.contracts import TORCH_NAMES
+from qlora_export.types import TORCH_NAMES
 
 Facts = dict[str, dict[str, Any]]
 

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qlora_export import __version__
+from qlora_export._version import __version__
 from qlora_export.cli import (
     build,
     check,

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-from qlora_export.contracts import Part
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.names import EMBEDDING, EMBEDDING_LIKE, EXPERT, HEAD
 from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import Part
 
 Arithmetic = Literal["float", "int8", "fp8"]
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")

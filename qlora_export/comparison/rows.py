@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from qlora_export.comparison.candidates import Candidate
 from qlora_export.comparison.costs import Cost, LowRankCost
 from qlora_export.comparison.speed import Speed
-from qlora_export.contracts import Drift, Onto, Rounding
 from qlora_export.drift.ledger import Entry
+from qlora_export.drift.results import Drift
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.recipe import Limits
+from qlora_export.types import Onto, Rounding
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from qlora_export.contracts import GreedySession, Session
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.runtimes.base import GreedySession, Session
 
 REPEATS = 5
 # A small model is repeated for as long: its runs are short enough to fall between what else the machine does.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qlora_export.contracts import BatchedSession, Float32, Session
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import EnvironmentProblem
+from qlora_export.runtimes.base import BatchedSession, Session
+from qlora_export.types import Float32
 
 BATCH_TOKENS = 1024
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_export.contracts import Tokenizer
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import InputError
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
 
 
 def chat_windows(entry: Entry, block: int, tokenizer: Tokenizer, window_tokens: int) -> Iterator[Window]:

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Progress, Session, Tokenizer
 from qlora_export.drift.batches import batched_rows
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import InputError
+from qlora_export.runtimes.base import Session
 from qlora_export.sources.questions import Question
+from qlora_export.sources.tokenizer import Tokenizer
+from qlora_export.types import Progress
 
 SHOWN = 100
 Scores = NDArray[np.float64]

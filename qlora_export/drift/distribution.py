@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Measurement
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.statistics import Bootstrap
 from qlora_export.drift.tokens import TokenSet
 

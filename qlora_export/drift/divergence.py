@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32
+from qlora_export.types import Float32
 
 SMALL = 0.25
 # Beyond this a probability is no float32 any more.

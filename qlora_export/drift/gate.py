@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_export.contracts import Artifact, Drift, Outcome, Verdict, Verified
+from qlora_export.artifact import Artifact
+from qlora_export.drift.results import Drift, Outcome, Verdict, Verified
 from qlora_export.drift.statistics import Beside
 from qlora_export.drift.tokens import Unit
 from qlora_export.errors import GateFailed, VerifyMismatch

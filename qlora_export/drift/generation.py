@@ -15,12 +15,14 @@ from statistics import fmean, median
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import GreedySession, Progress, Session, Tokenizer
 from qlora_export.drift.batches import batched_rows
 from qlora_export.drift.tokens import Window
 from qlora_export.drift.worst import Decode
 from qlora_export.errors import InputError, UsageError
+from qlora_export.runtimes.base import GreedySession, Session
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
+from qlora_export.types import Progress
 
 SHOWN = 5
 Tokens = tuple[int, ...]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from qlora_export.contracts import Tokenizer
 from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import InputError, UsageError
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
 
 HINT = 'give lines {"text": ..., "label": ...}, the label by its number from 0 or by its name'
 SHOWN_LABELS = 10

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_export.contracts import Float32
+from qlora_export.types import Float32
 
 
 @dataclass

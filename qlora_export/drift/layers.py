@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
-from qlora_export.contracts import Drift
+from qlora_export.drift.results import Drift
 
 WeightedOf = Literal["shipped", "before tuning"]
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from qlora_export.contracts import Artifact, Drift, Measurement, Sample, Verdict, Verified
+from qlora_export.artifact import Artifact
 from qlora_export.drift.choices import Choices
 from qlora_export.drift.distribution import Distribution, distribution_of
 from qlora_export.drift.gate import failed_by, judge, verify
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.layers import KeptLayer, summarised
 from qlora_export.drift.probes import NO_ANSWERS, Answers
+from qlora_export.drift.results import Drift, Measurement, Sample, Verdict, Verified
 from qlora_export.drift.statistics import Beside, beside, compare, sample_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qlora_export.contracts import Float32, Measurement, Progress, Session
 from qlora_export.drift.batches import batched_rows
 from qlora_export.drift.divergence import divergences
 from qlora_export.drift.reference_store import ReferenceProbabilities
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import Window, first_windows
 from qlora_export.errors import InputError
+from qlora_export.runtimes.base import Session
+from qlora_export.types import Float32, Progress
 
 
 def keep_reference(session: Session, store: ReferenceProbabilities, progress: Progress) -> None:

@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import Session, Tokenizer, Track
 from qlora_export.drift.choices import AskedQuestion, Choices, asked_questions, compare_choices, score_choices
 from qlora_export.drift.generation import Generation, Prompt, compare_generation, generate, prompts_of
 from qlora_export.drift.reference_store import Columns
 from qlora_export.drift.worst import Decode
 from qlora_export.recipe import DriftRecipe
+from qlora_export.runtimes.base import Session
 from qlora_export.sources.questions import Question, read_questions
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
 from qlora_export.sources.windows import digest_of_tokens
+from qlora_export.types import Track
 
 SCORES, WRITTEN, LENGTHS = "choices.scores", "generation.tokens", "generation.lengths"
 

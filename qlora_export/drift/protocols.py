@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from qlora_export.contracts import Tokenizer
 from qlora_export.drift.chats import chat_windows
 from qlora_export.drift.documents import documents_of
 from qlora_export.drift.labelled import labelled_tokens
@@ -26,6 +25,7 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.protocol_names import FEWEST_TOKENS, LABELS, Kind, protocol_of_name
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Entry
+from qlora_export.sources.tokenizer import Tokenizer
 
 RENDERED_ANEW = ", a further one where the template renders earlier turns anew"
 

@@ -13,8 +13,8 @@ from typing import Self
 
 import numpy as np
 
-from qlora_export.contracts import Float32
 from qlora_export.errors import EnvironmentProblem
+from qlora_export.types import Float32
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, Measurement
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.errors import EnvironmentProblem, InputError
+from qlora_export.types import Float32
 
 VERSION = 2
 FOLDER = "references"

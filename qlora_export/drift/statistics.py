@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Drift, Measurement, Sample
+from qlora_export.drift.results import Drift, Measurement, Sample
 from qlora_export.drift.tokens import TokenSet, first_windows
 
 RESAMPLES = 1000

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
-from qlora_export.contracts import ServedTokenizer
 from qlora_export.errors import InputError
 from qlora_export.sources.text import DriftText
+from qlora_export.sources.tokenizer import ServedTokenizer
 
 SHOWN_TOKENS = 5
 SHOWN_CHARACTERS = 40

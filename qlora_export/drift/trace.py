@@ -20,10 +20,11 @@ from statistics import median
 
 import numpy as np
 
-from qlora_export.contracts import Float32, TracedLayer, TracedSession
 from qlora_export.drift.layer_difference import Difference
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.runtimes.base import TracedLayer, TracedSession
+from qlora_export.types import Float32
 
 TRACED_TOKENS = 256
 TIMES_USUAL = 4.0

@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_export.contracts import Session, TracedSession, Track
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace, record, trace, traced_windows
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.recipe import TraceWhen
+from qlora_export.runtimes.base import Session, TracedSession
+from qlora_export.types import Track
 
 Opened = AbstractContextManager[Session]
 # Those whose sessions are models of torch, so that the reference is not loaded for others.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Float32
 from qlora_export.drift.divergence import divergences
+from qlora_export.types import Float32
 
 SAME_MODEL_KL = 1e-4
 # The same integers, which torch rounds to 16 bits once they are decoded.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.contracts import Measurement
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import TokenSet
 
 SHOWN = 20

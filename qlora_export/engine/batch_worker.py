@@ -17,10 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_export.artifact import FileFacts
 from qlora_export.engine.batches import Batch
 from qlora_export.engine.collecting import few_collections
 from qlora_export.engine.journal import marked
-from qlora_export.engine.manifest import FileFacts, versions
+from qlora_export.engine.manifest import versions
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.engine.subjects import Subject, Workshop, destinations_of
 from qlora_export.engine.workers import WorkerPool

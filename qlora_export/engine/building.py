@@ -18,10 +18,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_export.contracts import Artifact
+from qlora_export.artifact import Artifact, read_artifact, require_same_sources, verify_artifact
 from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.journal import JOURNAL_NAME
-from qlora_export.engine.manifest import read_artifact, require_same_sources, verify_artifact
 from qlora_export.engine.one_pass import run_pass
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder

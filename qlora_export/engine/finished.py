@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qlora_export.contracts import Artifact
+from qlora_export.artifact import Artifact
 from qlora_export.engine.building import finished_artifact, locked
 from qlora_export.engine.export import kept_export
 from qlora_export.errors import UsageError

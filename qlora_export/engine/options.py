@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qlora_export.contracts import Progress
 from qlora_export.memory import spare_threads
+from qlora_export.types import Progress
 
 Engine = Literal["threads", "ray"]
 

@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from qlora_export.artifact import FileFacts
 from qlora_export.engine.batch_worker import assign
 from qlora_export.engine.batches import Batch, cut
-from qlora_export.engine.manifest import FileFacts
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.source_digests import SourceDigests

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora_export.engine.manifest import file_facts
+from qlora_export.artifact import file_facts
 from qlora_export.engine.tensor_job import RowBlock
 from qlora_export.tensors.reading import BeforeWait
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import UsageError
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, open_adapter
 from qlora_export.sources.sidecar import SIDECAR_NAME
+from qlora_export.types import Options, Rounding, Takes
 
 
 @dataclass(frozen=True)

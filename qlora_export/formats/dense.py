@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import all_finite_16
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.types import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
 
 # Exponent bits of infinity, and the largest finite value.
 LARGEST = {"F16": (0x7C00, 65504.0), "BF16": (0x7F80, 3.3895314e38)}

@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
+from qlora_export.formats.base import Chosen, LevelGrid
+from qlora_export.formats.four_bit_encoders import FourBitDitherer, FourBitEncoder
+from qlora_export.quant import four_bit, nested
+from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
+from qlora_export.types import (
     TORCH_NAMES,
-    Chosen,
     Consumes,
     Float32,
-    LevelGrid,
     Part,
     Piece,
     Rounding,
@@ -38,9 +40,6 @@ from qlora_export.contracts import (
     TensorSpec,
     TrainingQuantization,
 )
-from qlora_export.formats.four_bit_encoders import FourBitDitherer, FourBitEncoder
-from qlora_export.quant import four_bit, nested
-from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
 
 LONGEST_OFFSET = -1.2345678901234567e-100
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 from qlora_export.errors import UsageError
 from qlora_export.formats.four_bit import FourBit, nf4
 from qlora_export.formats.four_bit_encoders import FourBitEncoder
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.types import Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 FACTOR_DTYPE = "BF16"
 CORRECTION_BITS = 0.1

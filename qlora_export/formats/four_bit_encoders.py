@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, Piece, StoredScales, TensorSpec
 from qlora_export.device import kernels
 from qlora_export.quant import dithering, nested
 from qlora_export.quant.searched_scales import search_blocks
+from qlora_export.types import Float32, Piece, StoredScales, TensorSpec
 
 if TYPE_CHECKING:
     from qlora_export.formats.four_bit import FourBit

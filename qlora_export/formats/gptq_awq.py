@@ -24,19 +24,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Chosen,
-    Consumes,
-    Float32,
-    LevelGrid,
-    Part,
-    Piece,
-    Rounding,
-    TensorSpec,
-    TrainingQuantization,
-)
 from qlora_export.device import kernels
 from qlora_export.errors import InputError, UsageError
+from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.quant import integers
 from qlora_export.quant.column_packing import (
     AWQ_ORDER,
@@ -52,6 +42,7 @@ from qlora_export.quant.integers import Grid
 from qlora_export.quant.scales import Int8
 from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 GROUP_SIZES = (32, 64, 128)
 SMALLEST_HALF = np.float32(2.0**-24)

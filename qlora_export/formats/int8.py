@@ -16,24 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Chosen,
-    Consumes,
-    Float32,
-    LevelGrid,
-    Part,
-    Piece,
-    Rounding,
-    TensorSpec,
-    TrainingQuantization,
-)
 from qlora_export.device import kernels
 from qlora_export.errors import InputError
+from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.quant import row_integers
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.scales import Int8 as Codes
 from qlora_export.quant.scales import absmax
 from qlora_export.tensors.dtypes import narrow, round_to, widen
+from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 THRESHOLD = 6.0
 LAST = 127

@@ -15,15 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Consumes,
-    Float32,
-    Format,
-    Part,
-    TensorEncoder,
-    TensorSpec,
-)
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import Format, TensorEncoder
+from qlora_export.types import Consumes, Float32, Part, TensorSpec
 
 METHOD = "compressed-tensors"
 Raw = NDArray[np.uint8]

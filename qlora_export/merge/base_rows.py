@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 
-from qlora_export.contracts import MergeBase, TensorSpec, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.device.accelerator import BLOCK_WEIGHTS as ACCELERATED_WEIGHTS
 from qlora_export.device.accelerator import Accelerator
@@ -22,6 +21,7 @@ from qlora_export.quant.four_bit import rows_of_whole_blocks
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import MergeBase, TensorSpec, TrainingQuantization
 
 # Weights that a worker moves at once: enough for the interpreter not to matter, few enough to stay in the caches.
 BLOCK_WEIGHTS = 1 << 18

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TORCH_NAMES, CorrectedFormat, Format
+from qlora_export.formats.base import CorrectedFormat, Format
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, Adapter
 from qlora_export.sources.checkpoint import Checkpoint, require_contained
 from qlora_export.sources.sidecar import SIDECAR_NAME
+from qlora_export.types import TORCH_NAMES
 
 TOKENIZER_NAME = re.compile(
     r"tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export import __version__
+from qlora_export._version import __version__
 from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.adapter_keys import PREFIX, ModuleTensors, sort_tensors
 from qlora_export.quant.floats import Float32

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_export.contracts import TensorSpec
 from qlora_export.merge.changes import Change
 from qlora_export.merge.names import Names
 from qlora_export.sources.weights import Weight
+from qlora_export.types import TensorSpec
 
 
 @dataclass(frozen=True)

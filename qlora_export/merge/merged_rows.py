@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_export.contracts import Onto
 from qlora_export.merge.base_rows import BaseRows, Training
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Onto
 
 
 class MergedRows:

@@ -13,7 +13,6 @@ import threading
 
 import numpy as np
 
-from qlora_export.contracts import TensorSpec, TrainedModule, TrainingQuantization
 from qlora_export.device import kernels
 from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
@@ -21,6 +20,7 @@ from qlora_export.quant import four_bit, nested
 from qlora_export.quant.floats import Float32, UInt8, all_finite
 from qlora_export.sources.sidecar import absmax_sha256
 from qlora_export.tensors.dtypes import round_to
+from qlora_export.types import TensorSpec, TrainedModule, TrainingQuantization
 
 
 class TrainedBase:

@@ -11,12 +11,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_export.contracts import FROM_TORCH_NAMES, TrainingQuantization
 from qlora_export.merge.base_rows import Training
 from qlora_export.merge.names import DENSE_BY_DEFAULT, EXPERT, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import FourBitWeight, Int8Weight
+from qlora_export.types import FROM_TORCH_NAMES, TrainingQuantization
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora_export import __version__
+from qlora_export._version import __version__
+from qlora_export.artifact import MANIFEST_NAME, FileFacts
 from qlora_export.drift.gate import Z_95
-from qlora_export.engine.manifest import MANIFEST_NAME, FileFacts
 from qlora_export.publish.origins import ADAPTER_DIGEST, Origin, origins
 
 METRICS = ("perplexity", "mean_kl", "same_top1", "gain_kept")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from qlora_export.engine.manifest import FileFacts
+from qlora_export.artifact import FileFacts
 from qlora_export.errors import InputError, Refused
 
 LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>.+)")

@@ -22,12 +22,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora_export.contracts import Account, Artifact, Receipt, Verified
+from qlora_export.artifact import Artifact, file_facts
+from qlora_export.drift.results import Verified
 from qlora_export.engine.building import disk_errors
-from qlora_export.engine.manifest import file_facts
 from qlora_export.engine.partial import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
+from qlora_export.publish.base import Account
 from qlora_export.recipe import Recipe
+from qlora_export.report.run import Receipt
 
 MARKER_NAME = "registry.json"
 MARKER_PARTIAL = f".{MARKER_NAME}.partial"

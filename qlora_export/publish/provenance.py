@@ -17,8 +17,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_export import __version__
-from qlora_export.engine.manifest import FileFacts
+from qlora_export._version import __version__
+from qlora_export.artifact import FileFacts
 from qlora_export.publish.origins import ADAPTER_DIGEST, Origin, origins
 from qlora_export.publish.public_recipe import without_machine_paths
 

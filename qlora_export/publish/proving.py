@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_export.contracts import Proof, Receipt, Sample, Session
+from qlora_export.artifact import file_facts, read_artifact
+from qlora_export.drift.results import Sample
 from qlora_export.drift.statistics import SAMPLE_TOKENS
 from qlora_export.drift.tokens import TokenSet, first_windows
-from qlora_export.engine.manifest import file_facts, read_artifact
 from qlora_export.errors import VerifyMismatch
 from qlora_export.planning import Plan
+from qlora_export.report.run import Proof, Receipt
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.opening import open_artifact
 
 TOLERANCE_NATS = 1e-3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Artifact
+from qlora_export.artifact import Artifact
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export import __version__
-from qlora_export.contracts import Account, Artifact, Verified
-from qlora_export.engine.manifest import MANIFEST_NAME, FileFacts, file_facts
+from qlora_export._version import __version__
+from qlora_export.artifact import MANIFEST_NAME, Artifact, FileFacts, file_facts
+from qlora_export.drift.results import Verified
 from qlora_export.errors import PlanRefused
+from qlora_export.publish.base import Account
 from qlora_export.publish.bom import bill_of_materials
 from qlora_export.publish.card import CardFacts, CardItem, make_card
 from qlora_export.publish.checksums import checksums

@@ -20,11 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora_export import catalog
-from qlora_export.contracts import Artifact, Proof
+from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.sizes import recorded_protocol
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.publish.checksums import read_checksums
 from qlora_export.publish.hub.commit import WEIGHTS
@@ -33,6 +32,8 @@ from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.publish.proving import prove_files, prove_sample
 from qlora_export.publish.signing import parse_verifier, verify_signature
 from qlora_export.report.recorded import read_report, recorded_sample
+from qlora_export.report.run import Proof
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.locate import hub_id
 from qlora_export.sources.text import read_text
 
@@ -199,7 +200,7 @@ def _opened(copy: _Copy, wanted: Wanted) -> dict[str, Proof]:
 
 def _open(copy: _Copy, artifact: Artifact, wanted: Wanted) -> Proof:
     proof = Proof(len(artifact.manifest["files"]), artifact.bytes)
-    with catalog.load_runtime(str(artifact.manifest["runtime"])).open(artifact.path) as session:
+    with load_runtime(str(artifact.manifest["runtime"])).open(artifact.path) as session:
         if wanted.text is None:
             return proof
         report = read_report(copy.folder / REPORT_PATH)

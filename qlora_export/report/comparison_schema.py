@@ -7,7 +7,7 @@ from typing import get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, RUNTIMES
 from qlora_export.comparison.costs import Arithmetic, LowRankCost
-from qlora_export.contracts import Drift, Onto, Rounding
+from qlora_export.drift.results import Drift
 from qlora_export.report.comparison import MEASURED_KEYS
 from qlora_export.report.findings import limits_schema
 from qlora_export.report.schema_words import (
@@ -26,6 +26,7 @@ from qlora_export.report.schema_words import (
     or_null,
 )
 from qlora_export.report.tokens import MAYBE_LABELS, TOKENS_SCHEMA
+from qlora_export.types import Onto, Rounding
 
 
 def compare_schema() -> Schema:

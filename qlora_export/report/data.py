@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Artifact
+from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
 from qlora_export.memory import peak_memory_bytes

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from qlora_export.contracts import MAY_LACK, Drift
 from qlora_export.drift.gate import Check, checks
+from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import ExitCode
 from qlora_export.recipe import Limits

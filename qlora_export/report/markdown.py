@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_export.contracts import Drift
 from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.results import Drift
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import layer_table
 from qlora_export.report.probes import probe_list

@@ -13,9 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_export import catalog
-from qlora_export.contracts import Part, TensorSpec, TrainingQuantization
+from qlora_export.exporters.registry import load_exporter
+from qlora_export.formats.registry import load_format
 from qlora_export.report.terminal import new_table
 from qlora_export.tensors.dtypes import ITEM_BYTES
+from qlora_export.types import Part, TensorSpec, TrainingQuantization
 
 LINES = {
     "fp32": "merged, dense float32",
@@ -84,7 +86,7 @@ def offers_table(found: list[Offer]) -> Table:
 
 
 def _format(name: str) -> Offer:
-    form = catalog.load_format(name, TrainingQuantization())
+    form = load_format(name, TrainingQuantization())
     size = sum(_part_bytes(part) for part in form.parts(SAMPLE)) / SAMPLE.size
     return Offer(name, "format", LINES[name], round(size, 3), "transformers")
 
@@ -94,5 +96,5 @@ def _part_bytes(part: Part) -> int:
 
 
 def _exporter(name: str) -> Offer:
-    exporter = catalog.load_exporter(name, {})
+    exporter = load_exporter(name, {})
     return Offer(name, "export", LINES[name], exporter.bytes_per_weight or None, exporter.runtime)

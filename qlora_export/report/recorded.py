@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Sample
+from qlora_export.drift.results import Sample
 from qlora_export.errors import InputError
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qlora_export.contracts import Artifact, Provenance, Receipt
+from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Ledger
 from qlora_export.errors import ExitCode
 from qlora_export.planning import Plan
 from qlora_export.recipe import DriftRecipe
+from qlora_export.types import Provenance
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,34 @@ class Checked:
     ledger: Ledger | None
     receipts: tuple[Receipt, ...] = ()
     failure: ExitCode | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A publication as a consumer found it: files whose sha256 agreed, and the sample's NLL when opened there."""
+
+    files: int
+    bytes: int
+    sample_tokens: int = 0
+    nll: float | None = None
+    nll_released: float | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where an artifact went, as which commit, and the digest of what was read back.
+
+    On the Hub also: the page's `url`, the `revision` that names the commit, the artifact's folder as `prefix`, whether
+    anything `changed`, and the `transport` of its weights, `xet` or `lfs`.
+    """
+
+    artifact: str
+    destination: str
+    commit: str
+    files: Mapping[str, str]
+    url: str | None = None
+    revision: str | None = None
+    prefix: str = ""
+    changed: bool = True
+    transport: str | None = None
+    proof: Proof | None = None

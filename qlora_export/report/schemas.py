@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
-from qlora_export.contracts import Drift, Proof, Rounding, Sample
 from qlora_export.drift.layers import WeightedOf
+from qlora_export.drift.results import Drift, Sample
 from qlora_export.recipe import AUTO, Recipe
 from qlora_export.report.comparison_schema import compare_schema
 from qlora_export.report.findings import findings_schema, limits_schema, noise_schema
+from qlora_export.report.run import Proof
 from qlora_export.report.schema_words import (
     COUNT,
     DIGEST,
@@ -32,6 +33,7 @@ from qlora_export.report.schema_words import (
     or_null,
 )
 from qlora_export.report.tokens import DOCUMENT_SCHEMA, MAYBE_COUNT, MAYBE_LABELS, TOKENS_SCHEMA
+from qlora_export.types import Rounding
 
 ONTO: Schema = {"enum": ["as-trained", "original"]}
 

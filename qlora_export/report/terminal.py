@@ -6,22 +6,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich import box
+from rich import box, progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlora_export import contracts
-from qlora_export.contracts import Drift, Receipt
 from qlora_export.drift.ledger import Entry
+from qlora_export.drift.results import Drift
 from qlora_export.drift.tokens import Unit
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.probes import probe_lines
-from qlora_export.report.run import Reported, Run
+from qlora_export.report.run import Receipt, Reported, Run
 from qlora_export.report.tokens import protocol_line, tokens_data
 from qlora_export.sources.labels import is_classifier
+from qlora_export.types import Progress
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 TABLE_COLUMNS = 112
@@ -37,7 +37,7 @@ LABELS_LEGEND = (
 
 
 @contextmanager
-def show_progress(stage: str) -> Iterator[contracts.Progress]:
+def show_progress(stage: str) -> Iterator[Progress]:
     """A bar on stderr for one stage, or nothing when stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -45,7 +45,7 @@ def show_progress(stage: str) -> Iterator[contracts.Progress]:
         return
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), *times)
-    with Progress(*columns, console=console, transient=True) as bars:
+    with progress.Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(stage, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

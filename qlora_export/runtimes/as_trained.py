@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import transformers
 
-from qlora_export.contracts import Float32, Session, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.merge.names import Names, names_of
 from qlora_export.quant import four_bit, nested
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.classifying import session_of
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
@@ -39,6 +39,7 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.live_model import trained_module
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, TrainedModule, TrainingQuantization
 
 
 @dataclass(frozen=True)

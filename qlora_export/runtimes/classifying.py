@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from qlora_export.contracts import Float32, Give, See, Session, TracedLayer
+from qlora_export.runtimes.base import Give, See, Session, TracedLayer
 from qlora_export.runtimes.loading import ModelSession, computing, filled, out_of_memory
 from qlora_export.runtimes.tracing import run_traced, traced_layers
 from qlora_export.sources.labels import CLASSIFIER
+from qlora_export.types import Float32
 
 
 def session_of(model: Any) -> Session:

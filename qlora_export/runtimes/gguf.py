@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import transformers
 
-from qlora_export.contracts import Session
 from qlora_export.errors import EnvironmentProblem
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.loading import ModelSession, placed, quietly_loading, require_stored
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_export.contracts import Float32, Session
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnx.process import Worker, running
+from qlora_export.types import Float32
 
 WORKER = "qlora_export.runtimes.onnxruntime_worker"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Session
+from qlora_export.artifact import Artifact
 from qlora_export.planning import Plan
+from qlora_export.runtimes.base import Session
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import open_adapter
 
 
@@ -22,5 +23,5 @@ def open_artifact(artifact: Artifact, plan: Plan, device: str = "cpu") -> Iterat
         adapter = open_adapter(artifact.path)
         yield open_as_trained(plan.checkpoint, adapter, plan.live_training, rows, device).tuned()
         return
-    with catalog.load_runtime(runtime).open(artifact.path, device) as session:
+    with load_runtime(runtime).open(artifact.path, device) as session:
         yield session

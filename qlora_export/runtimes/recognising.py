@@ -12,8 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Artifact
-from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
+from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
 from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe import FOLDER_NAME
 from qlora_export.runtimes.onnx.described import classifier_of

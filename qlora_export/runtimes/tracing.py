@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import Tensor
 
-from qlora_export.contracts import Give, See, TracedLayer
+from qlora_export.runtimes.base import Give, See, TracedLayer
 from qlora_export.sources.live_model import decoder_place
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Session
 from qlora_export.runtimes.adapted import pin_dora
 from qlora_export.runtimes.asymmetric import is_asymmetric, load_asymmetric
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.classifying import session_of
 from qlora_export.runtimes.decoded import stated_quantization
 from qlora_export.runtimes.interleaved import METHODS, load_interleaved

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Problem, Refused
 from qlora_export.sources.adapter_settings import require_settings
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
@@ -29,6 +28,7 @@ from qlora_export.sources.checkpoint import (
 )
 from qlora_export.sources.sidecar import read_sidecar
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import TrainingQuantization
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SHARD_INDEX_NAME = "adapter_model.safetensors.index.json"

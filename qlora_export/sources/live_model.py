@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import TrainedModule
 from qlora_export.errors import UsageError
 from qlora_export.sources.sidecar import absmax_sha256
+from qlora_export.types import TrainedModule
 
 
 class Repacked(UsageError):

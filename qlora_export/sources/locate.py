@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TensorSpec
 from qlora_export.errors import EnvironmentProblem, InputError, NotAuthorised, RemoteProblem
 from qlora_export.sources.checkpoint import SHARD_NAME
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import TensorSpec
 
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 CACHE_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")

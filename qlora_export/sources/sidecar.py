@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, TORCH_NAMES, TrainedModule, TrainingQuantization
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.sources.checkpoint import read_json
+from qlora_export.types import BLOCK_SIZES, FROM_TORCH_NAMES, TORCH_NAMES, TrainedModule, TrainingQuantization
 
 SIDECAR_NAME = "qlora_export.json"
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_export.contracts import BLOCK_SIZES, FROM_TORCH_NAMES, TensorSpec
 from qlora_export.errors import InputError, Refused
 from qlora_export.quant import nested
 from qlora_export.sources.weights import Float8Weight, FourBitWeight, Int8Weight, PlainWeight, Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import BLOCK_SIZES, FROM_TORCH_NAMES, TensorSpec
 
 STATE_MARK = ".quant_state.bitsandbytes__"
 FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -18,13 +18,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from qlora_export.contracts import StoredScales, TensorSpec
 from qlora_export.errors import InputError
 from qlora_export.quant import float8, four_bit, nested
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import StoredScales, TensorSpec
 
 Storage = Literal["plain", "nf4", "fp4", "int8", "fp8"]
 

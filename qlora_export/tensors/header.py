@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TensorSpec
 from qlora_export.errors import InputError
 from qlora_export.tensors.dtypes import ITEM_BYTES
+from qlora_export.types import TensorSpec
 
 LARGEST_NUMBER = 1 << 63
 HEADER_LIMIT_BYTES = 100_000_000

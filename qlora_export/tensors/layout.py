@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from qlora_export.contracts import Part
 from qlora_export.tensors.dtypes import ITEM_BYTES
+from qlora_export.types import Part
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

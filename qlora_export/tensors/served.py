@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import CorrectedFormat, Float32, Format, TensorSpec
+from qlora_export.formats.base import CorrectedFormat, Format
 from qlora_export.tensors.dtypes import round_to
+from qlora_export.types import Float32, TensorSpec
 
 
 def served_rows(

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from qlora_export.contracts import Part, Piece
 from qlora_export.errors import EnvironmentProblem, InputError
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.layout import Layout, ShardLayout, lay_out
 from qlora_export.tensors.prefix_digest import PrefixDigest
+from qlora_export.types import Part, Piece
 
 
 class ShardWriter:

@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from qlora_export.artifact import Artifact
 from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.running import calibrate
-from qlora_export.contracts import Artifact
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError

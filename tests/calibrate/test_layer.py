@@ -11,12 +11,12 @@ import torch
 from qlora_export.calibrate.layer import RoundedLayer, round_layer
 from qlora_export.calibrate.parameters import LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
-from qlora_export.catalog import load_format
-from qlora_export.contracts import Float32, TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
+from qlora_export.formats.registry import load_format
 from qlora_export.predicting import round_trip
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.tensors.dtypes import round_to
+from qlora_export.types import Float32, TensorSpec, TrainingQuantization
 from tests.formats.test_grids import GRID_FORMATS
 from tests.helpers.values import random_values
 

@@ -15,7 +15,6 @@ import pytest
 
 from qlora_export import pipeline
 from qlora_export.calibrating import forget
-from qlora_export.contracts import Progress
 from qlora_export.engine.building import locked
 from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.engine.partial import PartialFolder
@@ -27,6 +26,7 @@ from qlora_export.report.data import report, write_report
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import Progress
 from tests.calibrate.conftest import Pico
 from tests.helpers.files import folder_bytes
 from tests.processes import forked

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qlora_export.calibrate.tuning import HELD_OUT, Tuning
-from qlora_export.contracts import Chosen, GridFormat
+from qlora_export.formats.base import Chosen, GridFormat
 from qlora_export.planning import Made, Plan
 from qlora_export.tensors.reading import SourceFiles
 from tests.calibrate.conftest import Pico

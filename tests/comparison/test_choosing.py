@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from qlora_export.comparison.choosing import front, points, recommend
 from qlora_export.comparison.rows import Comparison, Row, by_size
-from qlora_export.contracts import Verdict
 from qlora_export.drift.gate import judge
+from qlora_export.drift.results import Verdict
 from qlora_export.recipe import Limits
 from tests import sampling
 

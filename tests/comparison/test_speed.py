@@ -14,9 +14,10 @@ from qlora_export.comparison.speed import (
     REPEATS,
     speed_of,
 )
-from qlora_export.contracts import Float32, GreedySession
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
+from qlora_export.runtimes.base import GreedySession
 from qlora_export.runtimes.loading import ModelSession, load_model
+from qlora_export.types import Float32
 
 LONGEST = tuple(range(40))
 WINDOWS = tuple(Window(ids, (1,), "", block) for block, ids in enumerate([(1, 2), LONGEST, (1, 2, 3)]))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export import catalog
-from qlora_export.contracts import Session
 from qlora_export.drift.choices import asked_questions, compare_choices, mcnemar, score_choices
 from qlora_export.errors import ExitCode, InputError
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.loading import FolderTokenizer, load_model
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.questions import Question, read_questions
 from tests.helpers.pico import DEMO
 
@@ -27,7 +27,7 @@ CHAT = {"messages": [{"role": "user", "content": ORDER}], "choices": list(ANSWER
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
-    with catalog.load_runtime("transformers").open(DEMO / "base") as found:
+    with load_runtime("transformers").open(DEMO / "base") as found:
         yield found
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from qlora_export.contracts import Measurement
 from qlora_export.drift.distribution import CONFIDENCE_EDGES, KL_EDGES, distribution_of
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.drift.worst import SHOWN, worst_of
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.contracts import Artifact, Drift, Verdict
+from qlora_export.artifact import Artifact
 from qlora_export.drift.gate import DEFAULT_LIMITS, Z_95, deciding_tokens, judge, verify
+from qlora_export.drift.results import Drift, Verdict
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import VerifyMismatch
 from qlora_export.recipe import Limits

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_export import catalog, pipeline
-from qlora_export.contracts import Float32, GreedySession, Session
+from qlora_export import pipeline
 from qlora_export.drift.generation import Prompt, agreements, compare_generation, generate, prompts_of
 from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe import make_recipe
+from qlora_export.runtimes.base import GreedySession, Session
 from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
+from qlora_export.types import Float32
 from tests.helpers.files import edit_json
 from tests.helpers.pico import DEMO
 
@@ -32,7 +34,7 @@ def quiet(done: int, total: int) -> None:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[ModelSession]:
-    with catalog.load_runtime("transformers").open(folder) as session:
+    with load_runtime("transformers").open(folder) as session:
         assert isinstance(session, ModelSession)
         yield session
 

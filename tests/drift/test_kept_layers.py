@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_export import pipeline
-from qlora_export.contracts import Artifact, Drift
+from qlora_export.artifact import Artifact
 from qlora_export.drift.codes import different_codes
 from qlora_export.drift.gate import DEFAULT_LIMITS, judge
 from qlora_export.drift.layers import KeptLayer, lowest, summarised, with_calibration
+from qlora_export.drift.results import Drift
 from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge import base_rows

@@ -13,7 +13,6 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 
 from qlora_export.checking import Question, check_against
-from qlora_export.contracts import Session
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.errors import InputError
@@ -26,6 +25,7 @@ from qlora_export.report.markdown import markdown
 from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
+from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.opening import open_artifact
 from tests.helpers.files import edit_tensors
 from tests.helpers.pico import DIALOGUE, RecipeMaker

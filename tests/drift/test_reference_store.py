@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.contracts import Measurement
 from qlora_export.drift.reference_store import (
     FACTS,
     ROWS,
@@ -22,6 +21,7 @@ from qlora_export.drift.reference_store import (
     measurement_in,
     open_reference,
 )
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import InputError
 

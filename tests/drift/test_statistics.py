@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_export.contracts import Measurement
+from qlora_export.drift.results import Measurement
 from qlora_export.drift.statistics import Bootstrap, compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export import catalog, pipeline
-from qlora_export.contracts import TracedLayer, TracedSession
+from qlora_export import pipeline
 from qlora_export.drift.layer_difference import Difference
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.trace import Found, Trace, broken_among, record, trace
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
+from qlora_export.runtimes.base import TracedLayer, TracedSession
 from qlora_export.runtimes.loading import ModelSession, load_model
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import read_sidecar
@@ -45,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
     with (
         Recording(tmp_path_factory.mktemp("recording")) as found,
-        catalog.load_runtime("transformers").open(DEMO / "base") as session,
+        load_runtime("transformers").open(DEMO / "base") as session,
     ):
         assert isinstance(session, TracedSession)
         record(session, WINDOWS, found)
@@ -53,7 +54,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
 
 
 def traced(folder: Path, recording: Recording) -> Trace:
-    with catalog.load_runtime("transformers").open(folder) as session:
+    with load_runtime("transformers").open(folder) as session:
         assert isinstance(session, TracedSession)
         return trace(session, WINDOWS, recording)
 
@@ -163,7 +164,7 @@ def test_blocks_are_compared_on_the_inputs_of_the_reference(built: Path, recordi
     session = ModelSession(load_model(DEMO / "base", dtype="auto").float())
     kept: dict[str, Any] = {}
     session.trace(WINDOWS[0], ["model.layers.1"], lambda name, inputs, outputs: kept.update(inputs=inputs, out=outputs))
-    with catalog.load_runtime("transformers").open(built / "int8") as opened:
+    with load_runtime("transformers").open(built / "int8") as opened:
         assert isinstance(opened, ModelSession)
         model = opened._model
         hidden = torch.from_numpy(kept["inputs"].copy())[None]
@@ -184,7 +185,7 @@ def test_a_live_adapter_has_the_names_of_the_model(
     pipeline.build(pico_recipe("bf16"), RunOptions(tmp_path, workers=1))
     with Recording(tmp_path) as recording:
         record(live, WINDOWS, recording)
-        with catalog.load_runtime("transformers").open(tmp_path / "bf16") as session:
+        with load_runtime("transformers").open(tmp_path / "bf16") as session:
             assert isinstance(session, TracedSession)
             assert [layer.name for layer in session.layers()] == [layer.name for layer in live.layers()]
             found = trace(session, WINDOWS, recording)

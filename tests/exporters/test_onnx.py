@@ -18,8 +18,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact
+from qlora_export.artifact import Artifact
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import (
     EnvironmentProblem,
@@ -31,8 +30,10 @@ from qlora_export.errors import (
     VerifyMismatch,
 )
 from qlora_export.exporters.onnx.options import IntegerOptions, chosen
+from qlora_export.exporters.registry import load_exporter
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import Recipe
+from qlora_export.runtimes.registry import load_runtime
 from tests.helpers.files import edit_json, folder_bytes
 from tests.helpers.pico import RecipeMaker
 
@@ -59,7 +60,7 @@ def exported(pico_base: Path, pico_adapter: Path, tmp_path_factory: pytest.TempP
 def test_fp32_computes_what_transformers_computes(exported: Path) -> None:
     """Prefill and decoding with the cache, at two lengths."""
     model = transformers.AutoModelForCausalLM.from_pretrained(exported / "bf16", dtype=torch.float32)
-    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+    with load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
         for tokens in (TOKENS, TOKENS[:3]):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([tokens])).logits[0]
@@ -68,7 +69,7 @@ def test_fp32_computes_what_transformers_computes(exported: Path) -> None:
 
 
 def test_int4_is_close_and_smaller(exported: Path) -> None:
-    runtime = catalog.load_runtime("onnxruntime")
+    runtime = load_runtime("onnxruntime")
     with runtime.open(exported / "onnx-fp32") as session:
         exact = session.log_probabilities(TOKENS)
     with runtime.open(exported / "onnx-int4") as session:
@@ -134,7 +135,7 @@ def test_a_source_that_the_builder_cannot_read(pico_recipe: RecipeMaker, tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     with pytest.raises(EnvironmentProblem, match="the model builder failed"):
-        catalog.load_exporter("onnx-fp32", {}).export(tmp_path / "empty", tmp_path / "out")
+        load_exporter("onnx-fp32", {}).export(tmp_path / "empty", tmp_path / "out")
 
 
 def test_a_killed_builder_is_named_and_the_next_run_starts_anew(
@@ -222,12 +223,12 @@ def test_float16_and_mixed_integers_run_on_a_cpu(exported: Path, tmp_path: Path)
     """Zero points, sensitive layers in 8 bits and one left dense; float16 with the graph that was meant for CUDA."""
     exclude = "/model/layers.0/mlp/up_proj/MatMul"
     options: dict[str, Any] = {"symmetric": False, "sensitive_layers": "int8", "exclude": exclude, "accuracy_level": 1}
-    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+    with load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
         exact = session.log_probabilities(TOKENS)
     for name, settings, most in (("onnx-fp16", {}, 1e-4), ("onnx-int4", options, 0.5)):
         (tmp_path / name).mkdir()
-        catalog.load_exporter(name, settings).export(exported / "bf16", tmp_path / name)
-        with catalog.load_runtime("onnxruntime").open(tmp_path / name) as session:
+        load_exporter(name, settings).export(exported / "bf16", tmp_path / name)
+        with load_runtime("onnxruntime").open(tmp_path / name) as session:
             found = session.log_probabilities(TOKENS)
         assert 0 < (np.exp(exact) * (exact - found)).sum(axis=1).mean() < most
     operators = [node.op_type for node in onnx.load(tmp_path / "onnx-int4/model.onnx").graph.node]
@@ -238,13 +239,13 @@ def test_float16_and_mixed_integers_run_on_a_cpu(exported: Path, tmp_path: Path)
 def test_a_graph_that_does_not_load_is_an_input_error(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_bytes((exported / "onnx-fp32/genai_config.json").read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    runtime = catalog.load_runtime("onnxruntime")
+    runtime = load_runtime("onnxruntime")
     with pytest.raises(InputError, match=r"model.onnx: is no ONNX graph"), runtime.open(tmp_path):
         pass
 
 
 def test_a_worker_that_is_killed_is_an_environment_problem(exported: Path) -> None:
-    with catalog.load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
+    with load_runtime("onnxruntime").open(exported / "onnx-fp32") as session:
         session.log_probabilities(TOKENS)
         worker: Any = session
         os.kill(worker.worker.process.pid, signal.SIGKILL)
@@ -262,7 +263,7 @@ def test_nothing_in_the_current_folder_is_executed(
         (here / name).write_text("raise SystemExit('executed from the current folder')")
     monkeypatch.chdir(here)
     _, made = make(pico_recipe("bf16", "onnx-fp32"), tmp_path / "out")
-    with catalog.load_runtime("onnxruntime").open(made["onnx-fp32"].path) as session:
+    with load_runtime("onnxruntime").open(made["onnx-fp32"].path) as session:
         assert session.log_probabilities(TOKENS).shape == (12, 2048)
 
 

@@ -16,7 +16,7 @@ import onnxruntime_genai
 import pytest
 
 from qlora_export import write_onnx_adapter
-from qlora_export.contracts import Artifact, Float32
+from qlora_export.artifact import Artifact
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import Refused, UsageError
 from qlora_export.exporters.onnx.adapted import adapted_base, factors
@@ -32,6 +32,7 @@ from qlora_export.runtimes.onnx.validation import validate
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_nf4 import PATTERNS
 from tests.exporters.test_transformers_js import COUNT as NODE_COUNT

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_export.engine.manifest import read_artifact
+from qlora_export.artifact import read_artifact
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan

@@ -15,16 +15,18 @@ import torch
 import transformers
 from onnx import numpy_helper
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Float32, TensorSpec, TrainingQuantization
+from qlora_export.artifact import Artifact
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, require_all_placed, runs_of
+from qlora_export.formats.registry import load_format
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_tensors
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, TensorSpec, TrainingQuantization
 from tests.exporters.test_onnx import TOKENS
 from tests.helpers.pico import save_base
 
@@ -48,7 +50,7 @@ def make(base: Path, out: Path, packed: dict[str, Any], exported: dict[str, Any]
 
 def decoded(artifact: Artifact, packed: dict[str, Any], suffix: str = "") -> Weights:
     """The packed weights of an artifact whose names end so, as their format decodes them in float32."""
-    form = catalog.load_format(packed["format"], TrainingQuantization(), packed.get("options", {}))
+    form = load_format(packed["format"], TrainingQuantization(), packed.get("options", {}))
     tensors = read_tensors(artifact.path, ["model.safetensors"])
     found = {}
     with SourceFiles() as files:
@@ -175,7 +177,7 @@ def test_both_compute_the_same(exported: Made) -> None:
     model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([TOKENS])).logits[0]
-    with catalog.load_runtime("onnxruntime").open(made.path) as session:
+    with load_runtime("onnxruntime").open(made.path) as session:
         found = session.log_probabilities(TOKENS)
     assert np.abs(found - torch.log_softmax(logits, -1).numpy()).max() < 1e-4
     rounded, head = weights["lm_head.weight"], weights["model.embed_tokens.weight"]

@@ -12,11 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora_export import catalog
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.interleaved import decoded
+from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_integers import ODD, Made, in_graph, make, plain_builder, same_bits
 from tests.helpers.files import edit_tensors
@@ -90,7 +90,7 @@ def test_both_compute_the_same(served: tuple[str, Made]) -> None:
     assert missing == ["lm_head.weight"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([TOKENS])).logits[0]
-    with catalog.load_runtime("onnxruntime").open(made.path) as session:
+    with load_runtime("onnxruntime").open(made.path) as session:
         found = session.log_probabilities(TOKENS)
     assert np.abs(found - torch.log_softmax(logits, -1).numpy()).max() < 1e-4
 

@@ -10,16 +10,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Float32
+from qlora_export.artifact import Artifact
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import ExportError, PlanRefused
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32
 from tests.exporters.test_onnx import TOKENS
 from tests.helpers.pico import RecipeMaker, save_adapter, save_base
 
@@ -64,7 +65,7 @@ def test_it_computes_what_training_computed(exported: tuple[Plan, dict[str, Arti
     reference = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned().log_probabilities(TOKENS)
     found = {}
     for name in ("onnx-nf4-adapter", "as-trained"):
-        with catalog.load_runtime("onnxruntime").open(made[name].path) as session:
+        with load_runtime("onnxruntime").open(made[name].path) as session:
             found[name] = session.log_probabilities(TOKENS)
     assert 1e-9 < divergence(reference, found["onnx-nf4-adapter"]) < 1e-4
     assert divergence(reference, found["as-trained"]) < 1e-10

@@ -16,21 +16,22 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qlora_export import catalog
+from qlora_export.artifact import read_artifact
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.drift.ways import GraphFindings, RunWay
-from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.traced import tracer
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tracer import trace
+from qlora_export.exporters.registry import load_exporter
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
 from qlora_export.recipe import Recipe, make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.validation import Source, validate
+from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx_integers import decoded, in_graph, same_bits
 from tests.helpers.pico import save_adapter
 
@@ -124,12 +125,12 @@ def test_so_it_is_in_float16(pico_base: Path, tmp_path: Path) -> None:
     """Traced in that dtype: one layer with a window of attention, as transformers.js reads it."""
     config = cohere(pico_base, num_hidden_layers=1, layer_types=["sliding_attention"], num_key_value_heads=4)
     base = save_model(tmp_path / "base", pico_base, config)
-    exporter = catalog.load_exporter("onnx-fp16", {"layout": "transformers.js"})
+    exporter = load_exporter("onnx-fp16", {"layout": "transformers.js"})
     assert isinstance(exporter, BuiltExporter)
     exporter.export(base, tmp_path / "out")
     exporter.finish(base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {"model_fp16.onnx", "model_fp16.onnx_data"}
-    source = Source("base", partial(catalog.load_runtime("transformers").open, base))
+    source = Source("base", partial(load_runtime("transformers").open, base))
     found = validate(tmp_path / "out", TOKENS, source)
     assert found.weights == "float16"
     in_every_way(found, 1e-5)

@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from qlora_export import catalog
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter
+from qlora_export.exporters.registry import load_exporter
 from qlora_export.pipeline import untracked
 from qlora_export.runtimes.onnx.artifacts import validated
+from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_architectures import TOKENS as TEXT
 from tests.exporters.test_onnx_integers import make
@@ -45,9 +46,9 @@ def test_a_graph_for_a_browser_is_measured_here(
     found = validated(made, TEXT, untracked)
     assert found is not None
     assert found.breaches == ()
-    with catalog.load_runtime("transformers").open(source.path) as session:
+    with load_runtime("transformers").open(source.path) as session:
         exact = session.log_probabilities(TOKENS)
-    with catalog.load_runtime("onnxruntime").open(made.path) as session:
+    with load_runtime("onnxruntime").open(made.path) as session:
         rounded = session.log_probabilities(TOKENS)
     assert 0 < (np.exp(exact) * (exact - rounded)).sum(axis=1).mean() < most
 
@@ -67,7 +68,7 @@ def test_float16_for_a_cpu_alone_borrows_a_layout(
 
     monkeypatch.setattr("qlora_export.exporters.onnx.built.run_builder", run_builder)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    exporter = catalog.load_exporter("onnx-fp16", {"provider": stated})
+    exporter = load_exporter("onnx-fp16", {"provider": stated})
     assert isinstance(exporter, BuiltExporter)
     exporter.export(tmp_path, tmp_path)
     session = json.loads((tmp_path / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
@@ -78,4 +79,4 @@ def test_float16_for_a_cpu_alone_borrows_a_layout(
 @pytest.mark.parametrize(("form", "rounding"), [("onnx-fp32", None), ("onnx-int4", "nearest")])
 def test_a_layout_that_is_not_measured_is_no_option(form: str, rounding: Any) -> None:
     with pytest.raises(UsageError, match="no option 'provider'"):
-        catalog.load_exporter(form, {"provider": "webgpu"}, rounding)
+        load_exporter(form, {"provider": "webgpu"}, rounding)

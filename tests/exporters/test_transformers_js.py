@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers
 
-from qlora_export import catalog
 from qlora_export.demo import recipe_path
 from qlora_export.pipeline import RunOptions, release
 from qlora_export.recipe import make_recipe
 from qlora_export.report.run import Run
+from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.javascript import SOURCES, installed_packages
 from tests.exporters.local_site import served
 from tests.report.chromium import Browser, found_chromium
@@ -155,7 +155,7 @@ def test_node_writes_in_four_bits_what_python_writes(
     folders: dict[str, Path], prompts: list[str], tmp_path: Path
 ) -> None:
     (found,) = in_node(folders["onnx-int4"], prompts[:1], tmp_path)
-    with catalog.load_runtime("onnxruntime").open(folders["onnx-int4"]) as session:
+    with load_runtime("onnxruntime").open(folders["onnx-int4"]) as session:
         rows = session.log_probabilities(found[:-1])
     assert rows[-COUNT:].argmax(axis=1).tolist() == found[-COUNT:]
     assert np.isfinite(rows).all()

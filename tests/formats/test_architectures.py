@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from qlora_export import catalog
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.loading import ModelSession
+from qlora_export.runtimes.registry import load_runtime
 from tests.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
 
 
@@ -48,14 +48,14 @@ def test_folders_load_and_keep_what_was_trained(tmp_path: Path, architecture: st
     artifacts = {artifact.name: artifact for artifact in build(plan, tmp_path / "out", BuildOptions())}
     assert plan.adapter is not None
     reference = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned().log_probabilities(TOKENS)
-    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+    with load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.abs(session.log_probabilities(TOKENS) - reference).max() < 1e-5
     for item in plan.artifacts:
         kept = survival(plan, item, artifacts[item.name])
         assert set(kept) == set(plan.model.changed)
         low, high = {"bf16": (0.95, 1.05), "nf4": (0.0, 1.6), "nf4-adapter": (1 - 1e-6, 1 + 1e-6)}[item.name]
         assert all(low <= value <= high for value in kept.values()), kept
-    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4") as session:
+    with load_runtime("transformers").open(tmp_path / "out/nf4") as session:
         assert isinstance(session, ModelSession)
         live = [module for module in session._model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
         found = session.log_probabilities(TOKENS)

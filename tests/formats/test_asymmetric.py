@@ -15,15 +15,16 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
-from qlora_export import catalog
-from qlora_export.catalog import load_format, mix
-from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
+from qlora_export.formats.mixed import mix
+from qlora_export.formats.registry import load_format
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.asymmetric import decoded, load_asymmetric
+from qlora_export.runtimes.registry import load_runtime
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import cuts, encode
 from tests.formats.test_folders import TOKENS
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
@@ -68,7 +69,7 @@ def test_the_runtime_computes_with_what_the_library_decodes(released: Any, name:
         assert (state["weight_zero_point"] != torch.tensor(-0x77777778, dtype=torch.int32)).any(), "zero points differ"
     kept = "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(shipped.get_parameter(kept), tensors[kept])
-    with catalog.load_runtime("transformers").open(folder) as session, torch.no_grad():
+    with load_runtime("transformers").open(folder) as session, torch.no_grad():
         logits = shipped.float()(input_ids=torch.tensor([TOKENS])).logits[0]
         assert np.abs(session.log_probabilities(TOKENS) - torch.log_softmax(logits, -1).numpy()).max() < 1e-5
     assert all(0.7 < value < 1.3 for value in survival(plan, item, built[name]).values())

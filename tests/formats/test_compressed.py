@@ -12,9 +12,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from qlora_export.catalog import load_format
-from qlora_export.contracts import Format, Options, TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError, UsageError
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
+from qlora_export.types import Options, TensorSpec, TrainingQuantization
 from tests.formats.test_contract import cuts, encode
 from tests.helpers.values import random_values
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.catalog import FORMATS, load_format
-from qlora_export.contracts import Format, TensorSpec, TrainingQuantization
+from qlora_export.catalog import FORMATS
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
 from qlora_export.tensors.dtypes import ITEM_BYTES
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.helpers.values import random_values
 
 SHAPES = [(64, 64), (129, 88), (3, 5), (200, 96), (1, 1), (7, 640), (37, 256), (24, 384), (300, 256)]

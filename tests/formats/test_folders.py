@@ -10,15 +10,15 @@ import pytest
 import torch
 import transformers
 
-from qlora_export import catalog
-from qlora_export.contracts import Format
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused
+from qlora_export.formats.base import Format
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.loading import decompress, load_model
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
 from tests.helpers.files import folder_bytes
@@ -67,7 +67,7 @@ def test_folders_compute_with_the_values_they_hold(pico_recipe: RecipeMaker, tmp
                 assert torch.equal(shipped.get_parameter(name).float(), values), name
         with torch.no_grad():
             expected = torch.log_softmax(twin(input_ids=torch.tensor([TOKENS])).logits[0], -1).numpy()
-        with catalog.load_runtime("transformers").open(folder) as session:
+        with load_runtime("transformers").open(folder) as session:
             found = session.log_probabilities(TOKENS)
         assert np.abs(found - expected).max() < ACTIVATIONS.get(item.form.name, 1e-4), item.name
         assert (np.abs(found - expected).max() > 1e-3) == (item.form.name in ACTIVATIONS), "rounding is measured"
@@ -86,7 +86,7 @@ def test_plain_transformers_opens_them(pico_recipe: RecipeMaker, tmp_path: Path,
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": "cpu"})
     with torch.no_grad():
         plain = torch.log_softmax(model(input_ids=torch.tensor([TOKENS])).logits[0].float(), -1).numpy()
-    with catalog.load_runtime("transformers").open(folder) as session:
+    with load_runtime("transformers").open(folder) as session:
         assert (np.exp(plain) * (plain - session.log_probabilities(TOKENS))).sum(axis=1).max() < 0.02
     dense = {name for name, route in plan.artifacts[0].routes.items() if route.form and not route.form.quantises}
     assert "lm_head.weight" in dense
@@ -161,6 +161,6 @@ def test_other_architectures_load(tmp_path: Path, architecture: str, form: str, 
     build(plan, tmp_path / "out", BuildOptions())
     assert plan.adapter is not None
     reference = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned().log_probabilities(TOKENS)
-    with catalog.load_runtime("transformers").open(tmp_path / "out" / form) as session:
+    with load_runtime("transformers").open(tmp_path / "out" / form) as session:
         found = session.log_probabilities(TOKENS)
     assert (np.exp(reference) * (reference - found)).sum(axis=1).mean() < 0.01

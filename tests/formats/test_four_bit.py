@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.catalog import load_format
-from qlora_export.contracts import Format, StoredScales, TensorSpec, TrainedModule, TrainingQuantization
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
 from qlora_export.quant import nested
+from qlora_export.types import StoredScales, TensorSpec, TrainedModule, TrainingQuantization
 from tests.formats.test_contract import SHAPES, encode
 from tests.helpers.values import random_values
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.catalog import load_format
-from qlora_export.contracts import CorrectedFormat, TensorSpec, TrainingQuantization
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import CorrectedFormat
 from qlora_export.formats.four_bit_corrected import WEIGHTS_FILE
+from qlora_export.formats.registry import load_format
 from qlora_export.tensors.dtypes import round_to, widen
 from qlora_export.tensors.served import served_rows
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import encode
 from tests.helpers.values import random_values
 

@@ -17,15 +17,16 @@ from onnxruntime_genai.models.loaders.gptq import GPTQModel
 from safetensors.torch import load_file
 from transformers.utils.quantization_config import AwqConfig, GPTQConfig
 
-from qlora_export import catalog
-from qlora_export.catalog import load_format
-from qlora_export.contracts import Format, TensorSpec, TrainingQuantization
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
+from qlora_export.formats.base import Format
+from qlora_export.formats.registry import load_format
 from qlora_export.planning import ArtifactPlan, make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.interleaved import decoded, load_interleaved
+from qlora_export.runtimes.registry import load_runtime
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import cuts, encode
 from tests.helpers.files import edit_json, edit_tensors
 from tests.helpers.pico import save_adapter, save_base
@@ -167,7 +168,7 @@ def test_the_runtime_computes_with_the_bytes_of_the_folder(
         assert torch.equal(shipped.get_parameter(f"{module}.weight"), expected), module
     assert "model.layers.0.mlp.down_proj.weight" in tensors
     assert "model.layers.1.mlp.down_proj.qweight" in tensors
-    with catalog.load_runtime("transformers").open(artifact.path) as session, torch.no_grad():
+    with load_runtime("transformers").open(artifact.path) as session, torch.no_grad():
         logits = shipped.float()(input_ids=torch.tensor([TOKENS])).logits[0]
         assert np.abs(session.log_probabilities(TOKENS) - torch.log_softmax(logits, -1).numpy()).max() < 1e-5
     assert all(0.7 < value < 1.3 for value in survival(plan, item, artifact).values())

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.catalog import FORMATS, load_format
-from qlora_export.contracts import (
-    Chosen,
-    CorrectedFormat,
-    GridFormat,
-    LevelGrid,
-    Options,
-    TensorSpec,
-    TrainingQuantization,
-)
+from qlora_export.catalog import FORMATS
+from qlora_export.formats.base import Chosen, CorrectedFormat, GridFormat, LevelGrid
+from qlora_export.formats.registry import load_format
 from qlora_export.quant import nested
 from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
+from qlora_export.types import Options, TensorSpec, TrainingQuantization
 from tests.formats.test_compressed import NAMES, decompressed
 from tests.formats.test_contract import cuts, encode
 from tests.helpers.values import random_values

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from qlora_export import catalog
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model
+from qlora_export.runtimes.registry import load_runtime
 from tests.formats.test_folders import TOKENS, decoded
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import save_adapter, save_base
@@ -52,7 +52,7 @@ def test_folders_compute_with_the_values_they_hold(released: Any, name: str) -> 
         assert torch.equal(shipped.get_parameter(key).float(), values), key
     with torch.no_grad():
         expected = torch.log_softmax(twin(input_ids=torch.tensor([TOKENS])).logits[0], -1).numpy()
-    with catalog.load_runtime("transformers").open(folder) as session:
+    with load_runtime("transformers").open(folder) as session:
         found = session.log_probabilities(TOKENS)
     assert np.abs(found - expected).max() < ACTIVATIONS.get(name, 1e-4)
     assert (np.abs(found - expected).max() > 1e-3) == (name in ACTIVATIONS), "rounding is measured"
@@ -65,7 +65,7 @@ def test_plain_transformers_opens_them(released: Any, name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": "cpu"})
     with torch.no_grad():
         plain = torch.log_softmax(model(input_ids=torch.tensor([TOKENS])).logits[0].float(), -1).numpy()
-    with catalog.load_runtime("transformers").open(folder) as session:
+    with load_runtime("transformers").open(folder) as session:
         assert (np.exp(plain) * (plain - session.log_probabilities(TOKENS))).sum(axis=1).max() < 0.02
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.catalog import load_format
-from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.errors import InputError
+from qlora_export.formats.registry import load_format
 from qlora_export.quant import floats, row_integers
 from qlora_export.quant.scales import absmax
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import SHAPES, encode
 from tests.helpers.values import random_values
 

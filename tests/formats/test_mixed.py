@@ -11,16 +11,17 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_targets
 
-from qlora_export import catalog
-from qlora_export.contracts import TrainingQuantization
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
+from qlora_export.formats.mixed import mix
+from qlora_export.formats.registry import load_format
 from qlora_export.planning import make_plan
 from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.tensors.header import read_header
+from qlora_export.types import TrainingQuantization
 from tests.formats.test_folders import decoded
 from tests.helpers.pico import RecipeMaker
 
@@ -124,5 +125,5 @@ def test_exports_and_unknown_formats_have_no_overrides(pico_recipe: RecipeMaker,
 
 
 def test_one_format_is_no_mixture() -> None:
-    form = catalog.load_format("w8a16", TrainingQuantization())
-    assert catalog.mix(form, {}, {}) is form
+    form = load_format("w8a16", TrainingQuantization())
+    assert mix(form, {}, {}) is form

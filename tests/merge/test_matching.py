@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.save_and_load import get_peft_model_state_dict
 
-from qlora_export.contracts import TensorSpec, TrainingQuantization
 from qlora_export.merge.adapter_keys import PREFIX
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.homes import match_adapter
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import TensorSpec, TrainingQuantization
 from tests import sampling
 from tests.zoo import save_architecture
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Artifact
-from qlora_export.engine.manifest import MANIFEST_NAME, file_facts, manifest_bytes, read_artifact
+from qlora_export.artifact import MANIFEST_NAME, Artifact, file_facts, read_artifact
+from qlora_export.engine.manifest import manifest_bytes
 from qlora_export.errors import ExitCode
 from qlora_export.publish.lint import RULES, lint
 from qlora_export.publish.staged import Staged

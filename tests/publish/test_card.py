@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from qlora_export.artifact import Artifact
 from qlora_export.catalog import EXPORTERS, FORMATS
-from qlora_export.contracts import Artifact
 from qlora_export.errors import InputError, RemoteConflict, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.engine.manifest import FileFacts, file_facts
+from qlora_export.artifact import FileFacts, file_facts
 from qlora_export.errors import InputError, Refused
 from qlora_export.publish.checksums import checksums, read_checksums
 

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export import pipeline
-from qlora_export.contracts import Account, Artifact
+from qlora_export.artifact import Artifact, file_facts
 from qlora_export.drift.gate import recall
-from qlora_export.engine.manifest import file_facts
 from qlora_export.errors import ExportError
 from qlora_export.pipeline import RunOptions
+from qlora_export.publish.base import Account
 from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.hub.destination import places_of
 from qlora_export.publish.hub.job import BOM_PATH, CHECKSUMS_PATH, PROVENANCE_PATH, REPORT_PATH, Found, Seen

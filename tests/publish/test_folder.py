@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from qlora_export.contracts import Account, Drift, Verdict, Verified
+from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, RemoteConflict, UsageError, VerifyMismatch
 from qlora_export.planning import make_plan
+from qlora_export.publish.base import Account
 from qlora_export.publish.folder import FolderPublisher
 from qlora_export.recipe import make_recipe
 from tests.drift.test_gate import PERFECT
@@ -107,8 +108,10 @@ def test_an_artifact_that_changed_after_the_gate_is_not_published(verified: Veri
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from qlora_export.contracts import Account, Artifact, Drift, Verdict, Verified
-from qlora_export.engine.manifest import read_artifact
+from qlora_export.publish.base import Account
+from qlora_export.artifact import Artifact
+from qlora_export.drift.results import Drift, Verdict, Verified
+from qlora_export.artifact import read_artifact
 from qlora_export.publish import folder as module
 
 source, place, point = sys.argv[1:]

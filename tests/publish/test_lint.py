@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_export.engine.manifest import MANIFEST_NAME, file_facts
+from qlora_export.artifact import MANIFEST_NAME, file_facts
 from qlora_export.publish.staged import Staged
 from tests.publish.lint_stage import (
     FORMATS,

@@ -19,10 +19,10 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
-from qlora_export.contracts import Artifact, Drift
+from qlora_export.artifact import Artifact, FileFacts, file_facts
 from qlora_export.drift.gate import Z_95
+from qlora_export.drift.results import Drift
 from qlora_export.engine import BuildOptions, build
-from qlora_export.engine.manifest import FileFacts, file_facts
 from qlora_export.planning import make_plan
 from qlora_export.publish.bom import SPDX_IDS, bill_of_materials
 from qlora_export.publish.provenance import invocation_of, provenance

@@ -8,8 +8,8 @@ from pathlib import Path
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from qlora_export.contracts import Verdict
 from qlora_export.drift.layers import KeptLayer
+from qlora_export.drift.results import Verdict
 from qlora_export.pipeline import RunOptions, check
 from qlora_export.recipe import make_recipe
 from qlora_export.report.data import report

@@ -9,19 +9,19 @@ import peft
 import pytest
 import torch
 
-from qlora_export import catalog
-from qlora_export.contracts import TrainedModule
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
 from qlora_export.planning import make_plan
 from qlora_export.quant import four_bit, nested
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import absmax_sha256, read_sidecar, write_sidecar
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.training import record
+from qlora_export.types import TrainedModule
 from tests.helpers.files import edit_tensors
 from tests.helpers.pico import RecipeMaker, load_qlora, save_adapter, save_base
 
@@ -62,7 +62,7 @@ def test_artifacts_compute_the_same_function(
 ) -> None:
     """Our merged bytes against the live reference merged by torch; our NF4 folder with its adapter, bit for bit."""
     build(make_plan(pico_recipe(name), tmp_path), tmp_path, BuildOptions())
-    with catalog.load_runtime("transformers").open(tmp_path / name) as session:
+    with load_runtime("transformers").open(tmp_path / name) as session:
         found = session.log_probabilities(TOKENS)
     if name == "bf16":
         with live.merged() as session:
@@ -86,7 +86,7 @@ def test_a_base_stored_otherwise_than_computed(tmp_path: Path, storage: torch.dt
     )
     build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
     live = open_as_trained(open_checkpoint(base), open_adapter(adapter), training)
-    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+    with load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
     config = json.loads((tmp_path / "out/nf4-adapter/config.json").read_text())
     assert config["dtype"] == str(storage).removeprefix("torch.")
@@ -111,7 +111,7 @@ def test_an_adapter_that_a_gpu_trained(pico_base: Path, adapter_copy: Path, tmp_
     recipe = Recipe.model_validate({"base": str(pico_base), "adapter": str(adapter_copy), "artifacts": artifacts})
     build(make_plan(recipe, tmp_path / "out"), tmp_path / "out", BuildOptions())
     live = open_as_trained(checkpoint, open_adapter(adapter_copy), read_sidecar(adapter_copy))
-    with catalog.load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
+    with load_runtime("transformers").open(tmp_path / "out/nf4-adapter") as session:
         assert np.array_equal(session.log_probabilities(TOKENS), live.tuned().log_probabilities(TOKENS))
 
 
@@ -126,7 +126,7 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with (
         pytest.raises(InputError, match="transformers cannot load it"),
-        catalog.load_runtime("transformers").open(tmp_path),
+        load_runtime("transformers").open(tmp_path),
     ):
         pass
 
@@ -139,6 +139,6 @@ def test_on_a_gpu_the_models_say_what_they_say_on_the_cpu(pico_base: Path, pico_
     assert np.abs(there.tuned().log_probabilities(TOKENS) - here.tuned().log_probabilities(TOKENS)).max() < 1e-4
     with here.merged() as one, there.merged() as other:
         assert np.abs(one.log_probabilities(TOKENS) - other.log_probabilities(TOKENS)).max() < 1e-4
-    runtime = catalog.load_runtime("transformers")
+    runtime = load_runtime("transformers")
     with runtime.open(pico_base) as one, runtime.open(pico_base, "cuda") as other:
         assert np.abs(one.log_probabilities(TOKENS) - other.log_probabilities(TOKENS)).max() < 1e-4

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from qlora_export.contracts import TrainingQuantization
 from qlora_export.errors import ExitCode, InputError, Refused
 from qlora_export.sources.adapter import MERGED_SETTINGS, REFUSED, Adapter, open_adapter, variant_problems
+from qlora_export.types import TrainingQuantization
 from tests.helpers.files import edit_json
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from qlora_export.contracts import Part, Piece
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.layout import lay_out, part_bytes
 from qlora_export.tensors.writing import ShardWriter
+from qlora_export.types import Part, Piece
 from tests import sampling
 
 parts = st.lists(

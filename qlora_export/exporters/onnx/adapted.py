@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import Float32
 from qlora_export.errors import PlanRefused, Refused
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.homes import match_adapter
@@ -18,6 +17,7 @@ from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import FourBitWeight, PlainWeight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32
 
 MERGE_INSTEAD = "choose a merged format"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_export.contracts import Float32
 from qlora_export.errors import Refused, UsageError
 from qlora_export.exporters.onnx.adapted import AdaptedBase, AdaptedLayer, adapted_base, factors
 from qlora_export.exporters.onnx.beside import input_names
@@ -24,6 +23,7 @@ from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32
 
 FILE_NAME = "adapter.onnx_adapter"
 FILE_VERSION = 1

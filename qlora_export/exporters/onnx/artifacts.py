@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.integers import SameIntegersExporter
@@ -20,6 +19,7 @@ from qlora_export.exporters.onnx.options import (
     SameIntegerOptions,
     chosen,
 )
+from qlora_export.types import Options, Rounding, Takes
 
 SAME_INTEGERS: dict[str, tuple[Rounding, ...]] = {
     "onnx-int4": ("nearest", "search", "calibrated", "tuned"),

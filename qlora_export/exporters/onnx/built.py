@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Takes
 from qlora_export.exporters.onnx.builder import Order, require_packages, run_builder
 from qlora_export.exporters.onnx.graphs import CONFIG_NAME, is_built, obstacle
 from qlora_export.exporters.onnx.options import BITS, Float16Options, Float32Options, Int8Options, IntegerOptions
@@ -17,6 +16,7 @@ from qlora_export.exporters.onnx.traced.rounded import TracedRounding, trace_rou
 from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.transformers_js import GENAI_CONFIG, lay_out
 from qlora_export.sources.checkpoint import read_json
+from qlora_export.types import Takes
 
 # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
 STACKED_BYTES_PER_WEIGHT = 0.5

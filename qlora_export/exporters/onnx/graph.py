@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32
 from qlora_export.errors import EnvironmentProblem
+from qlora_export.types import Float32
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DOMAIN = "com.microsoft"

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import Options, Rounding, Takes
 from qlora_export.errors import InputError, Refused
 from qlora_export.exporters.onnx.builder import require_packages
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
@@ -39,6 +38,7 @@ from qlora_export.quant import packing
 from qlora_export.sources.checkpoint import read_json, read_tensors
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Options, Rounding, Takes
 
 CHUNK_VALUES = 1 << 22
 HEAD = "lm_head.weight"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, TensorSpec
 from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.graph import Raw
 from qlora_export.exporters.onnx.layers import Blocks, block_of
@@ -26,6 +25,7 @@ from qlora_export.quant.scales import Int8
 from qlora_export.tensors.dtypes import ITEM_BYTES, widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, TensorSpec
 
 BITS = 4
 ZEROS_OF_GPTQ = np.uint32(0x77777777)  # eight zero points of 8, one too low

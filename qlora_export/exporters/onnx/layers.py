@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-from qlora_export.contracts import Float32, TensorSpec
 from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.graph import Raw
 from qlora_export.exporters.onnx.options import BLOCK_SIZES
@@ -19,6 +18,7 @@ from qlora_export.quant.scales import Int8
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import Float32, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.contracts import FROM_TORCH_NAMES, Float32, Takes
 from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.adapted import AdaptedLayer, adapted_base
 from qlora_export.exporters.onnx.adapter_file import FILE_NAME, own_factors, write_factors
@@ -58,6 +57,7 @@ from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import FROM_TORCH_NAMES, Float32, Takes
 
 CHUNK_VALUES = 1 << 22
 NF4 = 1

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from qlora_export.contracts import Options, Takes
 from qlora_export.errors import UsageError
 from qlora_export.exporters.transformers_js import LAYOUTS
+from qlora_export.types import Options, Takes
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("default", "rtn", "k_quant")

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import Float32, Part, Piece, TensorSpec
 from qlora_export.errors import Refused
 from qlora_export.merge.carried import COMPANION_NAME, STALE_KEYS, TOKENIZER_NAME
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow
@@ -31,6 +30,7 @@ from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.layout import SINGLE_NAME, lay_out
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter
+from qlora_export.types import Float32, Part, Piece, TensorSpec
 
 MAGIC = 101
 BASE = 128

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import TensorSpec
 from qlora_export.exporters.onnx.builder import Order
 from qlora_export.exporters.onnx.graph import DATA_NAME, GRAPH_NAME, BuiltGraph, Product, Replacement
 from qlora_export.exporters.onnx.graphs import make_graph
@@ -22,6 +21,7 @@ from qlora_export.exporters.onnx.skeleton import (
     write_skeleton,
 )
 from qlora_export.tensors.header import StoredTensor
+from qlora_export.types import TensorSpec
 
 # The skeleton in 16 bits, what the builder stacks, and of its graph in float32 what is not marked: the rest is holes.
 SURGERY_BYTES_PER_WEIGHT = 4.0

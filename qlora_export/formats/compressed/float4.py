@@ -21,21 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Chosen,
-    Consumes,
-    Float32,
-    LevelGrid,
-    Part,
-    Piece,
-    Rounding,
-    TensorSpec,
-    TrainingQuantization,
-)
 from qlora_export.errors import InputError, UsageError
+from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, table
 from qlora_export.quant import float4, float8, ordered_codes
 from qlora_export.quant.searched_float_scales import E2M1, search_float_groups
+from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 GLOBAL_SCALES = tuple(1 << power for power in range(4, 13))
 Raw = NDArray[np.uint8]

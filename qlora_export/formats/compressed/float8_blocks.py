@@ -15,23 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Chosen,
-    Consumes,
-    Float32,
-    LevelGrid,
-    Part,
-    Piece,
-    Rounding,
-    TensorSpec,
-    TrainingQuantization,
-)
+from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, scale_dtype, scales_in, table
 from qlora_export.quant import float8, ordered_codes
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.scales import absmax, symmetric
 from qlora_export.quant.searched_float_scales import E4M3, search_float_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 BLOCK = 128
 

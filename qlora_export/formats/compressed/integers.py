@@ -20,18 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.contracts import (
-    Chosen,
-    Consumes,
-    Float32,
-    LevelGrid,
-    Part,
-    Piece,
-    Rounding,
-    TensorSpec,
-    TrainingQuantization,
-)
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.formats.compressed.stated import (
     INPUT_MAJOR,
     PER_CHANNEL,
@@ -47,6 +37,7 @@ from qlora_export.quant.packing import CODES_PER_WORD, words
 from qlora_export.quant.scales import Int8
 from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
+from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 GROUP_SIZES = (32, 64, 128)
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")

@@ -12,11 +12,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from qlora_export.contracts import Float32, TensorSpec
 from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.quant.floats import all_finite
 from qlora_export.tensors.dtypes import narrow, round_to, widen
+from qlora_export.types import Float32, TensorSpec
 
 VERSION = "0.20.0"
 PER_CHANNEL = {"group_size": None, "strategy": "channel", "dynamic": False}

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import MAY_LACK, Artifact, Drift
+from qlora_export.artifact import Artifact
+from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.publish.card.kinds import LABEL_GRAPH, VLLM, Kind, kind_of
 from qlora_export.recipe import CardRecipe
 from qlora_export.sources.labels import is_classifier

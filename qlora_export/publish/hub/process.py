@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_export.contracts import Progress
 from qlora_export.errors import EnvironmentProblem, ExitCode, ExportError, RemoteProblem
 from qlora_export.publish.hub.failures import AGAIN
 from qlora_export.publish.redaction import redact
+from qlora_export.types import Progress
 
 WORKER = "qlora_export.publish.hub.worker"
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}

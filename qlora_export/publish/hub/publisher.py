@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_export.contracts import Account, Receipt, Verified
-from qlora_export.engine.manifest import MANIFEST_NAME
+from qlora_export.artifact import MANIFEST_NAME
+from qlora_export.drift.results import Verified
 from qlora_export.errors import Refused, RemoteConflict, UsageError
+from qlora_export.publish.base import Account
 from qlora_export.publish.hub.destination import Place, places_of
 from qlora_export.publish.hub.job import (
     CARD_PATH,
@@ -37,6 +38,7 @@ from qlora_export.publish.signing import require_signer
 from qlora_export.publish.staged import Staged
 from qlora_export.publish.staging import FOLDER_NAME, Publication, signer_of, stage, staging_folder
 from qlora_export.recipe import PublishRecipe, Recipe
+from qlora_export.report.run import Receipt
 
 TEXTS = (CARD_PATH, PROVENANCE_PATH, REPORT_PATH, SIGNATURE_PATH)
 CLASSIC = {"HF_HUB_DISABLE_XET": "1"}

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, get_session, set_client_factory
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from qlora_export import __version__
+from qlora_export._version import __version__
 from qlora_export.errors import RemoteConflict
 from qlora_export.publish.hub.failures import NOT_SPOKEN, is_transient, status_of, translated
 from qlora_export.publish.hub.job import PROVENANCE_PATH, Found, Target

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_export.contracts import Artifact
-from qlora_export.engine.manifest import MANIFEST_NAME
+from qlora_export.artifact import MANIFEST_NAME, Artifact
 from qlora_export.errors import Problem
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.publish.lint.names import collisions, disguised, hostile, kind_problem, name_problems, walk

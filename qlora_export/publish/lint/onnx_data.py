@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_export.contracts import TensorSpec
 from qlora_export.errors import EnvironmentProblem, ExitCode, InputError, Problem
 from qlora_export.publish.lint.contents import Contents, base_of, directory_of
 from qlora_export.publish.lint.rules import finding
@@ -24,6 +23,7 @@ from qlora_export.tensors.external_data import (
 )
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import TensorSpec
 
 FLOAT_TYPES = {1: "F32", 10: "F16", 11: "F64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2"}
 PAGE_BYTES = 1 << 16

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_export.contracts import FROM_TORCH_NAMES, TORCH_NAMES
 from qlora_export.errors import InputError, Problem, Refused
 from qlora_export.merge.names import EMBEDDING, HEAD
 from qlora_export.publish.lint.contents import Contents
@@ -24,6 +23,7 @@ from qlora_export.sources.weights import FourBitWeight, PlainWeight, Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import FROM_TORCH_NAMES, TORCH_NAMES
 
 BUILD_AGAIN = "build the artifact again; config.json and weights do not belong together"
 OTHER_SENSES = ("vision", "visual", "audio", "image", "encoder")

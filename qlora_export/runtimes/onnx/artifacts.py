@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from qlora_export import catalog
-from qlora_export.contracts import Artifact, Track
+from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.ways import GraphFindings
-from qlora_export.engine.manifest import MANIFEST_NAME, read_artifact
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnx.validation import Source, validate
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_json
+from qlora_export.types import Track
 
 RUNTIME = "onnxruntime"
 TORCH_RUNTIME = "transformers"
@@ -57,4 +57,4 @@ def source_of(artifact: Artifact) -> Source | None:
 
 
 def _source(name: str, folder: Path, same_integers: bool) -> Source:
-    return Source(name, partial(catalog.load_runtime(TORCH_RUNTIME).open, folder), same_integers)
+    return Source(name, partial(load_runtime(TORCH_RUNTIME).open, folder), same_integers)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from qlora_export.contracts import Float32, TracedLayer
 from qlora_export.drift.layer_difference import Difference
+from qlora_export.runtimes.base import TracedLayer
 from qlora_export.runtimes.onnx.graph_copy import Layer
+from qlora_export.types import Float32
 
 # The relative error from which a layer's output is another one, by the type of the weights.
 DEPARTS = {"float32": 1e-3}

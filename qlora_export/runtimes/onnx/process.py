@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from qlora_export.contracts import Float32
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
+from qlora_export.types import Float32
 
 
 class Worker:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_export.engine.manifest import file_facts
+from qlora_export.artifact import file_facts
 from qlora_export.publish.hub.job import Target, Upload
 from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.testing import HubServer

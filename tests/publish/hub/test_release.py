@@ -19,8 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
 from qlora_export import pipeline
-from qlora_export.contracts import Account
-from qlora_export.engine.manifest import file_facts
+from qlora_export.artifact import file_facts
 from qlora_export.errors import (
     ExitCode,
     ExportError,
@@ -31,6 +30,7 @@ from qlora_export.errors import (
     VerifyMismatch,
 )
 from qlora_export.pipeline import RunOptions
+from qlora_export.publish.base import Account
 from qlora_export.publish.checksums import checksums
 from qlora_export.publish.hub.process import Client
 from qlora_export.publish.hub.publisher import open_hub

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from qlora_export import catalog
 from qlora_export.checking import Question, check_against
 from qlora_export.errors import ExportError, InputError, Refused
 from qlora_export.pipeline import RunOptions
 from qlora_export.runtimes.onnx.folder import open_graph
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_json
 from tests.helpers.files import edit_json
 from tests.runtimes.onnx.conftest import Spoil
@@ -125,5 +125,5 @@ def test_a_check_ends_before_anything_is_measured(
 
 def test_the_runtime_itself_looks_first(copied: Path) -> None:
     linked(copied)
-    with pytest.raises(Refused, match="leads out of the folder"), catalog.load_runtime("onnxruntime").open(copied):
+    with pytest.raises(Refused, match="leads out of the folder"), load_runtime("onnxruntime").open(copied):
         pass

@@ -13,12 +13,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from qlora_export import catalog
+from qlora_export.artifact import Artifact, read_artifact
 from qlora_export.checking import Question, check_against
-from qlora_export.contracts import Artifact
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.drift.ways import GraphFindings
-from qlora_export.engine.manifest import read_artifact
 from qlora_export.errors import ExitCode, InputError
 from qlora_export.pipeline import RunOptions, untracked
 from qlora_export.report.data import exit_code, write_report
@@ -26,6 +24,7 @@ from qlora_export.report.probes import probe_lines
 from qlora_export.report.schemas import report_schema
 from qlora_export.runtimes.onnx.artifacts import source_of, validated
 from qlora_export.runtimes.onnx.validation import validate, validation_windows
+from qlora_export.runtimes.registry import load_runtime
 from tests.runtimes.onnx.conftest import Spoil
 
 GENERATOR = np.random.default_rng(3)
@@ -186,4 +185,4 @@ def test_a_right_folder_passes_and_is_reported(judge: Callable[[], Any], tmp_pat
 def test_the_folder_is_left_as_it_was(graphs: Path, name: str) -> None:
     names = {path.name for path in (graphs / name).iterdir()}
     assert names == {"manifest.json", *read_artifact(graphs / name).manifest["files"]}
-    assert catalog.load_runtime("onnxruntime").name == "onnxruntime"
+    assert load_runtime("onnxruntime").name == "onnxruntime"
