@@ -13,6 +13,7 @@ from qlora_export.calibrate.correcting import correction_parts
 from qlora_export.calibrate.parameters import BaseGrid, LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
 from qlora_export.formats.base import Chosen, CorrectedFormat, GridFormat, LevelGrid
+from qlora_export.formats.served_weight import served_rows
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import (
     Grid,
@@ -25,7 +26,6 @@ from qlora_export.quant.rounding.grid import (
 )
 from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve, target_of
 from qlora_export.quant.rounding.target import retention
-from qlora_export.tensors.served import served_rows
 from qlora_export.types import TORCH_NAMES, Float32, TensorSpec
 
 # What rounding to float16 and then to bfloat16 changes at most, relative to the value.

@@ -20,6 +20,7 @@ from qlora_export.artifact import Artifact
 from qlora_export.drift.codes import TrainedCodes, different_codes, shipped_block, shipped_codes
 from qlora_export.drift.layers import KeptLayer, with_calibration
 from qlora_export.formats.base import Format
+from qlora_export.formats.served_weight import served_rows
 from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.homes import match_adapter
@@ -29,7 +30,6 @@ from qlora_export.planning import ArtifactPlan, Plan, Route
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.tensors.served import served_rows
 from qlora_export.types import Float32
 
 Shipped = Mapping[str, NDArray[np.uint8]]

@@ -22,6 +22,7 @@ from qlora_export.calibrate.running import calibrate
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
+from qlora_export.formats.served_weight import served_rows
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.planning import Plan, make_plan
 from qlora_export.quant.rounding.solving import Method
@@ -29,7 +30,6 @@ from qlora_export.recipe import make_recipe
 from qlora_export.runtimes.transformers import TransformersRuntime
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.tensors.served import served_rows
 from tests.calibrate.models import plan_of, save_family, windows_of
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import RecipeMaker, save_adapter, save_base

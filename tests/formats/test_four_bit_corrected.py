@@ -9,10 +9,10 @@ import pytest
 
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import CorrectedFormat
-from qlora_export.formats.four_bit_corrected import WEIGHTS_FILE
+from qlora_export.formats.bitsandbytes.low_rank_correction import WEIGHTS_FILE
 from qlora_export.formats.registry import load_format
+from qlora_export.formats.served_weight import served_rows
 from qlora_export.tensors.dtypes import round_to, widen
-from qlora_export.tensors.served import served_rows
 from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import encode
 from tests.helpers.values import random_values

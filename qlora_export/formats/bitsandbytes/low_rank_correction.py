@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.errors import UsageError
-from qlora_export.formats.four_bit import FourBit, nf4
-from qlora_export.formats.four_bit_encoders import FourBitEncoder
+from qlora_export.formats.bitsandbytes.four_bit import FourBit, FourBitEncoder, nf4
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import Chosen, LevelGrid
-from qlora_export.formats.compressed.stated import (
+from qlora_export.formats.compressed_tensors.config import (
     INPUT_MAJOR,
     PER_CHANNEL,
     PER_TOKEN,

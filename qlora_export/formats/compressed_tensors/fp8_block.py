@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.formats.base import Chosen, LevelGrid
-from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, scale_dtype, scales_in, table
+from qlora_export.formats.compressed_tensors.config import (
+    INPUT_MAJOR,
+    arguments,
+    rows_in,
+    scale_dtype,
+    scales_in,
+    table,
+)
 from qlora_export.quant import float8, ordered_codes
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.scales import absmax, symmetric

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.base import Chosen, LevelGrid
-from qlora_export.formats.compressed.stated import INPUT_MAJOR, arguments, rows_in, table
+from qlora_export.formats.compressed_tensors.config import INPUT_MAJOR, arguments, rows_in, table
 from qlora_export.quant import float4, float8, ordered_codes
 from qlora_export.quant.searched_float_scales import E2M1, search_float_groups
 from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
