@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_export.device import kernels
-from qlora_export.device.accelerator import BLOCK_WEIGHTS, Accelerator
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.accelerator import BLOCK_WEIGHTS, Accelerator
 from qlora_export.quant.four_bit import NF4
 from qlora_export.tensors.dtypes import narrow, round_to
 

@@ -30,7 +30,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from qlora_export.merge.loaded_changes import LoadedProduct, RowFactors
-from qlora_export.quant import float8, floats, four_bit, integers, nested, packing, scales
+from qlora_export.quant import double_quant, float8, floats, four_bit, integers, packing, scales
 
 COLUMNS = 4096
 BLOCK_ROWS = 32
@@ -176,7 +176,7 @@ class Bench:
 
     def double_quantisation(self, rows: slice) -> None:
         absmax = self.absmax[rows].reshape(-1)
-        nested.encode(absmax, nested.mean(absmax))
+        double_quant.encode(absmax, double_quant.mean(absmax))
 
     def row_absmax(self, rows: slice) -> None:
         scales.absmax(self.values[rows], self.scales[rows])

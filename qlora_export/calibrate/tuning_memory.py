@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from qlora_export.calibrate.activations import batches_of
 from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.device.available_memory import available_bytes
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.formats.base import GridFormat
 from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.quant.device.available_memory import available_bytes
 
 TRAINED_BYTES, ROUNDED_BYTES, SCALE_BYTES = 4, 16, 16
 ACTIVATION_BYTES, LOGIT_BYTES = 8, 24

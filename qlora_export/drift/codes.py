@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
 from qlora_export.merge.base_rows import BaseRows, Training
 from qlora_export.merge.merged_model import Output
+from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.four_bit import NF4
 from qlora_export.sources.weights import FourBitWeight

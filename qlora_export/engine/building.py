@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_export.artifact import Artifact, read_artifact, require_same_sources, verify_artifact
-from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.engine.one_pass import run_pass
 from qlora_export.engine.options import BuildOptions
@@ -29,6 +28,7 @@ from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
 from qlora_export.memory import workers_within
 from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import disk_full
 

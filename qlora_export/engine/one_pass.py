@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from qlora_export.device.accelerator import Accelerator
 from qlora_export.engine.checkpoints import Checkpoints
 from qlora_export.engine.collecting import few_collections
 from qlora_export.engine.options import BuildOptions
@@ -26,6 +25,7 @@ from qlora_export.engine.subjects import Workshop, destinations_of, file_of, sub
 from qlora_export.engine.vacancies import Vacancies
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning import Plan, route_parts
+from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.sources.weights import Weight, weight_bytes
 from qlora_export.tensors.reading import SourceFiles
 

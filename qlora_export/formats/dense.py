@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
 from qlora_export.errors import InputError
+from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import all_finite_16
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization

@@ -24,11 +24,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
 from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.quant import integers
-from qlora_export.quant.column_packing import (
+from qlora_export.quant.device import kernels
+from qlora_export.quant.floats import all_finite
+from qlora_export.quant.gptq_awq_packing import (
     AWQ_ORDER,
     PER_WORD,
     PLAIN_ORDER,
@@ -37,10 +38,9 @@ from qlora_export.quant.column_packing import (
     unpack_inputs,
     unpack_outputs,
 )
-from qlora_export.quant.floats import all_finite
 from qlora_export.quant.integers import Grid
+from qlora_export.quant.mse_scales import search_groups
 from qlora_export.quant.scales import Int8
-from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 

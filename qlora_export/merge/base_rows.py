@@ -9,13 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from qlora_export.device import kernels
-from qlora_export.device.accelerator import BLOCK_WEIGHTS as ACCELERATED_WEIGHTS
-from qlora_export.device.accelerator import Accelerator
-from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.trained_base import TrainedBase
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.accelerator import BLOCK_WEIGHTS as ACCELERATED_WEIGHTS
+from qlora_export.quant.device.accelerator import Accelerator
+from qlora_export.quant.device.kernels import Values
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.quant.four_bit import rows_of_whole_blocks
 from qlora_export.sources.weights import FourBitWeight

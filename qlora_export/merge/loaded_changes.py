@@ -14,8 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
-from qlora_export.device.kernels import Values
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.kernels import Values
 from qlora_export.quant.floats import Float32
 
 Float64 = NDArray[np.float64]

@@ -13,10 +13,10 @@ import threading
 
 import numpy as np
 
-from qlora_export.device import kernels
-from qlora_export.device.kernels import Values
 from qlora_export.errors import InputError
-from qlora_export.quant import four_bit, nested
+from qlora_export.quant import double_quant, four_bit
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.kernels import Values
 from qlora_export.quant.floats import Float32, UInt8, all_finite
 from qlora_export.sources.sidecar import absmax_sha256
 from qlora_export.tensors.dtypes import round_to
@@ -59,8 +59,8 @@ class TrainedBase:
                 self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
             return
         offset = nested_offset(self._absmax, self._recorded)
-        codes, nested_absmax = nested.encode(self._absmax, offset, self._training.exact_nested)
-        self._scales = nested.decode(codes, nested_absmax, offset)
+        codes, nested_absmax = double_quant.encode(self._absmax, offset, self._training.exact_nested)
+        self._scales = double_quant.decode(codes, nested_absmax, offset)
         self._second_level = (float(offset), nested_absmax)
         if self._recorded is not None:
             self._absmax_sha256 = absmax_sha256(codes, nested_absmax, offset)
@@ -101,7 +101,7 @@ def nested_offset(absmax: Float32, recorded: TrainedModule | None) -> np.float32
     """The mean that double quantisation subtracts: the recorded one, since it depends on torch's threads, or ours."""
     if recorded is not None and recorded.nested_offset is not None:
         return np.float32(recorded.nested_offset)
-    return nested.mean(absmax)
+    return double_quant.mean(absmax)
 
 
 class _OrderedDigest:

@@ -1,5 +1,5 @@
 """Numerics without files and models."""
 
-from qlora_export.quant.compiled_cache import lock_cache
+from qlora_export.quant.numba_cache import lock_cache
 
 lock_cache()

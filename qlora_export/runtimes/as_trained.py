@@ -21,7 +21,7 @@ import transformers
 
 from qlora_export.errors import InputError
 from qlora_export.merge.names import Names, names_of
-from qlora_export.quant import four_bit, nested
+from qlora_export.quant import double_quant, four_bit
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.classifying import session_of
@@ -158,7 +158,7 @@ def _replace_absmax(layer: Any, values: Float32, training: TrainingQuantization,
     absmax = np.empty(-(-stored.size // training.block_size), np.float32)
     four_bit.block_absmax(stored, training.block_size, absmax)
     offset = np.float32(recorded.nested_offset)
-    codes, nested_absmax = nested.encode(absmax, offset, training.exact_nested)
+    codes, nested_absmax = double_quant.encode(absmax, offset, training.exact_nested)
     state = layer.weight.quant_state
     state.absmax = torch.from_numpy(codes)
     state.state2.absmax = torch.from_numpy(nested_absmax)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_export.errors import InputError, Refused
-from qlora_export.quant import nested
+from qlora_export.quant import double_quant
 from qlora_export.sources.weights import Float8Weight, FourBitWeight, Int8Weight, PlainWeight, Weight
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.header import StoredTensor
@@ -106,7 +106,7 @@ def _four_bit(
     blocks = -(-size // block)
     needed = {"": (size + 1) // 2, "quant_map": 64, "absmax": blocks * (4 if offset is None else 1)}
     if offset is not None:
-        needed |= {"nested_absmax": 4 * -(-blocks // nested.BLOCK), "nested_quant_map": 1024}
+        needed |= {"nested_absmax": 4 * -(-blocks // double_quant.BLOCK), "nested_quant_map": 1024}
     for part, count in needed.items():
         found = tensor if not part else parts.get(part)
         if found is None or found.bytes != count:
@@ -115,10 +115,10 @@ def _four_bit(
             raise InputError(
                 f"{tensor.path}: tensor {what} {have}, a 4-bit weight of {list(shape)} needs {count}", SAVE_AGAIN
             )
-    if facts.get("nested_blocksize", nested.BLOCK) != nested.BLOCK:
+    if facts.get("nested_blocksize", double_quant.BLOCK) != double_quant.BLOCK:
         raise InputError(
             f"{state.path}: tensor {state.spec.name} nests its absmax in blocks of {facts['nested_blocksize']}",
-            f"bitsandbytes nests in blocks of {nested.BLOCK}",
+            f"bitsandbytes nests in blocks of {double_quant.BLOCK}",
         )
     spec = TensorSpec(name, dtype, shape)
     return FourBitWeight(spec, tensor, {**parts, STATE_MARK[1:] + kind: state}, kind, block, offset)

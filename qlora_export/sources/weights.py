@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from qlora_export.errors import InputError
-from qlora_export.quant import float8, four_bit, nested
+from qlora_export.quant import double_quant, float8, four_bit
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.tensors.dtypes import widen
 from qlora_export.tensors.header import StoredTensor
@@ -124,7 +124,7 @@ class FourBitWeight:
     def scales(self, files: SourceFiles) -> StoredScales:
         """The whole absmax state; raises InputError where its maps are not those that this version writes."""
         maps = {"quant_map": four_bit.GRIDS[self.storage].codebook}
-        maps |= {} if self.offset is None else {"nested_quant_map": nested.dynamic_map()}
+        maps |= {} if self.offset is None else {"nested_quant_map": double_quant.dynamic_map()}
         for name, expected in maps.items():
             if files.read_bytes(self.parts[name], 0, 4 * expected.size).tobytes() != expected.tobytes():
                 raise InputError(
@@ -143,11 +143,11 @@ class FourBitWeight:
         if self.offset is None:
             return files.read_bytes(self.parts["absmax"], 4 * blocks.start, 4 * len(blocks)).view(np.float32)
         codes = files.read_bytes(self.parts["absmax"], blocks.start, len(blocks))
-        first, last = blocks.start // nested.BLOCK, (blocks.stop - 1) // nested.BLOCK
+        first, last = blocks.start // double_quant.BLOCK, (blocks.stop - 1) // double_quant.BLOCK
         absmax = files.read_bytes(self.parts["nested_absmax"], 4 * first, 4 * (last + 1 - first)).view(np.float32)
         codebook = files.read_bytes(self.parts["nested_quant_map"], 0, 1024).view(np.float32)
-        within = blocks.start - first * nested.BLOCK
-        return nested.decode(codes, absmax, np.float32(self.offset), within, codebook)
+        within = blocks.start - first * double_quant.BLOCK
+        return double_quant.decode(codes, absmax, np.float32(self.offset), within, codebook)
 
 
 @dataclass(frozen=True)

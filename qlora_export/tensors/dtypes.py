@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_export.device import kernels
-from qlora_export.device.kernels import Values, on_device
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.kernels import Values, on_device
 from qlora_export.quant.floats import Float32, UInt8, narrow_bfloat16, round_bfloat16, round_float16
 
 ITEM_BYTES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_export.device.available_memory import available_bytes, container_bytes, machine_bytes
+from qlora_export.quant.device.available_memory import available_bytes, container_bytes, machine_bytes
 
 
 def test_the_smaller_of_machine_and_container_counts(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.device import kernels
 from qlora_export.quant import four_bit
+from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import Float32
 from qlora_export.tensors.dtypes import narrow, round_to, widen
 from tests.helpers.values import random_values

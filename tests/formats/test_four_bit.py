@@ -12,7 +12,7 @@ import torch
 
 from qlora_export.formats.base import Format
 from qlora_export.formats.registry import load_format
-from qlora_export.quant import nested
+from qlora_export.quant import double_quant
 from qlora_export.types import StoredScales, TensorSpec, TrainedModule, TrainingQuantization
 from tests.formats.test_contract import SHAPES, encode
 from tests.helpers.values import random_values
@@ -103,7 +103,7 @@ def test_stored_absmax_keep_their_bytes_but_where_a_scale_grows() -> None:
     spec = TensorSpec("x.weight", "BF16", (8, 64 * 100))
     stored = np.random.default_rng(3).integers(0, 256, 800).astype(np.uint8)
     second, offset = np.full(4, 1e-5, np.float32), np.float32(1)
-    scales = nested.decode(stored, second, offset)
+    scales = double_quant.decode(stored, second, offset)
     nf4: Any = load_format("nf4", TrainingQuantization())
     form = nf4.rounded("dithered", TrainingQuantization(), 0)
     codes = np.full(spec.size // 2, 0xFF, np.uint8)

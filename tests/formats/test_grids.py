@@ -14,7 +14,7 @@ import torch
 from qlora_export.catalog import FORMATS
 from qlora_export.formats.base import Chosen, CorrectedFormat, GridFormat, LevelGrid
 from qlora_export.formats.registry import load_format
-from qlora_export.quant import nested
+from qlora_export.quant import double_quant
 from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
 from qlora_export.types import Options, TensorSpec, TrainingQuantization
@@ -51,9 +51,9 @@ def chosen_at_random(spec: TensorSpec, grid: LevelGrid) -> Chosen:
     if grid.scales != "nested":
         return Chosen(codes, round_to(wanted.reshape(-1), grid.scales).reshape(wanted.shape))
     flat = wanted.reshape(-1)
-    offset = nested.mean(flat)
-    stored, nested_absmax = nested.encode(flat, offset)
-    scales = nested.decode(stored, nested_absmax, offset).reshape(wanted.shape)
+    offset = double_quant.mean(flat)
+    stored, nested_absmax = double_quant.encode(flat, offset)
+    scales = double_quant.decode(stored, nested_absmax, offset).reshape(wanted.shape)
     return Chosen(codes, scales, float(offset), nested_absmax)
 
 

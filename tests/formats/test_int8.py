@@ -9,7 +9,7 @@ import torch
 
 from qlora_export.errors import InputError
 from qlora_export.formats.registry import load_format
-from qlora_export.quant import floats, row_integers
+from qlora_export.quant import floats, llm_int8
 from qlora_export.quant.scales import absmax
 from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import SHAPES, encode
@@ -47,7 +47,7 @@ def test_every_half_float_has_the_code_of_bitsandbytes() -> None:
     rows = weight.float().numpy()
     largest, found = np.empty((len(rows), 1), np.float32), np.empty(rows.shape, np.int8)
     absmax(rows, largest)
-    row_integers.encode(rows, largest, found)
+    llm_int8.encode(rows, largest, found)
     np.testing.assert_array_equal(largest[:, 0], scales.numpy())
     np.testing.assert_array_equal(found, codes.numpy())
 

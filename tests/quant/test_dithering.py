@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.quant.dithering import dither, key_of
 from qlora_export.quant.four_bit import NF4, pack
+from qlora_export.quant.stochastic_rounding import dither, key_of
 
 BLOCK = 64
 

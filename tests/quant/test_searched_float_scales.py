@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.quant import float4, float8, ordered_codes, row_integers, searched_float_scales
+from qlora_export.quant import float4, float8, llm_int8, mse_float_scales, ordered_codes
+from qlora_export.quant.mse_float_scales import E2M1, E4M3, INTEGERS, SmallFloat, search_float_groups
 from qlora_export.quant.rounding.grid import Grid, e4m3_scales, power_of_two_scales, sixteen_bit_scales
 from qlora_export.quant.rounding.scale_search import absmax_scales, search_scales
-from qlora_export.quant.searched_float_scales import E2M1, E4M3, INTEGERS, SmallFloat, search_float_groups
 from tests.helpers.values import random_values
 
 INTEGER_LEVELS = tuple(float(level) for level in range(-127, 128))
@@ -76,7 +76,7 @@ def test_a_value_has_the_nearest_level(small: SmallFloat, levels: tuple[float, .
     given = np.concatenate([order, below, above, np.array([-1e30, 1e30, 0], np.float32)])
     expected = np.concatenate([order, order[:-1], order[1:], order[[0, -1]], np.zeros(1, np.float32)])
     bits = (np.float32(small.largest), small.smallest_bits, small.rounder_offset)
-    found = np.array([searched_float_scales._nearest(np.float32(value), *bits) for value in given])
+    found = np.array([mse_float_scales._nearest(np.float32(value), *bits) for value in given])
     np.testing.assert_array_equal(found, expected)
 
 
@@ -113,20 +113,20 @@ def test_the_absmax_of_int8_is_the_rows_own_where_none_is_better() -> None:
     values[2:5, 0] = 127
     values[6] = 0
     largest = np.abs(values).max(1, keepdims=True)
-    found = row_integers.searched_absmax(values, largest)
+    found = llm_int8.searched_absmax(values, largest)
     np.testing.assert_array_equal(found[2:5], largest[2:5])
     assert found[6] == 0
     assert (found != largest).any()
     codes, clipped = np.empty(values.shape, np.int8), np.clip(values, -found, found)
-    row_integers.encode(clipped, found, codes)
+    llm_int8.encode(clipped, found, codes)
     decoded = np.empty_like(values)
-    row_integers.decode(codes, found, decoded)
+    llm_int8.decode(codes, found, decoded)
     assert np.abs(codes.astype(int)).max() == 127
     assert np.square(values - decoded).sum() < 0.999 * np.square(values - _nearest_int8(values, largest)).sum()
 
 
 def _nearest_int8(values: Any, largest: Any) -> Any:
     codes, decoded = np.empty(values.shape, np.int8), np.empty_like(values)
-    row_integers.encode(values, largest, codes)
-    row_integers.decode(codes, largest, decoded)
+    llm_int8.encode(values, largest, codes)
+    llm_int8.decode(codes, largest, decoded)
     return decoded

@@ -10,10 +10,10 @@ import torch
 
 from qlora_export.quant import four_bit, integers
 from qlora_export.quant.integers import Grid
+from qlora_export.quant.mse_scales import FRACTIONS, UNCHANGED, search_blocks, search_groups
 from qlora_export.quant.rounding import scale_search
 from qlora_export.quant.rounding.grid import Grid as TensorGrid
 from qlora_export.quant.rounding.grid import sixteen_bit_scales
-from qlora_export.quant.searched_scales import FRACTIONS, UNCHANGED, search_blocks, search_groups
 from qlora_export.tensors.dtypes import round_to
 from tests.helpers.values import random_values
 

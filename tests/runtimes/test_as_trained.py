@@ -12,7 +12,7 @@ import torch
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
 from qlora_export.planning import make_plan
-from qlora_export.quant import four_bit, nested
+from qlora_export.quant import double_quant, four_bit
 from qlora_export.recipe import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
 from qlora_export.runtimes.registry import load_runtime
@@ -101,8 +101,8 @@ def test_an_adapter_that_a_gpu_trained(pico_base: Path, adapter_copy: Path, tmp_
             values = files.values(checkpoint.tensors[f"{name}.weight"]).reshape(-1)
             absmax = np.empty(-(-values.size // 64), np.float32)
             four_bit.block_absmax(values, 64, absmax)
-            offset = np.float32(nested.mean(absmax) * np.float32(1.000001))
-            codes, nested_absmax = nested.encode(absmax, offset, exact=True)
+            offset = np.float32(double_quant.mean(absmax) * np.float32(1.000001))
+            codes, nested_absmax = double_quant.encode(absmax, offset, exact=True)
             modules[name] = TrainedModule(
                 module.codes_sha256, absmax_sha256(codes, nested_absmax, offset), float(offset)
             )

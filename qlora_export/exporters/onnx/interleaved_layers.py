@@ -20,7 +20,7 @@ from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.graph import Raw
 from qlora_export.exporters.onnx.layers import Blocks, block_of
 from qlora_export.quant import packing
-from qlora_export.quant.column_packing import AWQ_ORDER, PER_WORD, unpack_outputs
+from qlora_export.quant.gptq_awq_packing import AWQ_ORDER, PER_WORD, unpack_outputs
 from qlora_export.quant.scales import Int8
 from qlora_export.tensors.dtypes import ITEM_BYTES, widen
 from qlora_export.tensors.header import StoredTensor

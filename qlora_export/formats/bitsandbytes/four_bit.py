@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
 from qlora_export.formats.base import Chosen, LevelGrid
-from qlora_export.quant import dithering, four_bit, nested
+from qlora_export.quant import double_quant, four_bit, stochastic_rounding
+from qlora_export.quant.device import kernels
 from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
-from qlora_export.quant.searched_scales import search_blocks
+from qlora_export.quant.mse_scales import search_blocks
 from qlora_export.types import (
     TORCH_NAMES,
     Consumes,
@@ -105,7 +105,7 @@ class FourBit:
         ]
         if self.training.double_quant:
             parts += [
-                Part(f"{spec.name}.nested_absmax", "F32", (-(-blocks // nested.BLOCK),)),
+                Part(f"{spec.name}.nested_absmax", "F32", (-(-blocks // double_quant.BLOCK),)),
                 Part(f"{spec.name}.nested_quant_map", "F32", (256,)),
             ]
         state_bytes = len(self.state(spec, np.float32(0)))
@@ -129,7 +129,7 @@ class FourBit:
             state = json.loads(parts[f"{spec.name}.{self.state_suffix}"].tobytes())
             nested_absmax = parts[f"{spec.name}.nested_absmax"].view(np.float32)
             stored = parts[f"{spec.name}.absmax"][blocks.start : blocks.stop]
-            scales = nested.decode(stored, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
+            scales = double_quant.decode(stored, nested_absmax, np.float32(state["nested_offset"]), blocks.start)
         else:
             scales = parts[f"{spec.name}.absmax"].view(np.float32)[blocks.start : blocks.stop]
         codes = parts[spec.name][first // 2 : (first + out.size + 1) // 2]
@@ -150,7 +150,7 @@ class FourBit:
         if chosen.nested_absmax is None:
             yield from self.sealed(spec, StoredScales(scales))
         else:
-            codes = nested.codes_on(scales, chosen.nested_absmax, offset)
+            codes = double_quant.codes_on(scales, chosen.nested_absmax, offset)
             yield from self.sealed(spec, StoredScales(scales, codes, chosen.nested_absmax, float(offset)))
 
     def sealed(self, spec: TensorSpec, scales: StoredScales) -> Iterable[Piece]:
@@ -161,7 +161,7 @@ class FourBit:
         else:
             yield Piece(f"{spec.name}.absmax", 0, scales.codes)
             yield Piece(f"{spec.name}.nested_absmax", 0, scales.nested_absmax.view(np.uint8))
-            yield Piece(f"{spec.name}.nested_quant_map", 0, nested.dynamic_map().view(np.uint8))
+            yield Piece(f"{spec.name}.nested_quant_map", 0, double_quant.dynamic_map().view(np.uint8))
         state = self.state(spec, np.float32(scales.offset))
         yield Piece(f"{spec.name}.{self.state_suffix}", 0, np.frombuffer(state, np.uint8))
 
@@ -173,7 +173,7 @@ class FourBit:
             return Chosen(numbers, raw.view(np.float32).reshape(spec.rows, -1))
         offset = float(json.loads(bytes(parts[f"{spec.name}.{self.state_suffix}"]))["nested_offset"])
         nested_absmax = parts[f"{spec.name}.nested_absmax"].view(np.float32)
-        scales = nested.decode(raw, nested_absmax, np.float32(offset))
+        scales = double_quant.decode(raw, nested_absmax, np.float32(offset))
         return Chosen(numbers, scales.reshape(spec.rows, -1), offset, nested_absmax)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
@@ -201,7 +201,11 @@ class FourBit:
             "shape": list(spec.shape),
         }
         if self.training.double_quant:
-            facts |= {"nested_blocksize": nested.BLOCK, "nested_dtype": "float32", "nested_offset": LONGEST_OFFSET}
+            facts |= {
+                "nested_blocksize": double_quant.BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": LONGEST_OFFSET,
+            }
         length = len(json.dumps(facts))
         if self.training.double_quant:
             facts["nested_offset"] = float(offset)
@@ -256,7 +260,7 @@ class FourBitEncoder:
             return self._layout.sealed(self._spec, StoredScales(scales))
         offset = self._offset()
         exact = training.exact_nested and self._layout.as_trained
-        codes, nested_absmax = nested.encode(scales, offset, exact)
+        codes, nested_absmax = double_quant.encode(scales, offset, exact)
         return self._layout.sealed(self._spec, StoredScales(scales, codes, nested_absmax, float(offset)))
 
     def _offset(self) -> np.float32:
@@ -264,7 +268,7 @@ class FourBitEncoder:
         recorded = self._layout.training.modules.get(self._spec.module)
         if self._layout.as_trained and recorded is not None and recorded.nested_offset is not None:
             return np.float32(recorded.nested_offset)
-        return nested.mean(self._scales)
+        return double_quant.mean(self._scales)
 
 
 class FourBitDitherer:
@@ -276,14 +280,14 @@ class FourBitDitherer:
         self._stored = stored
         self._block = layout.training.block_size
         self._scales = stored.scales.copy()
-        self._key = dithering.key_of(layout.seed, spec.name)
+        self._key = stochastic_rounding.key_of(layout.seed, spec.name)
 
     def dither(self, codes: NDArray[np.uint8], delta: Float32, first_row: int) -> Iterable[Piece]:
         """The rows' new codes at their place."""
         first = first_row * self._spec.columns
         first_block = first // self._block
         scales = self._scales[first_block : first_block - (-len(delta) // self._block)]
-        changed = dithering.dither(codes, scales, kernels.to_host(delta), self._block, self._key, first)
+        changed = stochastic_rounding.dither(codes, scales, kernels.to_host(delta), self._block, self._key, first)
         yield Piece(self._spec.name, first // 2, changed)
 
     def seal(self) -> Iterable[Piece]:
@@ -293,8 +297,8 @@ class FourBitDitherer:
             return self._layout.sealed(self._spec, StoredScales(scales))
         offset, grown = np.float32(stored.offset), scales != stored.scales
         largest = stored.nested_absmax.copy()
-        np.maximum.at(largest, np.flatnonzero(grown) // nested.BLOCK, np.abs(scales[grown] - offset))
-        wider = np.repeat(largest != stored.nested_absmax, nested.BLOCK)[: scales.size]
-        fitted = nested.codes_on(scales, largest, offset)
+        np.maximum.at(largest, np.flatnonzero(grown) // double_quant.BLOCK, np.abs(scales[grown] - offset))
+        wider = np.repeat(largest != stored.nested_absmax, double_quant.BLOCK)[: scales.size]
+        fitted = double_quant.codes_on(scales, largest, offset)
         codes = np.where(grown | wider, fitted, stored.codes)
         return self._layout.sealed(self._spec, StoredScales(scales, codes, largest, stored.offset))

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.device import kernels
 from qlora_export.errors import InputError
 from qlora_export.formats.base import Chosen, LevelGrid
-from qlora_export.quant import row_integers
+from qlora_export.quant import llm_int8
+from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.scales import Int8 as Codes
 from qlora_export.quant.scales import absmax
@@ -72,12 +72,12 @@ class Int8:
         codes = parts[spec.name][rows.start * spec.columns : rows.stop * spec.columns].view(np.int8)
         largest = np.array(parts[f"{spec.module}.SCB"][4 * rows.start : 4 * rows.stop]).view(np.float32)
         out = np.empty((len(rows), spec.columns), np.float32)
-        row_integers.decode(codes.reshape(out.shape), largest.reshape(-1, 1), out)
+        llm_int8.decode(codes.reshape(out.shape), largest.reshape(-1, 1), out)
         return out.reshape(-1)
 
     def grid(self, spec: TensorSpec) -> LevelGrid | None:
         """The integers up to 127 in parts of it, and one absmax a row."""
-        return LevelGrid(tuple(float(level) for level in row_integers.LEVELS), spec.columns, "F32")
+        return LevelGrid(tuple(float(level) for level in llm_int8.LEVELS), spec.columns, "F32")
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Codes, absmax, and the mark of their order."""
@@ -125,9 +125,9 @@ class Int8Encoder:
         largest, codes = np.empty((len(rows), 1), np.float32), np.empty(rows.shape, np.int8)
         absmax(rows, largest)
         if self.searches:
-            largest = row_integers.searched_absmax(rows, largest)
+            largest = llm_int8.searched_absmax(rows, largest)
             rows = np.clip(rows, -largest, largest)
-        row_integers.encode(rows, largest, codes)
+        llm_int8.encode(rows, largest, codes)
         yield from self.pieces(codes, largest, first_row)
 
     def pieces(self, codes: Codes, largest: Float32, first_row: int) -> Iterable[Piece]:

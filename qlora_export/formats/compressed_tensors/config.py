@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from qlora_export.device import kernels
 from qlora_export.errors import InputError
+from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import all_finite
 from qlora_export.tensors.dtypes import narrow, round_to, widen
 from qlora_export.types import Float32, TensorSpec

@@ -25,7 +25,7 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.base import Chosen, LevelGrid
 from qlora_export.formats.compressed_tensors.config import INPUT_MAJOR, arguments, rows_in, table
 from qlora_export.quant import float4, float8, ordered_codes
-from qlora_export.quant.searched_float_scales import E2M1, search_float_groups
+from qlora_export.quant.mse_float_scales import E2M1, search_float_groups
 from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 GLOBAL_SCALES = tuple(1 << power for power in range(4, 13))

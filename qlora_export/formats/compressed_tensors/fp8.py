@@ -27,7 +27,7 @@ from qlora_export.formats.compressed_tensors.config import (
 )
 from qlora_export.quant import float8, ordered_codes
 from qlora_export.quant.floats import UInt8
-from qlora_export.quant.searched_float_scales import E4M3, search_float_groups
+from qlora_export.quant.mse_float_scales import E4M3, search_float_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 

@@ -33,9 +33,9 @@ from qlora_export.formats.compressed_tensors.config import (
 )
 from qlora_export.quant import integers, packing
 from qlora_export.quant.integers import Grid
+from qlora_export.quant.mse_scales import search_groups
 from qlora_export.quant.packing import CODES_PER_WORD, words
 from qlora_export.quant.scales import Int8
-from qlora_export.quant.searched_scales import search_groups
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_export.quant import float4, float8, nested
+from qlora_export.quant import double_quant, float4, float8
 
 # What a layout can store, elementwise: scales [blocks, groups] to scales [blocks, groups].
 ScaleRule = Callable[[Tensor], Tensor]
@@ -106,15 +106,15 @@ class NestedScales:
         return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2)
 
     def _spread(self, scales: Tensor) -> Tensor:
-        places = torch.arange(self.first, self.first + scales.numel(), device=scales.device) // nested.BLOCK
+        places = torch.arange(self.first, self.first + scales.numel(), device=scales.device) // double_quant.BLOCK
         return self.nested_absmax.to(scales.device)[places].reshape(scales.shape)
 
 
 def fitted_nested_scales(scales: Tensor) -> NestedScales:
     """The second level that fresh double quantisation of these scales [rows, groups] has."""
     absmax = scales.detach().float().cpu().numpy().reshape(-1)
-    offset = nested.mean(absmax)
-    _, nested_absmax = nested.encode(absmax, offset)
+    offset = double_quant.mean(absmax)
+    _, nested_absmax = double_quant.encode(absmax, offset)
     return NestedScales(float(offset), torch.from_numpy(nested_absmax))
 
 
@@ -155,4 +155,4 @@ def _in_blocks(by_rows: Tensor, height: int) -> Tensor:
 
 
 def _map(like: Tensor) -> Tensor:
-    return torch.from_numpy(nested.dynamic_map()).to(like.device)
+    return torch.from_numpy(double_quant.dynamic_map()).to(like.device)

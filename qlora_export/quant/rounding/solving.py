@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_export.quant.rounding.coordinate_descent import row_objective, sweep
-from qlora_export.quant.rounding.error_feedback import Inverse, feed_back, invert
+from qlora_export.quant.rounding.gptq import Inverse, feed_back, invert
 from qlora_export.quant.rounding.grid import Grid
 from qlora_export.quant.rounding.scale_fit import fit_scales
 from qlora_export.quant.rounding.scale_search import group_errors, search_scales

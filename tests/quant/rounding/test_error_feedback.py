@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.quant.rounding.error_feedback import DAMPINGS, feed_back, invert
+from qlora_export.quant.rounding.gptq import DAMPINGS, feed_back, invert
 from qlora_export.quant.rounding.scale_search import absmax_scales, search_scales
 from tests.quant.rounding.cases import GRIDS, MARGIN, grid_of, hessian_of, nearest_level, numbers, objective, weights_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.quant import nested
+from qlora_export.quant import double_quant
 from qlora_export.quant.rounding.grid import Grid, NestedScales, fitted_nested_scales, nonzero
 from qlora_export.quant.rounding.scale_search import absmax_scales
 from tests.helpers.values import random_values
@@ -58,19 +58,19 @@ def test_nested_scales_are_the_nearest_that_can_be_stored(rows: int, groups: int
     wanted = np.abs(random_values(rows, groups, seed=groups)) + np.float32(0.03)
     rule = fitted_nested_scales(torch.from_numpy(wanted))
     stored = rule(torch.from_numpy(wanted)).numpy().reshape(-1)
-    every = nested.dynamic_map().astype(np.float64)
+    every = double_quant.dynamic_map().astype(np.float64)
     for place, value in enumerate(wanted.reshape(-1)):
-        choices = every * float(rule.nested_absmax[place // nested.BLOCK]) + rule.offset
+        choices = every * float(rule.nested_absmax[place // double_quant.BLOCK]) + rule.offset
         assert abs(stored[place] - value) <= np.abs(choices - value).min() + 1e-8
 
 
 @pytest.mark.parametrize("size", [1, 255, 257, 5000])
 def test_codes_on_stored_scales_are_the_stored_codes(size: int) -> None:
     absmax = np.abs(random_values(size, seed=size)) + np.float32(0.02)
-    offset = nested.mean(absmax)
-    codes, nested_absmax = nested.encode(absmax, offset)
-    stored = nested.decode(codes, nested_absmax, offset)
-    assert nested.codes_on(stored, nested_absmax, offset).tobytes() == codes.tobytes()
+    offset = double_quant.mean(absmax)
+    codes, nested_absmax = double_quant.encode(absmax, offset)
+    stored = double_quant.decode(codes, nested_absmax, offset)
+    assert double_quant.codes_on(stored, nested_absmax, offset).tobytes() == codes.tobytes()
     rule = NestedScales(float(offset), torch.from_numpy(nested_absmax))
     assert rule(torch.from_numpy(stored)[None]).numpy().tobytes() == stored.tobytes()
 
@@ -78,11 +78,11 @@ def test_codes_on_stored_scales_are_the_stored_codes(size: int) -> None:
 def test_on_a_flat_second_level_values_stay_where_codes_may_not() -> None:
     """All but equal absmax: float32 sums merge the finest steps of the map, so that other codes give the same value."""
     absmax = np.float32(0.5) + np.float32(1e-5) * random_values(2000).clip(-1, 1)
-    offset = nested.mean(absmax)
-    codes, nested_absmax = nested.encode(absmax, offset)
-    stored = nested.decode(codes, nested_absmax, offset)
-    again = nested.codes_on(stored, nested_absmax, offset)
-    assert nested.decode(again, nested_absmax, offset).tobytes() == stored.tobytes()
+    offset = double_quant.mean(absmax)
+    codes, nested_absmax = double_quant.encode(absmax, offset)
+    stored = double_quant.decode(codes, nested_absmax, offset)
+    again = double_quant.codes_on(stored, nested_absmax, offset)
+    assert double_quant.decode(again, nested_absmax, offset).tobytes() == stored.tobytes()
 
 
 def test_rows_of_a_weight_have_the_second_level_at_their_place() -> None:

@@ -85,6 +85,6 @@ def narrow(values: Values, dtype: str) -> UInt8:
 
 
 def _torch() -> Any:
-    from qlora_export.device import torch_kernels
+    from qlora_export.quant.device import torch_kernels
 
     return torch_kernels

@@ -15,9 +15,9 @@ import numba
 import numpy as np
 
 from qlora_export.quant.floats import Float32
+from qlora_export.quant.mse_float_scales import INTEGERS, search_float_groups
 from qlora_export.quant.precision import to_int8
 from qlora_export.quant.scales import Int8
-from qlora_export.quant.searched_float_scales import INTEGERS, search_float_groups
 
 STEP = np.float32(7.874015718698502e-3)
 # What codes from -127 to 127 stand for, in parts of the absmax.

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.quant.floats import Float32
+from qlora_export.quant.mse_scales import FRACTIONS, PIECE, REFITS
 from qlora_export.quant.scales import absmax
-from qlora_export.quant.searched_scales import FRACTIONS, PIECE, REFITS
 
 Float64 = NDArray[np.float64]
 # What a layout can store of scales, elementwise.
