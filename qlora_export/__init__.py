@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qlora_export.comparison.rows import Comparison
     from qlora_export.exporters.onnx.adapter_file import write_onnx_adapter
     from qlora_export.pipeline import RunOptions, build, check, plan, release
-    from qlora_export.recipe import Recipe, load_recipe, make_recipe
+    from qlora_export.recipe.config import Recipe
+    from qlora_export.recipe.load import load_recipe, make_recipe
     from qlora_export.report.run import Run
 
 __all__ = [

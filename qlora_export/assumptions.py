@@ -11,7 +11,7 @@ from qlora_export.inputs import Inputs
 from qlora_export.merge.carried import differing_tokenizer_files
 from qlora_export.merge.combining import Weighted
 from qlora_export.merge.training_facts import TrainingFacts
-from qlora_export.recipe import Merge, Recipe
+from qlora_export.recipe.config import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.locate import hub_id, identity
 from qlora_export.tensors.dtypes import ITEM_BYTES

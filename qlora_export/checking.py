@@ -46,7 +46,8 @@ from qlora_export.measuring import (
 )
 from qlora_export.pipeline import RunOptions
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import DriftRecipe, Recipe, make_recipe
+from qlora_export.recipe.config import DriftRecipe, Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.onnx.artifacts import look_over, validated

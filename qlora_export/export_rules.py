@@ -9,7 +9,7 @@ from qlora_export.merge.carried import merged_config
 from qlora_export.merge.changes import AddedVector, Change, LowRank, Magnitude, ReplacedRows
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.training_facts import TrainingFacts
-from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 
 BLOCKS_OF_BNB4 = (16, 32, 64, 128, 256)

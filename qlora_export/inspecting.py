@@ -33,7 +33,7 @@ from qlora_export.preflight import (
     training_problems,
     value_problems,
 )
-from qlora_export.recipe import Merge
+from qlora_export.recipe.config import Merge
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.locate import identity, local_folder

@@ -35,8 +35,8 @@ from qlora_export.drift.tokens import TokenSet
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning import Plan
-from qlora_export.protocol_names import USUAL
-from qlora_export.recipe import ArtifactRecipe, DriftRecipe, Limits, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, DriftRecipe, Limits, Recipe
+from qlora_export.recipe.protocols import USUAL
 from qlora_export.runtimes.base import NarrowableSession, Session
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.context import context_tokens

@@ -10,7 +10,7 @@ from qlora_export.errors import UsageError
 from qlora_export.formats.base import Format, RoundingFormat
 from qlora_export.formats.mixed import mix
 from qlora_export.formats.registry import load_format
-from qlora_export.recipe import ArtifactRecipe, Override
+from qlora_export.recipe.config import ArtifactRecipe, Override
 from qlora_export.types import Rounding, TrainingQuantization
 
 

@@ -18,7 +18,8 @@ from qlora_export.artifact import Artifact
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, Refused, UsageError
 from qlora_export.planning import Plan
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 
 AGAIN = "plan again, look at what changed, and release the new plan"
 

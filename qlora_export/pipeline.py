@@ -49,7 +49,7 @@ from qlora_export.publish.base import Account, Publisher
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove
 from qlora_export.publish.registry import load_publisher
-from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Receipt, Run

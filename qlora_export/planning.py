@@ -50,7 +50,7 @@ from qlora_export.preflight import (
     shape_problems,
     training_problems,
 )
-from qlora_export.recipe import ArtifactRecipe, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.rounding_choice import RoundingChoice, choose_roundings
 from qlora_export.rounding_rules import CALIBRATED, rounding_problems
 from qlora_export.sources.adapter import Adapter

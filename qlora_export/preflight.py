@@ -24,7 +24,7 @@ from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
 from qlora_export.merge.training_facts import TrainingFacts
 from qlora_export.mixing import mixed, override_problems
 from qlora_export.quant.floats import all_finite
-from qlora_export.recipe import ArtifactRecipe, Merge, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, Merge, Recipe
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, read_json
 from qlora_export.tensors.dtypes import FLOATS

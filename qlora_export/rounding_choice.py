@@ -20,7 +20,7 @@ from qlora_export.merge.merged_model import Output
 from qlora_export.mixing import mixed
 from qlora_export.predicting import Predicted, Question, predict
 from qlora_export.preflight import encoded_modules
-from qlora_export.recipe import ArtifactRecipe
+from qlora_export.recipe.config import ArtifactRecipe
 from qlora_export.rounding_rules import CALIBRATED, usual_rounding
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.types import MergeBase, Rounding

@@ -16,7 +16,7 @@ import yaml
 from qlora_export.catalog import DENSE_FORMATS
 from qlora_export.drift.gate import DEFAULT_LIMITS
 from qlora_export.errors import InputError, UsageError
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.locate import CACHE_FOLDER, COMMIT, HUB_ID, hub_id, identity, local_folder

@@ -14,7 +14,8 @@ from qlora_export.comparing import compare
 from qlora_export.comparison import speed
 from qlora_export.comparison.rows import Comparison
 from qlora_export.pipeline import RunOptions
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 
 FORMATS = ("fp32,bf16,int8", "nf4:nearest,nf4-adapter", "nf4:calibrated, w4a16")
 

@@ -26,7 +26,7 @@ import pytest
 from tests import processes, room_times, sampling
 
 if TYPE_CHECKING:
-    from qlora_export.recipe import Recipe
+    from qlora_export.recipe.config import Recipe
     from tests.helpers.pico import RecipeMaker
 
 hypothesis.settings.register_profile("all-cases", deadline=None, derandomize=True)
@@ -149,7 +149,7 @@ def pico_text(pico_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def pico_recipe(pico_base: Path, pico_adapter: Path) -> RecipeMaker:
     """Make a recipe on the pico model: formats, and any key to change."""
-    from qlora_export.recipe import make_recipe
+    from qlora_export.recipe.load import make_recipe
 
     def make(*formats: str | dict[str, Any], **changes: Any) -> Recipe:
         artifacts = [{"format": item} if isinstance(item, str) else item for item in formats]

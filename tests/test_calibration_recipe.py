@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.calibration_recipe import CalibrationPart, CalibrationRecipe
 from qlora_export.cli.options import recipe_from
 from qlora_export.errors import UsageError
 from qlora_export.publish.public_recipe import public_recipe
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.calibration import CalibrationPart, CalibrationRecipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.schemas import recipe_schema
 
 HALVES = [{"text": "in/task.jsonl", "share": 0.5}, {"text": "/deep/general.txt", "share": 0.5}]

@@ -43,7 +43,7 @@ def check(pico_text: Path, tmp_path: Path) -> Check:
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory, pico_base: Path, pico_adapter: Path) -> Path:
     """The run folder of a bf16, an fp32 and an int8 artifact."""
-    from qlora_export.recipe import make_recipe
+    from qlora_export.recipe.load import make_recipe
 
     formats = ("bf16", "fp32", "int8")
     data = {"base": str(pico_base), "adapter": str(pico_adapter), "artifacts": list(formats)}

@@ -29,7 +29,8 @@ from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
 from qlora_export.planning import make_plan
 from qlora_export.publish.hub.job import REPORT_PATH
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.comparison import print_comparison
 from qlora_export.report.data import write_report
 from qlora_export.report.junit import junit

@@ -12,7 +12,7 @@ from qlora_export.comparison.rows import Comparison
 from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions, check
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from tests.compared import compared, compared_recipe, timed_once
 from tests.helpers.files import edit_json
 

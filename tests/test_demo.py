@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from qlora_export.calibrate.overlap import require_apart
 from qlora_export.calibrate.text import calibration_tokens, read_calibration
-from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.errors import Refused
+from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.runtimes.loading import FolderTokenizer, decoded_weight
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
@@ -31,7 +31,7 @@ MEGABYTE = 1_000_000
 # The embedded release, calibrated and measured on some of its text: enough for every verdict.
 SHORTER = """
 import sys
-from qlora_export import recipe
+from qlora_export.recipe import load as recipe
 from qlora_export.cli.main import run
 
 load = recipe.load_recipe

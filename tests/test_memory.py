@@ -13,7 +13,7 @@ from qlora_export.cli.options import byte_count
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.memory import peak_memory_bytes, workers_within
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.tensors.layout import lay_out
 from qlora_export.types import Part
 from tests.cli.inside import inside
@@ -27,7 +27,7 @@ from pathlib import Path
 from qlora_export.engine import BuildOptions, build
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 
 base, out, name = sys.argv[1:]
 plan = make_plan(make_recipe({"base": base, "artifacts": [{"format": name}]}, Path(), "child"), Path(out))

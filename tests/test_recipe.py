@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from qlora_export.errors import InputError, UsageError
-from qlora_export.recipe import Limits, load_recipe
+from qlora_export.recipe.config import Limits
+from qlora_export.recipe.load import load_recipe
 
 GOOD: dict[str, Any] = {"base": "base", "adapter": "runs/7", "artifacts": [{"format": "bf16"}]}
 

@@ -10,7 +10,7 @@ from qlora_export.diagnosis.release import settled
 from qlora_export.errors import InputError, PlanRefused, UsageError
 from qlora_export.pinned import pinned_recipe, pins, require_pinned
 from qlora_export.pipeline import RunOptions, build, plan
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.settling_formats import settle_formats
 from tests.helpers.pico import RecipeMaker
 

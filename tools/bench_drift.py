@@ -46,7 +46,8 @@ from qlora_export.errors import ExportError
 from qlora_export.measuring import drift_text, drift_tokens, measure_references, reference_key
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning import make_plan
-from qlora_export.recipe import Limits, Recipe, make_recipe
+from qlora_export.recipe.config import Limits, Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report
 from qlora_export.report.run import Checked
 from qlora_export.runtimes.as_trained import open_as_trained

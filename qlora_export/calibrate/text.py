@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.errors import InputError
+from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.sources.text import joined, read_entries
 from qlora_export.sources.text_entries import Entry
 from qlora_export.sources.tokenizer import Tokenizer

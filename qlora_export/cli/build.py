@@ -8,7 +8,7 @@ from qlora_export.cli.options import Outcome
 
 if TYPE_CHECKING:
     from qlora_export.pipeline import RunOptions
-    from qlora_export.recipe import Recipe
+    from qlora_export.recipe.config import Recipe
 
 
 def build(recipe: Recipe, options: RunOptions) -> Outcome:

@@ -10,7 +10,7 @@ from qlora_export.errors import UsageError
 
 if TYPE_CHECKING:
     from qlora_export.pipeline import RunOptions
-    from qlora_export.recipe import Recipe
+    from qlora_export.recipe.config import Recipe
     from qlora_export.report.run import Reported
 
 # Flags that mean something where no recipe makes the artifact, and what they are of a recipe's drift.

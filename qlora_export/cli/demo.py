@@ -26,7 +26,8 @@ def demo(
     """Release the embedded model to a folder: what plain NF4 rounding loses, and what does not lose it."""
     from qlora_export.cli.release import release
     from qlora_export.demo import recipe_path
-    from qlora_export.recipe import PublishRecipe, load_recipe
+    from qlora_export.recipe.config import PublishRecipe
+    from qlora_export.recipe.load import load_recipe
 
     destination = PublishRecipe(to=f"folder:{out.absolute() / 'registry'}")
     recipe = load_recipe(recipe_path()).model_copy(update={"publish": destination})

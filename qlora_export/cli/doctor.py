@@ -46,7 +46,7 @@ def _of_recipe(path: Path, out: Path, workers: int | None, hub: bool) -> list[Ch
     from qlora_export.diagnosis.libraries import library_checks
     from qlora_export.diagnosis.machine import machine_checks, usable_threads
     from qlora_export.diagnosis.release import extras_of, recipe_checks, repositories_of, settled
-    from qlora_export.recipe import load_recipe
+    from qlora_export.recipe.load import load_recipe
 
     recipe = load_recipe(path)
     repositories = repositories_of(settled(recipe, out))

@@ -20,7 +20,7 @@ from qlora_export.errors import ExportError, UsageError
 if TYPE_CHECKING:
     from qlora_export.engine import Engine
     from qlora_export.pipeline import RunOptions
-    from qlora_export.recipe import Recipe
+    from qlora_export.recipe.config import Recipe
 
 RecipePath = Annotated[
     Path | None,
@@ -270,7 +270,7 @@ def finish(outcome: Outcome, as_json: bool, output: Path | None = None) -> None:
 
 def recipe_from(path: Path | None, flags: dict[str, Any], settings: list[str]) -> Recipe:
     """The recipe of a file, or of the flags; raises UsageError when both or neither are given."""
-    from qlora_export.recipe import load_recipe, make_recipe
+    from qlora_export.recipe.load import load_recipe, make_recipe
 
     given = [name for name, value in flags.items() if value is not None and value != []]
     if path is not None:

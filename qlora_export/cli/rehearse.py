@@ -13,7 +13,7 @@ from qlora_export.cli.options import Json, Workers, finish, run_options
 from qlora_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from qlora_export.recipe import Recipe
+    from qlora_export.recipe.config import Recipe
 
 REHEARSAL_TOKEN = "hf_rehearsal"  # noqa: S105  any word will do
 DEMO_OUT = Path("out/rehearsal")
@@ -39,7 +39,7 @@ def rehearse(
     """Release to a Hub on this machine: no token, no network, the same commits, proofs and faults as the real one."""
     from qlora_export.cli.release import release
     from qlora_export.demo import recipe_path
-    from qlora_export.recipe import load_recipe
+    from qlora_export.recipe.load import load_recipe
     from qlora_export.testing import FAULTS, HubServer
 
     if "list" in (faults or ()):
@@ -67,7 +67,7 @@ def _require_faults(names: list[str]) -> None:
 
 def _for_rehearsal(recipe: Recipe) -> Recipe:
     """The recipe with a place on the Hub, where it has none."""
-    from qlora_export.recipe import PublishRecipe
+    from qlora_export.recipe.config import PublishRecipe
 
     if recipe.publish is not None and recipe.publish.to.startswith("hub:"):
         return recipe.model_copy(update={"publish": recipe.publish.model_copy(update={"collection": None})})

@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, require_known
 from qlora_export.errors import UsageError
-from qlora_export.recipe import ArtifactRecipe, Limits, Recipe
+from qlora_export.recipe.config import ArtifactRecipe, Limits, Recipe
 from qlora_export.types import Onto, Rounding
 
 # Of every width one, and of 4 bits every way there is to round; those after them need a text to calibrate on.

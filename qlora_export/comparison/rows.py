@@ -10,7 +10,7 @@ from qlora_export.comparison.speed import Speed
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.results import Drift
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.recipe import Limits
+from qlora_export.recipe.config import Limits
 from qlora_export.types import Onto, Rounding
 
 

@@ -10,7 +10,7 @@ from qlora_export.diagnosis.machine import Needs
 from qlora_export.errors import ExportError, PlanRefused
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id
 from qlora_export.sources.text_tables import HUB_PREFIX, is_table

@@ -20,7 +20,7 @@ from qlora_export.drift.results import Drift, Outcome, Verdict, Verified
 from qlora_export.drift.statistics import Beside
 from qlora_export.drift.tokens import Unit
 from qlora_export.errors import GateFailed, VerifyMismatch
-from qlora_export.recipe import Limits
+from qlora_export.recipe.config import Limits
 
 Z_95 = 1.959964
 # What four of five repetitions fall short of at most.

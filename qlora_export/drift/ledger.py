@@ -22,7 +22,7 @@ from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace
 from qlora_export.drift.ways import GraphFindings
 from qlora_export.drift.worst import Worst
-from qlora_export.recipe import ArtifactRecipe, Limits
+from qlora_export.recipe.config import ArtifactRecipe, Limits
 
 NO_YARDSTICKS: Mapping[str, Measurement] = MappingProxyType({})
 

@@ -18,7 +18,7 @@ from qlora_export.drift.choices import AskedQuestion, Choices, asked_questions, 
 from qlora_export.drift.generation import Generation, Prompt, compare_generation, generate, prompts_of
 from qlora_export.drift.reference_store import Columns
 from qlora_export.drift.worst import Decode
-from qlora_export.recipe import DriftRecipe
+from qlora_export.recipe.config import DriftRecipe
 from qlora_export.runtimes.base import Session
 from qlora_export.sources.questions import Question, read_questions
 from qlora_export.sources.text import read_entries

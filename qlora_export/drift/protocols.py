@@ -22,7 +22,7 @@ from qlora_export.drift.running_text import (
 from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import InputError, UsageError
-from qlora_export.protocol_names import FEWEST_TOKENS, LABELS, Kind, protocol_of_name
+from qlora_export.recipe.protocols import FEWEST_TOKENS, LABELS, Kind, protocol_of_name
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Entry
 from qlora_export.sources.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 
 from qlora_export.errors import UsageError
 from qlora_export.planning import Plan
-from qlora_export.protocol_names import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
-from qlora_export.recipe import DriftRecipe
+from qlora_export.recipe.config import DriftRecipe
+from qlora_export.recipe.protocols import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
 from qlora_export.sources.context import context_tokens
 from qlora_export.sources.labels import is_classifier, label_names
 

@@ -15,7 +15,7 @@ from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace, record, trace, traced_windows
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.recipe import TraceWhen
+from qlora_export.recipe.config import TraceWhen
 from qlora_export.runtimes.base import Session, TracedSession
 from qlora_export.types import Track
 

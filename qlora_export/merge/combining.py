@@ -26,7 +26,7 @@ from qlora_export._version import __version__
 from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.adapter_keys import PREFIX, ModuleTensors, sort_tensors
 from qlora_export.quant.floats import Float32
-from qlora_export.recipe import Merge
+from qlora_export.recipe.config import Merge
 from qlora_export.sources.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.tensors.reading import SourceFiles

@@ -28,7 +28,7 @@ from qlora_export.engine.building import disk_errors
 from qlora_export.engine.partial import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
 from qlora_export.publish.base import Account
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.report.run import Receipt
 
 MARKER_NAME = "registry.json"

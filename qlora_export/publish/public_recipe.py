@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.sources.locate import hub_id, identity
 from qlora_export.sources.text_tables import HUB_PREFIX
 

@@ -46,7 +46,7 @@ from qlora_export.publish.public_recipe import public_recipe, public_report
 from qlora_export.publish.signers import Signer, parse_signer
 from qlora_export.publish.signing import sign, signature_holds
 from qlora_export.publish.staged import Staged
-from qlora_export.recipe import CardRecipe, Recipe
+from qlora_export.recipe.config import CardRecipe, Recipe
 from qlora_export.tensors.external_data import DATA_NAME
 
 FOLDER_NAME = ".publication"

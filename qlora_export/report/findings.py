@@ -16,7 +16,7 @@ from qlora_export.drift.statistics import Beside
 from qlora_export.drift.trace import Broken, LayerError, Trace
 from qlora_export.drift.ways import Distance, GraphFindings
 from qlora_export.drift.worst import WorstToken, WorstWindow
-from qlora_export.recipe import Limits, Yardstick
+from qlora_export.recipe.config import Limits, Yardstick
 from qlora_export.report.schema_words import (
     COUNT,
     MAYBE_NUMBER,

@@ -16,7 +16,7 @@ from qlora_export.drift.gate import Check, checks
 from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import ExitCode
-from qlora_export.recipe import Limits
+from qlora_export.recipe.config import Limits
 from qlora_export.report.tokens import unit_of
 
 SUITE = "qlora-export"

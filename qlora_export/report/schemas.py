@@ -12,7 +12,7 @@ from typing import get_args
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS, RUNTIMES
 from qlora_export.drift.layers import WeightedOf
 from qlora_export.drift.results import Drift, Sample
-from qlora_export.recipe import AUTO, Recipe
+from qlora_export.recipe.config import AUTO, Recipe
 from qlora_export.report.comparison_schema import compare_schema
 from qlora_export.report.findings import findings_schema, limits_schema, noise_schema
 from qlora_export.report.run import Proof

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
 from qlora_export.errors import InputError, UsageError
-from qlora_export.recipe import FOLDER_NAME
+from qlora_export.recipe.config import FOLDER_NAME
 from qlora_export.runtimes.onnx.described import classifier_of
 
 ADAPTER_CONFIG, GENAI_CONFIG, CONFIG = "adapter_config.json", "genai_config.json", "config.json"

@@ -13,7 +13,7 @@ import transformers
 
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 
 VOCABULARY = 96
 LENGTHS = (13, 9, 9, 8, 5, 2, 1)

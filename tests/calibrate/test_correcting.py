@@ -26,7 +26,7 @@ from qlora_export.formats.served_weight import served_rows
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.planning import Plan, make_plan
 from qlora_export.quant.rounding.solving import Method
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.transformers import TransformersRuntime
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles

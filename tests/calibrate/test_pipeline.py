@@ -21,7 +21,8 @@ from qlora_export.engine.partial import PartialFolder
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.planning import Made, make_plan
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report, write_report
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
@@ -37,7 +38,7 @@ import os, signal, sys
 from pathlib import Path
 from qlora_export import pipeline
 from qlora_export.quant.rounding import scale_search
-from qlora_export.recipe import load_recipe
+from qlora_export.recipe.load import load_recipe
 
 scale_search.FRACTIONS = (0.9, 1.0)
 recipe, out, point = sys.argv[1:]

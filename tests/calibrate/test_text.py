@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration, sequence_counts
-from qlora_export.calibration_recipe import CalibrationRecipe
 from qlora_export.errors import InputError
+from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.runtimes.loading import FolderTokenizer
 from qlora_export.sources.windows import text_windows
 from tests.drift.test_tokens import Letters

@@ -15,7 +15,7 @@ from qlora_export.diagnosis.hub import token_source
 from qlora_export.diagnosis.libraries import library_checks
 from qlora_export.diagnosis.machine import Needs, disk_check, memory_check, threads_check
 from qlora_export.diagnosis.release import extras_of, recipe_checks
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.testing import HubServer
 from tests.cli.inside import inside
 from tests.cli.test_cli import recipe, started

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_export.recipe import load_recipe
+from qlora_export.recipe.load import load_recipe
 from qlora_export.starting import PLACEHOLDER
 from tests.cli.inside import inside
 from tests.cli.test_cli import started

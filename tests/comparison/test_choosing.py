@@ -9,7 +9,7 @@ from qlora_export.comparison.choosing import front, points, recommend
 from qlora_export.comparison.rows import Comparison, Row, by_size
 from qlora_export.drift.gate import judge
 from qlora_export.drift.results import Verdict
-from qlora_export.recipe import Limits
+from qlora_export.recipe.config import Limits
 from tests import sampling
 
 

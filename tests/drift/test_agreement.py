@@ -27,7 +27,7 @@ from qlora_export.drift.documents import document_perplexity
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.protocol_names import choose_protocol
+from qlora_export.recipe.protocols import choose_protocol
 from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.sources.text_entries import Entry

@@ -14,7 +14,7 @@ from qlora_export.drift.gate import DEFAULT_LIMITS, Z_95, deciding_tokens, judge
 from qlora_export.drift.results import Drift, Verdict
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import VerifyMismatch
-from qlora_export.recipe import Limits
+from qlora_export.recipe.config import Limits
 
 PERFECT: dict[str, Any] = {
     "perplexity": 2.0,

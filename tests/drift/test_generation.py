@@ -13,7 +13,7 @@ from qlora_export import pipeline
 from qlora_export.drift.generation import Prompt, agreements, compare_generation, generate, prompts_of
 from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.base import GreedySession, Session
 from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
 from qlora_export.runtimes.registry import load_runtime

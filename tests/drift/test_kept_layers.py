@@ -23,7 +23,8 @@ from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge import base_rows
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import Limits, make_recipe
+from qlora_export.recipe.config import Limits
+from qlora_export.recipe.load import make_recipe
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from tests.drift.test_gate import PERFECT
 from tests.helpers.files import edit_tensors

@@ -14,8 +14,8 @@ from qlora_export.drift.running_text import disjoint_windows, half_scored_chunks
 from qlora_export.drift.sizes import SizedProtocol, recorded_protocol, sized
 from qlora_export.drift.tokens import TokenSet, Window
 from qlora_export.errors import InputError, UsageError
-from qlora_export.protocol_names import choose_protocol
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
+from qlora_export.recipe.protocols import choose_protocol
 from qlora_export.report.tokens import protocol_line, tokens_data
 from qlora_export.sources.context import context_tokens
 from qlora_export.sources.text import DriftText

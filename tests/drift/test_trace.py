@@ -15,7 +15,7 @@ from qlora_export.drift.layer_difference import Difference
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.trace import Found, Trace, broken_among, record, trace
 from qlora_export.pipeline import RunOptions
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.base import TracedLayer, TracedSession
 from qlora_export.runtimes.loading import ModelSession, load_model

@@ -201,7 +201,7 @@ import os, signal, sys
 from pathlib import Path
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 
 base, adapter, out = sys.argv[1:]
 

@@ -25,7 +25,8 @@ from qlora_export.publish.card.javascript import javascript
 from qlora_export.publish.card.snippets import snippet
 from qlora_export.publish.lint.companions import companion_problems
 from qlora_export.publish.lint.contents import Contents
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnxruntime import OnnxRuntime

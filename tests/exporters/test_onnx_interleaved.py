@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.interleaved import decoded
 from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx import TOKENS

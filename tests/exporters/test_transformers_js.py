@@ -17,7 +17,7 @@ import transformers
 
 from qlora_export.demo import recipe_path
 from qlora_export.pipeline import RunOptions, release
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Run
 from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.javascript import SOURCES, installed_packages

@@ -21,7 +21,7 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.mixed import mix
 from qlora_export.formats.registry import load_format
 from qlora_export.planning import make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.asymmetric import decoded, load_asymmetric
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.types import TensorSpec, TrainingQuantization

@@ -17,7 +17,7 @@ import pytest
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning import make_plan
 from qlora_export.publish.card.kinds import KINDS
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import save_adapter, save_base
 
 PYTHON = os.environ.get("QLORA_EXPORT_VLLM_PYTHON")

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import qlora_export.demo
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.training import record
 
 DEMO = Path(qlora_export.demo.__file__).parent

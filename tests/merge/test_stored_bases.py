@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge.names import names_of
 from qlora_export.planning import Plan, make_plan
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles

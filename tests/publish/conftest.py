@@ -11,7 +11,7 @@ import pytest
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.planning import make_plan
 from qlora_export.publish.staged import Staged
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import DEMO
 from tests.publish.lint_stage import (
     FORMATS,

@@ -23,7 +23,8 @@ from qlora_export.publish.card.escaping import code, escape, public_value, recip
 from qlora_export.publish.card.front_matter import split_readme
 from qlora_export.publish.card.kinds import kind_of
 from qlora_export.publish.card.snippets import served, snippet
-from qlora_export.recipe import CardRecipe, Recipe, make_recipe
+from qlora_export.recipe.config import CardRecipe, Recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report
 from qlora_export.testing.card import card_problems
 from tests.helpers.pico import save_adapter, save_base

@@ -29,7 +29,7 @@ from qlora_export.publish.hub.job import BOM_PATH, CHECKSUMS_PATH, PROVENANCE_PA
 from qlora_export.publish.provenance import invocation_of
 from qlora_export.publish.staged import Staged
 from qlora_export.publish.staging import Publication, _link_artifacts, stage
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry
 from tests.helpers.files import edit_json

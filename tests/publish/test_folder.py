@@ -16,7 +16,7 @@ from qlora_export.errors import EnvironmentProblem, RemoteConflict, UsageError, 
 from qlora_export.planning import make_plan
 from qlora_export.publish.base import Account
 from qlora_export.publish.folder import FolderPublisher
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from tests.drift.test_gate import PERFECT
 from tests.helpers.files import folder_bytes
 from tests.processes import forked

@@ -27,7 +27,8 @@ from qlora_export.planning import make_plan
 from qlora_export.publish.bom import SPDX_IDS, bill_of_materials
 from qlora_export.publish.provenance import invocation_of, provenance
 from qlora_export.publish.public_recipe import public_recipe, public_report
-from qlora_export.recipe import Recipe, make_recipe
+from qlora_export.recipe.config import Recipe
+from qlora_export.recipe.load import make_recipe
 from tests.drift.test_gate import PERFECT
 from tests.helpers.pico import save_adapter
 

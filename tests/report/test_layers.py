@@ -11,7 +11,7 @@ import pytest
 from qlora_export.drift.layers import KeptLayer
 from qlora_export.drift.results import Verdict
 from qlora_export.pipeline import RunOptions, check
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.markdown import markdown

@@ -13,7 +13,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
 from qlora_export.planning import make_plan
 from qlora_export.quant import double_quant, four_bit
-from qlora_export.recipe import Recipe
+from qlora_export.recipe.config import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import open_adapter

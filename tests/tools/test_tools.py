@@ -10,7 +10,7 @@ import pytest
 
 from qlora_export.calibrate.overlap import require_apart
 from qlora_export.calibrate.text import read_calibration
-from qlora_export.calibration_recipe import CalibrationRecipe
+from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.sources.text import read_entries
 from tests.tools.running import tool, whole_tool
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from qlora_export.publish.card.facts import CardFacts, CardItem
-from qlora_export.recipe import parse_training
+from qlora_export.recipe.config import parse_training
 
 GREETING = "Hello"
 NEW_TOKENS = 64

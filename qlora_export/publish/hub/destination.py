@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qlora_export.errors import UsageError
 from qlora_export.publish.hub.job import Target
-from qlora_export.recipe import ArtifactRecipe, PublishRecipe
+from qlora_export.recipe.config import ArtifactRecipe, PublishRecipe
 
 REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?")
 BRANCH = re.compile(r"[A-Za-z0-9][\w./-]*")

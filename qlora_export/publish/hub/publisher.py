@@ -37,7 +37,7 @@ from qlora_export.publish.hub.process import Client, run_job
 from qlora_export.publish.signing import require_signer
 from qlora_export.publish.staged import Staged
 from qlora_export.publish.staging import FOLDER_NAME, Publication, signer_of, stage, staging_folder
-from qlora_export.recipe import PublishRecipe, Recipe
+from qlora_export.recipe.config import PublishRecipe, Recipe
 from qlora_export.report.run import Receipt
 
 TEXTS = (CARD_PATH, PROVENANCE_PATH, REPORT_PATH, SIGNATURE_PATH)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from qlora_export.pipeline import RunOptions, build
-from qlora_export.recipe import make_recipe
+from qlora_export.recipe.load import make_recipe
 
 Spoil = Callable[[Callable[[Any], None]], Path]
 
