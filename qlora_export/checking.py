@@ -54,9 +54,8 @@ from qlora_export.runtimes.onnx.artifacts import look_over, validated
 from qlora_export.runtimes.recognising import CONFIG, recognised
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
-from qlora_export.sources.context import context_tokens
-from qlora_export.sources.labels import is_classifier, label_names
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
+from qlora_export.sources.model_config import context_tokens, is_classifier, label_names
 from qlora_export.sources.text import DriftText
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from qlora_export import catalog
 from qlora_export.errors import ExitCode, Problem, UsageError
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.merge.carried import merged_config
 from qlora_export.merge.changes import AddedVector, Change, LowRank, Magnitude, ReplacedRows
+from qlora_export.merge.companion_files import merged_config
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.merge.trained_quantization import TrainingFacts
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 

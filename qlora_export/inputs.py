@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.names import Names
-from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.merge.module_names import Names
+from qlora_export.merge.trained_quantization import TrainingFacts
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint

@@ -21,10 +21,10 @@ from qlora_export.errors import InputError, Problem, UsageError
 from qlora_export.merge.adapter_keys import factor_modules, sort_tensors
 from qlora_export.merge.base_rows import BaseRows, Training
 from qlora_export.merge.changes import Changes
-from qlora_export.merge.homes import Match, match_adapter
+from qlora_export.merge.matching import Match, match_adapter
 from qlora_export.merge.merged_model import Output
-from qlora_export.merge.names import EMBEDDING, HEAD
-from qlora_export.merge.training_facts import training_facts
+from qlora_export.merge.module_names import EMBEDDING, HEAD
+from qlora_export.merge.trained_quantization import training_facts
 from qlora_export.preflight import (
     base_problems,
     merge_problems,

@@ -39,7 +39,7 @@ from qlora_export.recipe.config import ArtifactRecipe, DriftRecipe, Limits, Reci
 from qlora_export.recipe.protocols import USUAL
 from qlora_export.runtimes.base import NarrowableSession, Session
 from qlora_export.sources.checkpoint import Checkpoint
-from qlora_export.sources.context import context_tokens
+from qlora_export.sources.model_config import context_tokens
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.types import Track
 

@@ -25,17 +25,11 @@ from qlora_export.formats.base import Format, MixedFormat
 from qlora_export.formats.registry import load_format
 from qlora_export.inputs import Inputs
 from qlora_export.merge.base_rows import Training
-from qlora_export.merge.carried import (
-    CarriedFile,
-    beside_sha256,
-    carried_files,
-    edited_config,
-    merged_config,
-)
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.companion_files import CarriedFile, beside_sha256, carried_files, edited_config, merged_config
+from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.merged_model import MergedModel, Output, unmerged_model
-from qlora_export.merge.names import names_of
-from qlora_export.merge.training_facts import training_facts
+from qlora_export.merge.module_names import names_of
+from qlora_export.merge.trained_quantization import training_facts
 from qlora_export.opening import Sources, open_sources
 from qlora_export.preflight import (
     artifact_problems,

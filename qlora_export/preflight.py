@@ -18,10 +18,10 @@ from qlora_export import catalog
 from qlora_export.errors import ExitCode, ExportError, Problem, UsageError
 from qlora_export.formats.base import Format
 from qlora_export.formats.registry import load_format
-from qlora_export.merge.homes import Match
+from qlora_export.merge.matching import Match
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.names import EMBEDDING, LAYER, PLAIN_FAMILIES
-from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.merge.module_names import EMBEDDING, LAYER, PLAIN_FAMILIES
+from qlora_export.merge.trained_quantization import TrainingFacts
 from qlora_export.mixing import mixed, override_problems
 from qlora_export.quant.floats import all_finite
 from qlora_export.recipe.config import ArtifactRecipe, Merge, Recipe

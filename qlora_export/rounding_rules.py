@@ -17,7 +17,7 @@ from qlora_export.exporters.registry import load_exporter
 from qlora_export.formats.base import CorrectedFormat, Format, GridFormat, RoundingFormat
 from qlora_export.formats.registry import load_format
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.training_facts import TrainingFacts
+from qlora_export.merge.trained_quantization import TrainingFacts
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.types import Rounding

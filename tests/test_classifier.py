@@ -40,7 +40,7 @@ from qlora_export.report.terminal import print_ledger, print_publication
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.classifying import ClassifierSession
 from qlora_export.runtimes.loading import FolderTokenizer, load_model
-from qlora_export.sources.labels import label_names
+from qlora_export.sources.model_config import label_names
 from qlora_export.sources.text import read_text
 from qlora_export.testing import HubServer
 from qlora_export.training import record

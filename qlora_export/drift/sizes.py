@@ -10,8 +10,7 @@ from qlora_export.errors import UsageError
 from qlora_export.planning import Plan
 from qlora_export.recipe.config import DriftRecipe
 from qlora_export.recipe.protocols import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
-from qlora_export.sources.context import context_tokens
-from qlora_export.sources.labels import is_classifier, label_names
+from qlora_export.sources.model_config import context_tokens, is_classifier, label_names
 
 USUAL_WINDOW_TOKENS = 1024
 # What transformers' page on perplexity takes, and lm-evaluation-harness for a model that states no context.

@@ -21,9 +21,9 @@ from qlora_export.drift.codes import TrainedCodes, different_codes, shipped_bloc
 from qlora_export.drift.layers import KeptLayer, with_calibration
 from qlora_export.formats.base import Format
 from qlora_export.formats.served_weight import served_rows
-from qlora_export.merge.carried import ADAPTER_FOLDER
 from qlora_export.merge.changes import Changes
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
+from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.planning import ArtifactPlan, Plan, Route

@@ -17,7 +17,7 @@ from qlora_export.engine.manifest import manifest_bytes, origin
 from qlora_export.engine.partial import remove_partial, sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.exporters.base import FinishingExporter
-from qlora_export.merge.carried import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
+from qlora_export.merge.companion_files import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
 from qlora_export.planning import ExportPlan, Plan
 from qlora_export.sources.checkpoint import require_contained
 

@@ -19,7 +19,7 @@ from qlora_export.engine.journal import is_ours
 from qlora_export.engine.partial import remove_partial
 from qlora_export.engine.trials import TRIALS
 from qlora_export.errors import UsageError
-from qlora_export.merge.combining import COMBINED_NAME
+from qlora_export.merge.combine import COMBINED_NAME
 from qlora_export.preflight import allocated_bytes
 
 

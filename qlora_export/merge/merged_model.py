@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_export.merge.changes import Change
-from qlora_export.merge.names import Names
+from qlora_export.merge.module_names import Names
 from qlora_export.sources.weights import Weight
 from qlora_export.types import TensorSpec
 

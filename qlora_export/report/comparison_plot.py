@@ -16,7 +16,7 @@ from qlora_export.comparison.choosing import NOISE_NATS, front, points, recommen
 from qlora_export.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import Z_95
 from qlora_export.errors import EnvironmentProblem, UsageError
-from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.report.label_places import Box, place_labels
 
 if TYPE_CHECKING:

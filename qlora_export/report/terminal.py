@@ -20,7 +20,7 @@ from qlora_export.report.layers import lowest_line
 from qlora_export.report.probes import probe_lines
 from qlora_export.report.run import Receipt, Reported, Run
 from qlora_export.report.tokens import protocol_line, tokens_data
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 from qlora_export.types import Progress
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}

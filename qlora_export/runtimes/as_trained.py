@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from qlora_export.errors import InputError
-from qlora_export.merge.names import Names, names_of
+from qlora_export.merge.module_names import Names, names_of
 from qlora_export.quant import double_quant, four_bit
 from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.base import Session

@@ -29,7 +29,7 @@ from qlora_export.errors import ExportError, InputError
 from qlora_export.runtimes.base import Give, See, TracedLayer
 from qlora_export.runtimes.tracing import run_traced, traced_layers
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
-from qlora_export.sources.labels import holds_classifier
+from qlora_export.sources.model_config import holds_classifier
 from qlora_export.types import Float32
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

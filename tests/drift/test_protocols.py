@@ -17,7 +17,7 @@ from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe.load import make_recipe
 from qlora_export.recipe.protocols import choose_protocol
 from qlora_export.report.tokens import protocol_line, tokens_data
-from qlora_export.sources.context import context_tokens
+from qlora_export.sources.model_config import context_tokens
 from qlora_export.sources.text import DriftText
 from tests.drift.test_tokens import Letters, chat, chats, running
 

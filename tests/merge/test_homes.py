@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_export.errors import ExitCode
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.matching import match_adapter
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from tests.helpers.files import edit_json, edit_tensors

@@ -16,7 +16,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from qlora_export.merge.adapter_keys import PREFIX
 from qlora_export.merge.changes import LowRank
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.matching import match_adapter
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.tensors.header import StoredTensor

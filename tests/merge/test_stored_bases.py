@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.merge.names import names_of
+from qlora_export.merge.module_names import names_of
 from qlora_export.planning import Plan, make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_export.errors import PlanRefused, Refused
 from qlora_export.merge.changes import LowRank
-from qlora_export.merge.homes import match_adapter
+from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ from qlora_export.errors import Refused, UsageError
 from qlora_export.exporters.onnx.adapted import AdaptedBase, AdaptedLayer, adapted_base, factors
 from qlora_export.exporters.onnx.beside import input_names
 from qlora_export.exporters.onnx.builder import require_packages
-from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles

@@ -13,7 +13,7 @@ from qlora_export.exporters.onnx.builder import Order, known_architectures, run_
 from qlora_export.exporters.onnx.stated_architecture import lacking
 from qlora_export.exporters.onnx.traced.tracer import outline, trace
 from qlora_export.sources.checkpoint import read_json
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 CONFIG_NAME = "config.json"
 

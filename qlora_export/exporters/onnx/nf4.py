@@ -51,7 +51,7 @@ from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
 from qlora_export.exporters.transformers_js import lay_out
-from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.quant import four_bit
 from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.errors import Refused
-from qlora_export.merge.carried import COMPANION_NAME, STALE_KEYS, TOKENIZER_NAME
+from qlora_export.merge.companion_files import COMPANION_NAME, STALE_KEYS, TOKENIZER_NAME
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.layout import SINGLE_NAME, lay_out

@@ -14,7 +14,7 @@ from qlora_export.artifact import Artifact
 from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.publish.card.kinds import LABEL_GRAPH, VLLM, Kind, kind_of
 from qlora_export.recipe.config import CardRecipe
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from qlora_export.errors import Problem
 from qlora_export.publish.lint.contents import Contents, base_of
 from qlora_export.publish.lint.rules import finding
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 VOCABULARY = re.compile(
     r"tokenizer\.json|tokenizer\.model|vocab\.(json|txt)|spiece\.model|sentencepiece.*\.model|.*\.tiktoken"

@@ -18,7 +18,7 @@ from qlora_export.errors import Problem
 from qlora_export.exporters.registry import load_exporter
 from qlora_export.formats.base import CorrectedFormat
 from qlora_export.formats.registry import load_format
-from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.publish.lint.contents import Contents, base_of, directory_of
 from qlora_export.publish.lint.rules import finding
 from qlora_export.publish.lint.weights import WeightFolder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_export.errors import InputError, Problem, Refused
-from qlora_export.merge.names import EMBEDDING, HEAD
+from qlora_export.merge.module_names import EMBEDDING, HEAD
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.publish.lint.rules import finding

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 ADAPTER_FILE = "adapter.onnx_adapter"

@@ -20,10 +20,10 @@ from typing import Any
 from qlora_export.errors import EnvironmentProblem, Refused
 from qlora_export.exporters.onnx.traced.filling import TracedWeight, fill
 from qlora_export.exporters.transformers_js import GENAI_CONFIG
-from qlora_export.merge.carried import STALE_KEYS
+from qlora_export.merge.companion_files import STALE_KEYS
 from qlora_export.sources.architecture import read_architecture
 from qlora_export.sources.checkpoint import open_checkpoint
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 TRACING = "qlora_export.exporters.onnx.traced.tracing"
 GRAPH_NAME, FACTS_NAME = "traced.onnx", "traced.json"

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tidying import tidy
 from qlora_export.exporters.onnx.traced.tracer import FACTS_NAME, GRAPH_NAME
-from qlora_export.sources.labels import is_classifier
+from qlora_export.sources.model_config import is_classifier
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Of the example that is traced; none is 1 or another's, so that none is taken for a constant or for another.

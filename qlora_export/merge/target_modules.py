@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from qlora_export.errors import ExitCode, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, ModuleTensors, factor_modules
-from qlora_export.merge.draft import Draft
-from qlora_export.merge.names import EXPERT
+from qlora_export.merge.match_state import Draft
+from qlora_export.merge.module_names import EXPERT
 
 LAYER_NUMBER = r".*?\.[^.]*\.(\d+)\."
 ROUTER = "gate.weight"

@@ -1,4 +1,4 @@
-"""Whether a config.json is that of a sequence classifier, and what its labels are called."""
+"""What config.json says of a model: whether it is a sequence classifier, what its labels are called, its context."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ CLASSIFIER = "ForSequenceClassification"
 # What transformers takes where config.json names none.
 UNSTATED = ("LABEL_0", "LABEL_1")
 MULTI_LABEL = "multi_label_classification"
+CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -46,3 +47,12 @@ def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
         kind = "one label is a regression" if len(found) == 1 else "several labels a text have no distribution"
         raise Refused(f"config.json: {kind}, whose drift is not measured", "use build, it merges it")
     return found
+
+
+def context_tokens(text_config: Mapping[str, Any]) -> int | None:
+    """The context in tokens; None where the part of config.json on the language model does not state it."""
+    for key in CONTEXT_KEYS:
+        stated = text_config.get(key)
+        if isinstance(stated, int) and stated > 0:
+            return stated
+    return None

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from qlora_export.errors import ExportError, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, sort_tensors
-from qlora_export.merge.draft import DISAGREE, SAVE_AGAIN, Draft
-from qlora_export.merge.factors import match_embedding, match_linear, match_parameter, match_tokens
+from qlora_export.merge.lora_factors import match_embedding, match_linear, match_parameter, match_tokens
+from qlora_export.merge.match_state import DISAGREE, SAVE_AGAIN, Draft
 from qlora_export.merge.merged_model import MergedModel
-from qlora_export.merge.names import Names, names_of
-from qlora_export.merge.targets import match_config, parameter_names
-from qlora_export.merge.tying import settle_model
+from qlora_export.merge.module_names import Names, names_of
+from qlora_export.merge.target_modules import match_config, parameter_names
+from qlora_export.merge.tied_embeddings import settle_model
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint

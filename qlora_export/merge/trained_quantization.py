@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export.merge.base_rows import Training
-from qlora_export.merge.names import DENSE_BY_DEFAULT, EXPERT, Names
+from qlora_export.merge.module_names import DENSE_BY_DEFAULT, EXPERT, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.weights import FourBitWeight, Int8Weight

@@ -12,9 +12,9 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.merge.changes import Change, LowRank, ReplacedRows
-from qlora_export.merge.draft import Draft, transposed_values
+from qlora_export.merge.match_state import Draft, transposed_values
 from qlora_export.merge.merged_model import MergedModel, Output, stated_tie
-from qlora_export.merge.names import HEAD, Names
+from qlora_export.merge.module_names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint

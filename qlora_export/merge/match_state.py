@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_export.errors import ExitCode, Problem
 from qlora_export.merge.changes import Change
-from qlora_export.merge.names import Names
+from qlora_export.merge.module_names import Names
 from qlora_export.sources.adapter import Adapter
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles

@@ -8,8 +8,8 @@ import numpy as np
 
 from qlora_export.merge.adapter_keys import NESTED, PREFIX, ModuleTensors
 from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
-from qlora_export.merge.draft import DISAGREE, OTHER_BASE, SAVE_AGAIN, Draft
-from qlora_export.merge.names import EMBEDDING_LIKE
+from qlora_export.merge.match_state import DISAGREE, OTHER_BASE, SAVE_AGAIN, Draft
+from qlora_export.merge.module_names import EMBEDDING_LIKE
 from qlora_export.sources.adapter import CONFIG_NAME
 from qlora_export.sources.architecture import Home
 from qlora_export.tensors.header import StoredTensor
