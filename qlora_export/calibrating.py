@@ -18,10 +18,10 @@ from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
 from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration
 from qlora_export.engine.building import locked
 from qlora_export.errors import UsageError
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
+from qlora_export.planning.rounding_checks import CALIBRATED
 from qlora_export.recipe.calibration import CalibrationMethod
 from qlora_export.recipe.config import Recipe
-from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.tokenizer import Tokenizer
 from qlora_export.types import Track

@@ -45,7 +45,8 @@ from qlora_export.measuring import (
     require_row,
 )
 from qlora_export.pipeline import RunOptions
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import DriftRecipe, Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts

@@ -38,9 +38,10 @@ from qlora_export.measuring import (
     require_measurable,
 )
 from qlora_export.pipeline import RunOptions, build
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
+from qlora_export.planning.rounding_checks import CALIBRATED
 from qlora_export.recipe.config import Recipe
-from qlora_export.rounding_rules import CALIBRATED
 from qlora_export.runtimes.opening import open_artifact
 from qlora_export.sources.text import DriftText
 

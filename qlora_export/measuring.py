@@ -34,7 +34,7 @@ from qlora_export.drift.survival import kept_layers
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import ArtifactRecipe, DriftRecipe, Limits, Recipe
 from qlora_export.recipe.protocols import USUAL
 from qlora_export.runtimes.base import NarrowableSession, Session

@@ -17,7 +17,7 @@ from qlora_export._version import __version__
 from qlora_export.artifact import Artifact
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, Refused, UsageError
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
 

@@ -44,7 +44,8 @@ from qlora_export.measuring import (
     tokenizer_of,
 )
 from qlora_export.pinned import require_pinned, require_pinned_bytes
-from qlora_export.planning import ArtifactPlan, Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.publish.base import Account, Publisher
 from qlora_export.publish.card.licence import licence_of
 from qlora_export.publish.proving import prove

@@ -19,7 +19,8 @@ from qlora_export import catalog
 from qlora_export.drift.ledger import Ledger
 from qlora_export.engine.trials import ONTO_TRIAL
 from qlora_export.errors import UsageError
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.sources.text import read_text
 from qlora_export.types import Onto

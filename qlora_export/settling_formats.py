@@ -19,7 +19,7 @@ from typing import Any
 from qlora_export.errors import ExportError, UsageError
 from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.trained_quantization import training_facts
-from qlora_export.opening import open_sources
+from qlora_export.planning.open_sources import open_sources
 from qlora_export.recipe.config import AUTO, ArtifactRecipe, Recipe
 from qlora_export.types import Rounding
 

@@ -27,7 +27,7 @@ from qlora_export.measuring import drift_text, drift_tokens
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.hub.job import REPORT_PATH
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe

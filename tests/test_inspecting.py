@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
-from qlora_export.inspecting import inspect
-from qlora_export.planning import make_plan
+from qlora_export.planning.inspect import inspect
+from qlora_export.planning.make import make_plan
 from tests.helpers.files import edit_json
 from tests.helpers.pico import RecipeMaker
 from tests.zoo import save_architecture, save_variant

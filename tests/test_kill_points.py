@@ -23,7 +23,7 @@ from qlora_export import engine, make_recipe
 from qlora_export.publish.base import Account
 from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.engine import BuildOptions
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.folder import FolderPublisher
 
 base, adapter, place, point = sys.argv[1:]

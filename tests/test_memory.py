@@ -11,8 +11,8 @@ import pytest
 
 from qlora_export.cli.options import byte_count
 from qlora_export.errors import EnvironmentProblem, UsageError
-from qlora_export.memory import peak_memory_bytes, workers_within
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.memory import peak_memory_bytes, workers_within
 from qlora_export.recipe.load import make_recipe
 from qlora_export.tensors.layout import lay_out
 from qlora_export.types import Part
@@ -25,8 +25,8 @@ CHILD = """
 import sys
 from pathlib import Path
 from qlora_export.engine import BuildOptions, build
-from qlora_export.memory import peak_memory_bytes
-from qlora_export.planning import make_plan
+from qlora_export.planning.memory import peak_memory_bytes
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 
 base, out, name = sys.argv[1:]

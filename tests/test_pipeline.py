@@ -16,7 +16,7 @@ from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageErro
 from qlora_export.pipeline import RunOptions
 from qlora_export.pipeline import check as run_check
 from qlora_export.pipeline import release as run_release
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import exit_code, report
 from qlora_export.training import record

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.report.data import plan_summary
 from tests.helpers.files import edit_json, edit_tensors
 from tests.helpers.pico import RecipeMaker, save_base

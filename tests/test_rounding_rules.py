@@ -13,8 +13,9 @@ import pytest
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import ExitCode, PlanRefused
-from qlora_export.planning import Plan, make_plan
-from qlora_export.predicting import SAMPLE_WEIGHTS, sample_of
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
+from qlora_export.planning.survival_estimate import SAMPLE_WEIGHTS, sample_of
 from qlora_export.report.data import plan_summary
 from tests.helpers.pico import RecipeMaker, save_adapter
 

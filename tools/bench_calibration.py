@@ -42,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from qlora_export.calibrate import passing
     from qlora_export.calibrate.running import calibrate
     from qlora_export.calibrate.text import CalibrationTokens
-    from qlora_export.planning import make_plan
+    from qlora_export.planning.make import make_plan
     from qlora_export.recipe.load import make_recipe
 
     torch.set_num_threads(1)

@@ -45,7 +45,7 @@ from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExportError
 from qlora_export.measuring import drift_text, drift_tokens, measure_references, reference_key
 from qlora_export.pipeline import RunOptions, build, untracked
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Limits, Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report

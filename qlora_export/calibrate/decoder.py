@@ -21,7 +21,7 @@ from transformers import initialization
 
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.errors import ExportError, Refused
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.sources.architecture import live_config
 from qlora_export.sources.live_model import decoder_place
 from qlora_export.types import TORCH_NAMES

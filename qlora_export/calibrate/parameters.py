@@ -14,7 +14,7 @@ from qlora_export.merge.base_rows import require_finite
 from qlora_export.merge.merged_rows import MergedRows
 from qlora_export.merge.module_names import names_of
 from qlora_export.merge.trained_base import TrainedBase
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.four_bit import GRIDS, NF4, FourBitGrid
 from qlora_export.sources.architecture import Home

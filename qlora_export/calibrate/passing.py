@@ -24,7 +24,7 @@ from qlora_export.calibrate.store import BlockStore, KeptBlock
 from qlora_export.calibrate.subjects import Subject, raw_parts, subjects_of
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.tuning import Tuning
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.types import Progress
 

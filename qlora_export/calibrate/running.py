@@ -22,7 +22,7 @@ from qlora_export.calibrate.store import BlockStore, KeptBlock
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.whole_model import tuned
 from qlora_export.formats.base import GridFormat
-from qlora_export.planning import ArtifactPlan, Made, Plan, route_parts
+from qlora_export.planning.plan import ArtifactPlan, Made, Plan, route_parts
 from qlora_export.tensors.reading import SourceFiles
 
 

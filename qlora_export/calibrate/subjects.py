@@ -13,7 +13,7 @@ from qlora_export.calibrate.layer import Parts
 from qlora_export.calibrate.parameters import Parameters
 from qlora_export.calibrate.store import KeptBlock
 from qlora_export.formats.base import GridFormat
-from qlora_export.planning import ArtifactPlan
+from qlora_export.planning.plan import ArtifactPlan
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.types import Float32, TensorSpec
 

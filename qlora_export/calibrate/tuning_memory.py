@@ -18,7 +18,7 @@ from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.formats.base import GridFormat
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.quant.device.available_memory import available_bytes
 
 TRAINED_BYTES, ROUNDED_BYTES, SCALE_BYTES = 4, 16, 16

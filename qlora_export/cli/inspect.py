@@ -17,7 +17,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe an adapter, a checkpoint or an artifact from its headers, and say what a merge would refuse."""
-    from qlora_export.inspecting import inspect as look
+    from qlora_export.planning.inspect import inspect as look
     from qlora_export.report.inspection import inspection_data, print_inspection
 
     found = look(path, base, weights)

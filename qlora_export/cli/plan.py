@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def plan(recipe: Recipe, options: RunOptions) -> Outcome:
     """Say what a build would make, from headers alone: files, sizes, memory, assumptions, and every problem at once."""
     from qlora_export import pipeline
-    from qlora_export.memory import workers_within
     from qlora_export.pinned import pins
+    from qlora_export.planning.memory import workers_within
     from qlora_export.report.data import plan_summary
     from qlora_export.report.terminal import print_plan
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from qlora_export.merge.changes import LowRank
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.module_names import EMBEDDING, EMBEDDING_LIKE, EXPERT, HEAD
-from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
+from qlora_export.planning.plan import ArtifactPlan, Plan, Route, route_parts
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.types import Part

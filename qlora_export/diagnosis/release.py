@@ -8,8 +8,9 @@ from pathlib import Path
 from qlora_export.diagnosis.checks import Check
 from qlora_export.diagnosis.machine import Needs
 from qlora_export.errors import ExportError, PlanRefused
-from qlora_export.memory import peak_memory_bytes
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.memory import peak_memory_bytes
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id

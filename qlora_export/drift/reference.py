@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_export.errors import Refused
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 
 TRANSFORMERS_BLOCK = 64
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export.errors import UsageError
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import DriftRecipe
 from qlora_export.recipe.protocols import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
 from qlora_export.sources.model_config import context_tokens, is_classifier, label_names

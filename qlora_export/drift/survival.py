@@ -26,7 +26,7 @@ from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.merged_rows import MergedRows
-from qlora_export.planning import ArtifactPlan, Plan, Route
+from qlora_export.planning.plan import ArtifactPlan, Plan, Route
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles

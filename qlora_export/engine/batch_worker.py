@@ -26,7 +26,7 @@ from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.engine.subjects import Subject, Workshop, destinations_of
 from qlora_export.engine.workers import WorkerPool
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter
 

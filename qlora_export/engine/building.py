@@ -26,8 +26,8 @@ from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.ray_cluster import require_ray
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
-from qlora_export.memory import workers_within
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.memory import workers_within
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import disk_full

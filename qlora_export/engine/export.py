@@ -18,7 +18,7 @@ from qlora_export.engine.partial import remove_partial, sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.exporters.base import FinishingExporter
 from qlora_export.merge.companion_files import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
-from qlora_export.planning import ExportPlan, Plan
+from qlora_export.planning.plan import ExportPlan, Plan
 from qlora_export.sources.checkpoint import require_contained
 
 

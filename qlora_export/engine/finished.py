@@ -9,7 +9,7 @@ from qlora_export.artifact import Artifact
 from qlora_export.engine.building import finished_artifact, locked
 from qlora_export.engine.export import kept_export
 from qlora_export.errors import UsageError
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 
 HINT = "run build or check with this recipe and --out first, or release"
 

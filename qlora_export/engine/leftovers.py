@@ -20,7 +20,7 @@ from qlora_export.engine.partial import remove_partial
 from qlora_export.engine.trials import TRIALS
 from qlora_export.errors import UsageError
 from qlora_export.merge.combine import COMBINED_NAME
-from qlora_export.preflight import allocated_bytes
+from qlora_export.planning.disk_checks import allocated_bytes
 
 
 @dataclass(frozen=True)

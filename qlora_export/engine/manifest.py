@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_export._version import __version__
 from qlora_export.artifact import FileFacts
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.sources.locate import identity
 from qlora_export.types import TORCH_NAMES
 

@@ -24,7 +24,7 @@ from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.engine.subjects import Workshop, destinations_of, file_of, subjects_of
 from qlora_export.engine.vacancies import Vacancies
 from qlora_export.engine.workers import StagedJob, WorkerPool
-from qlora_export.planning import Plan, route_parts
+from qlora_export.planning.plan import Plan, route_parts
 from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.sources.weights import Weight, weight_bytes
 from qlora_export.tensors.reading import SourceFiles

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qlora_export.memory import spare_threads
+from qlora_export.planning.memory import spare_threads
 from qlora_export.types import Progress
 
 Engine = Literal["threads", "ray"]

@@ -15,7 +15,7 @@ from qlora_export.engine.journal import JOURNAL_NAME, Journal, marked
 from qlora_export.engine.manifest import make_manifest
 from qlora_export.errors import UsageError
 from qlora_export.merge.companion_files import CarriedFile
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.tensors.writing import ShardWriter
 
 COPY_BYTES = 1 << 20

@@ -24,7 +24,7 @@ from qlora_export.engine.partial import PartialFolder
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.engine.subjects import Subject
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 
 ADDRESS = "RAY_ADDRESS"
 OBJECT_STORE_BYTES = 256 << 20

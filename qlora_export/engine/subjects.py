@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_export.engine.source_digests import HashJob, SourceDigests
 from qlora_export.engine.tensor_job import Destination, TensorJob
 from qlora_export.engine.workers import StagedJob
-from qlora_export.planning import ArtifactPlan, Plan
+from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.sources.weights import Weight
 from qlora_export.tensors.reading import SourceFiles

@@ -22,7 +22,7 @@ from qlora_export.errors import Refused
 from qlora_export.formats.base import DitheringEncoder, DitheringFormat, TensorEncoder
 from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
 from qlora_export.merge.changes import Changes, LowRank
-from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
+from qlora_export.planning.plan import ArtifactPlan, Plan, Route, route_parts
 from qlora_export.quant.device import kernels
 from qlora_export.quant.device.accelerator import Accelerator
 from qlora_export.quant.device.kernels import Values

@@ -17,7 +17,7 @@ from qlora_export.drift.results import Sample
 from qlora_export.drift.statistics import SAMPLE_TOKENS
 from qlora_export.drift.tokens import TokenSet, first_windows
 from qlora_export.errors import VerifyMismatch
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.report.run import Proof, Receipt
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.opening import open_artifact

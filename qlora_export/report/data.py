@@ -11,9 +11,9 @@ from typing import Any
 from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
-from qlora_export.memory import peak_memory_bytes
-from qlora_export.planning import Plan
-from qlora_export.predicting import Predicted
+from qlora_export.planning.memory import peak_memory_bytes
+from qlora_export.planning.plan import Plan
+from qlora_export.planning.survival_estimate import Predicted
 from qlora_export.report.calibration import calibration_of
 from qlora_export.report.findings import findings_of
 from qlora_export.report.html.page import write_page

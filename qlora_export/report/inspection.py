@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_export.inspecting import Inspection
+from qlora_export.planning.inspect import Inspection
 from qlora_export.report.terminal import console_for_result, new_table, size
 
 EXPERT = re.compile(r"\.experts\.\d+\.")

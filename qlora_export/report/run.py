@@ -9,7 +9,7 @@ from typing import Protocol
 from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Ledger
 from qlora_export.errors import ExitCode
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import DriftRecipe
 from qlora_export.types import Provenance
 

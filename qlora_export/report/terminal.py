@@ -14,7 +14,7 @@ from rich.table import Table
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.results import Drift
 from qlora_export.drift.tokens import Unit
-from qlora_export.memory import peak_memory_bytes
+from qlora_export.planning.memory import peak_memory_bytes
 from qlora_export.report.calibration import calibration_lines
 from qlora_export.report.layers import lowest_line
 from qlora_export.report.probes import probe_lines

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_export.artifact import Artifact
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import open_adapter

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 
 VOCABULARY = 96

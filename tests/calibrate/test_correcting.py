@@ -24,7 +24,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.formats.served_weight import served_rows
 from qlora_export.merge.merged_rows import MergedRows
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.transformers import TransformersRuntime

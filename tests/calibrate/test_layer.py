@@ -13,7 +13,7 @@ from qlora_export.calibrate.parameters import LayerValues
 from qlora_export.calibrate.statistics import InputStatistics
 from qlora_export.errors import InputError
 from qlora_export.formats.registry import load_format
-from qlora_export.predicting import round_trip
+from qlora_export.planning.survival_estimate import round_trip
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.tensors.dtypes import round_to
 from qlora_export.types import Float32, TensorSpec, TrainingQuantization

@@ -20,7 +20,8 @@ from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.engine.partial import PartialFolder
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions
-from qlora_export.planning import Made, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Made
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report, write_report

@@ -21,7 +21,7 @@ from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.running import calibrate
 from qlora_export.calibrate.statistics import InputStatistics
 from qlora_export.errors import Refused, UsageError
-from qlora_export.planning import Made, Plan, route_parts
+from qlora_export.planning.plan import Made, Plan, route_parts
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.tensors.dtypes import ITEM_BYTES

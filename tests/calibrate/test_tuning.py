@@ -11,7 +11,7 @@ import pytest
 
 from qlora_export.calibrate.tuning import HELD_OUT, Tuning
 from qlora_export.formats.base import Chosen, GridFormat
-from qlora_export.planning import Made, Plan
+from qlora_export.planning.plan import Made, Plan
 from qlora_export.tensors.reading import SourceFiles
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of

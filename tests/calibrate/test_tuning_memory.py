@@ -33,7 +33,7 @@ from qlora_export.calibrate.passing import CalibrationOptions
 from qlora_export.calibrate.text import CalibrationTokens
 from qlora_export.calibrate.tuning import Tuning
 from qlora_export.calibrate.tuning_memory import tuning_bytes
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.quant.rounding import scale_search, solving
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.recipe.load import make_recipe

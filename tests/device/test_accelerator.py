@@ -11,7 +11,7 @@ import torch
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, UsageError
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.quant.device.accelerator import Accelerator
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker

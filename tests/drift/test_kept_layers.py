@@ -22,7 +22,8 @@ from qlora_export.drift.results import Drift
 from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge import base_rows
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Limits
 from qlora_export.recipe.load import make_recipe
 from qlora_export.sources.sidecar import SIDECAR_NAME

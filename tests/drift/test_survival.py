@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from tests.helpers.files import edit_tensors
 from tests.helpers.pico import RecipeMaker, save_adapter
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, InputError, PlanRefused, Refused, UsageError, VerifyMismatch
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.training import record
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes

@@ -15,7 +15,7 @@ import pytest
 from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.checkpoints import Checkpoints
 from qlora_export.engine.journal import Journal
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from tests.helpers.pico import RecipeMaker
 
 

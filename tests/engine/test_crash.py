@@ -14,7 +14,7 @@ import torch
 from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.journal import Journal
 from qlora_export.errors import UsageError
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker
 from tests.processes import forked
@@ -26,7 +26,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 
 base, adapter, out, point, checkpoint = sys.argv[1:]

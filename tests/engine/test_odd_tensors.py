@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import RecipeMaker
 

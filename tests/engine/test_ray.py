@@ -25,7 +25,7 @@ from qlora_export.engine.manifest import versions
 from qlora_export.engine.ray_crew import Crew, Question
 from qlora_export.engine.subjects import subjects_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from tests import sampling
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker
@@ -200,7 +200,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 
 base, adapter, out = sys.argv[1:]

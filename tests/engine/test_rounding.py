@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker, save_adapter

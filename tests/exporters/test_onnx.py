@@ -31,7 +31,8 @@ from qlora_export.errors import (
 )
 from qlora_export.exporters.onnx.options import IntegerOptions, chosen
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.runtimes.registry import load_runtime
 from tests.helpers.files import edit_json, folder_bytes

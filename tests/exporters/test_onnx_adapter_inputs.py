@@ -23,7 +23,7 @@ from qlora_export.exporters.onnx.adapted import adapted_base, factors
 from qlora_export.exporters.onnx.beside import as_inputs
 from qlora_export.exporters.onnx.graph import Product
 from qlora_export.exporters.onnx.skeleton import Run
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.hub.commit import WEIGHTS
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.onnx.cached_graph import CachedGraph, log_softmax

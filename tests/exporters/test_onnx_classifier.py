@@ -19,7 +19,7 @@ import transformers
 from qlora_export.artifact import read_artifact
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.pipeline import RunOptions, build, untracked
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.card.facts import CardItem
 from qlora_export.publish.card.javascript import javascript
 from qlora_export.publish.card.snippets import snippet

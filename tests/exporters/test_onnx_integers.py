@@ -21,7 +21,7 @@ from qlora_export.engine.journal import JOURNAL_NAME
 from qlora_export.errors import EnvironmentProblem, ExportError, Refused
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, require_all_placed, runs_of
 from qlora_export.formats.registry import load_format
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_tensors

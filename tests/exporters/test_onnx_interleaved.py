@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.errors import ExportError, Refused
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.interleaved import decoded
 from qlora_export.runtimes.registry import load_runtime

@@ -13,7 +13,8 @@ from onnx import numpy_helper
 from qlora_export.artifact import Artifact
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import ExportError, PlanRefused
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.registry import load_runtime

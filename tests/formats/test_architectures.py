@@ -13,7 +13,7 @@ import transformers
 
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.loading import ModelSession

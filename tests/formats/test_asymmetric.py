@@ -20,7 +20,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.mixed import mix
 from qlora_export.formats.registry import load_format
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.asymmetric import decoded, load_asymmetric
 from qlora_export.runtimes.registry import load_runtime

@@ -22,7 +22,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError, UsageError
 from qlora_export.formats.base import Format
 from qlora_export.formats.registry import load_format
-from qlora_export.planning import ArtifactPlan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import ArtifactPlan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.interleaved import decoded, load_interleaved
 from qlora_export.runtimes.registry import load_runtime

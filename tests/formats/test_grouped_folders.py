@@ -12,7 +12,7 @@ import transformers
 
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model
 from qlora_export.runtimes.registry import load_runtime

@@ -16,7 +16,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.formats.mixed import mix
 from qlora_export.formats.registry import load_format
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.lint.quantisation import quantisation_problems
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.loading import decompress, load_model

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.card.kinds import KINDS
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import save_adapter, save_base

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 from tests.zoo import TOKENS, oracle, reload_logits, save_architecture, save_variant

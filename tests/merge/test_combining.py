@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import PlanRefused, UsageError
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.training import record
 from tests.helpers.files import folder_bytes

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.values import half_step
 from tests.zoo import CELLS, PEFT_IS_WRONG, TOKENS, oracle, reload_logits, save_architecture, save_variant

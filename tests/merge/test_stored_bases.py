@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge.module_names import names_of
-from qlora_export.planning import Plan, make_plan
+from qlora_export.planning.make import make_plan
+from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.sources.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_export.engine import BuildOptions, build, export
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.staged import Staged
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import DEMO

@@ -13,7 +13,7 @@ import pytest
 from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import EnvironmentProblem, RemoteConflict, UsageError, VerifyMismatch
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.base import Account
 from qlora_export.publish.folder import FolderPublisher
 from qlora_export.recipe.load import make_recipe

@@ -23,7 +23,7 @@ from qlora_export.artifact import Artifact, FileFacts, file_facts
 from qlora_export.drift.gate import Z_95
 from qlora_export.drift.results import Drift
 from qlora_export.engine import BuildOptions, build
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.publish.bom import SPDX_IDS, bill_of_materials
 from qlora_export.publish.provenance import invocation_of, provenance
 from qlora_export.publish.public_recipe import public_recipe, public_report

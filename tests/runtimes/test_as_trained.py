@@ -11,7 +11,7 @@ import torch
 
 from qlora_export.engine import BuildOptions, build
 from qlora_export.errors import InputError
-from qlora_export.planning import make_plan
+from qlora_export.planning.make import make_plan
 from qlora_export.quant import double_quant, four_bit
 from qlora_export.recipe.config import Recipe
 from qlora_export.runtimes.as_trained import AsTrained, open_as_trained

@@ -15,7 +15,8 @@ from typing import TypeVar
 from qlora_export.errors import ExitCode, ExportError, Problem
 from qlora_export.merge.combine import Weighted, combination_problems, combine
 from qlora_export.merge.matching import match_adapter
-from qlora_export.preflight import base_problems, place_problems
+from qlora_export.planning.disk_checks import place_problems
+from qlora_export.planning.source_checks import base_problems
 from qlora_export.recipe.config import Recipe
 from qlora_export.sources.adapter import CONFIG_NAME, Adapter, adapter_config, is_lora, open_adapter, variant_problems
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json

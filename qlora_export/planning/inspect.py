@@ -25,7 +25,7 @@ from qlora_export.merge.matching import Match, match_adapter
 from qlora_export.merge.merged_model import Output
 from qlora_export.merge.module_names import EMBEDDING, HEAD
 from qlora_export.merge.trained_quantization import training_facts
-from qlora_export.preflight import (
+from qlora_export.planning.source_checks import (
     base_problems,
     merge_problems,
     opened,

@@ -8,36 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora_export import catalog
 from qlora_export._version import __version__
-from qlora_export.assumptions import assumptions_of, combination_notes
 from qlora_export.errors import PlanRefused, Problem, UsageError
-from qlora_export.export_rules import export_problems
 from qlora_export.exporters.base import Exporter, RoundedExporter
 from qlora_export.exporters.registry import load_exporter
 from qlora_export.formats.base import Format, MixedFormat
 from qlora_export.formats.registry import load_format
-from qlora_export.inputs import Inputs
-from qlora_export.merge.base_rows import Training
 from qlora_export.merge.companion_files import CarriedFile, beside_sha256, carried_files, edited_config, merged_config
 from qlora_export.merge.matching import match_adapter
-from qlora_export.merge.merged_model import MergedModel, Output, unmerged_model
+from qlora_export.merge.merged_model import unmerged_model
 from qlora_export.merge.module_names import names_of
 from qlora_export.merge.trained_quantization import training_facts
-from qlora_export.opening import Sources, open_sources
-from qlora_export.preflight import (
+from qlora_export.planning.artifact_checks import (
     artifact_problems,
-    base_problems,
-    disk_problems,
     encoded_modules,
     kept_adapter_problems,
     layer_problems,
+)
+from qlora_export.planning.assumptions import assumptions_of, combination_notes
+from qlora_export.planning.disk_checks import disk_problems
+from qlora_export.planning.export_checks import export_problems
+from qlora_export.planning.inputs import Inputs
+from qlora_export.planning.open_sources import open_sources
+from qlora_export.planning.plan import ArtifactPlan, ExportPlan, Plan, Route, route_parts
+from qlora_export.planning.rounding import RoundingChoice, choose_roundings
+from qlora_export.planning.rounding_checks import CALIBRATED, rounding_problems
+from qlora_export.planning.source_checks import (
+    base_problems,
     merge_problems,
     opened,
     read_values,
@@ -45,172 +49,12 @@ from qlora_export.preflight import (
     training_problems,
 )
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
-from qlora_export.rounding_choice import RoundingChoice, choose_roundings
-from qlora_export.rounding_rules import CALIBRATED, rounding_problems
-from qlora_export.sources.adapter import Adapter
-from qlora_export.sources.checkpoint import Checkpoint
-from qlora_export.sources.weights import Weight
 from qlora_export.tensors.dtypes import FLOATS
-from qlora_export.tensors.header import StoredTensor
-from qlora_export.tensors.layout import INDEX_NAME, Layout, lay_out
-from qlora_export.types import MergeBase, Onto, Part, TensorSpec, TrainingQuantization
+from qlora_export.tensors.layout import INDEX_NAME, lay_out
+from qlora_export.types import Onto, TensorSpec
 
 INTERPRETER_BYTES = 220_000_000
 TRANSFORMERS_BYTES = 300_000_000
-
-
-@dataclass(frozen=True)
-class Route:
-    """The way of one tensor into one artifact: the format that encodes it, or None when its bytes are copied.
-
-    `base` is what changes are made to; a layer that is dithered has another than its artifact is merged onto.
-    """
-
-    output: Output
-    form: Format | None
-    base: MergeBase = "as-trained"
-
-    @property
-    def turned(self) -> bool:
-        """Whether the layer's [out, in] goes back to the [in, out] it is stored in; a quantising format does not."""
-        return self.output.transposed and self.form is not None and not self.form.quantises
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The tensor that the format sees."""
-        return self.output.spec if self.turned else self.output.layer_spec
-
-
-@dataclass(frozen=True)
-class Made:
-    """Parts whose bytes were decided before the build, by name, and what the manifest tells of how."""
-
-    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the facts, which tell the error of every layer to the last bit: other bytes, other facts."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class ArtifactPlan:
-    """One artifact to the byte."""
-
-    recipe: ArtifactRecipe
-    rounding: RoundingChoice
-    onto: Onto
-    routes: Mapping[str, Route]
-    layout: Layout
-    carried: tuple[CarriedFile, ...]
-    digest: str
-    made: Made = field(default_factory=Made)
-
-    @property
-    def name(self) -> str:
-        """Name of the artifact and of its folder."""
-        return self.recipe.name
-
-    @property
-    def form(self) -> Format:
-        """The format that encodes its layers."""
-        return self.rounding.form
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names of all files but the manifest, sorted."""
-        return tuple(sorted([shard.file for shard in self.layout.shards] + [file.name for file in self.carried]))
-
-    @property
-    def bytes(self) -> int:
-        """Size of the folder without its manifest."""
-        return self.layout.total_bytes + sum(file.bytes for file in self.carried)
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """One artifact that an exporter makes from another or from the adapter; bytes are estimates."""
-
-    recipe: ArtifactRecipe
-    exporter: Exporter
-    source: ArtifactPlan | None
-    bytes: int
-    working_bytes: int
-    digest: str
-
-    @property
-    def name(self) -> str:
-        """Name of the artifact and of its folder."""
-        return self.recipe.name
-
-    @property
-    def source_name(self) -> str:
-        """What it is made from: a dense artifact's name, or the adapter."""
-        return self.source.name if self.source else "the adapter"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a build will do; `training` speaks of stored modules, `live_training` of those of the live model.
-
-    `assumptions` are choices that nobody stated, `library_bytes` what the process takes before it works.
-    """
-
-    recipe: Recipe
-    opened: Sources
-    model: MergedModel
-    training: Training
-    live_training: TrainingQuantization
-    artifacts: tuple[ArtifactPlan, ...]
-    exports: tuple[ExportPlan, ...]
-    assumptions: tuple[str, ...]
-    library_bytes: int
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The base."""
-        if self.opened.checkpoint is None:
-            raise ValueError("a plan has a base")
-        return self.opened.checkpoint
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """The adapter, or what several were combined into."""
-        return self.opened.adapter
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json as the finished model has it in 16 bits; a key that it drops is None."""
-        return merged_config(self.checkpoint.config, "bfloat16", self.model.settings)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all artifacts together."""
-        return sum(self.sizes.values())
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is predicted to go wrong, and what would do better."""
-        found = (item.rounding.warning(item.name) for item in self.artifacts)
-        return tuple(text for text in found if text is not None)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every artifact by name, those of exports estimated."""
-        return {item.name: item.bytes for item in self.artifacts} | {item.name: item.bytes for item in self.exports}
-
-    @property
-    def sources(self) -> tuple[Weight, ...]:
-        """Every stored weight that an artifact is made from, the base's in their order before the adapter's."""
-        found = {id(weight): weight for weight in self.checkpoint.weights.values()}
-        for artifact in self.artifacts:
-            found |= {id(route.output.source): route.output.source for route in artifact.routes.values()}
-        return tuple(found.values())
-
-    def from_adapter(self, source: Weight) -> bool:
-        """Whether a weight was saved with the adapter."""
-        return self.checkpoint.weights.get(source.spec.name) is not source
 
 
 def make_plan(recipe: Recipe, out: Path, notes: tuple[str, ...] = ()) -> Plan:
@@ -375,13 +219,6 @@ def _dense_source(inputs: Inputs, item: ArtifactRecipe, artifacts: tuple[Artifac
             "add `- format: bf16` to the artifacts",
         )
     return source
-
-
-def route_parts(route: Route) -> tuple[Part, ...]:
-    """The parts that a routed tensor becomes."""
-    if route.form is None:
-        return tuple(Part(part.spec.name, part.spec.dtype, part.spec.shape) for part in route.output.source.stored)
-    return route.form.parts(route.spec)
 
 
 def _digest(plan: ArtifactPlan, inputs: Inputs) -> str:

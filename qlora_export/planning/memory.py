@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.formats.base import HoldingFormat
 from qlora_export.merge.base_rows import BLOCK_WEIGHTS
-from qlora_export.planning import Plan, Route
+from qlora_export.planning.plan import Plan, Route
 from qlora_export.sources.weights import Weight
 
 # An absmax and the scale it decodes to, where training quantised; an absmax and its codes, where an artifact does.

@@ -15,13 +15,13 @@ from qlora_export import catalog
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import CorrectedFormat, Format, RoundingFormat
 from qlora_export.formats.registry import load_format
-from qlora_export.inputs import Inputs
 from qlora_export.merge.merged_model import Output
-from qlora_export.mixing import mixed
-from qlora_export.predicting import Predicted, Question, predict
-from qlora_export.preflight import encoded_modules
+from qlora_export.planning.artifact_checks import encoded_modules
+from qlora_export.planning.inputs import Inputs
+from qlora_export.planning.overrides import mixed
+from qlora_export.planning.rounding_checks import CALIBRATED, usual_rounding
+from qlora_export.planning.survival_estimate import Predicted, Question, predict
 from qlora_export.recipe.config import ArtifactRecipe
-from qlora_export.rounding_rules import CALIBRATED, usual_rounding
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.types import MergeBase, Rounding
 

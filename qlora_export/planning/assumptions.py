@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from qlora_export import catalog
 from qlora_export.formats.base import Format
 from qlora_export.formats.registry import load_format
-from qlora_export.inputs import Inputs
 from qlora_export.merge.combine import Weighted
 from qlora_export.merge.companion_files import differing_tokenizer_files
 from qlora_export.merge.trained_quantization import TrainingFacts
+from qlora_export.planning.inputs import Inputs
 from qlora_export.recipe.config import Merge, Recipe
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.locate import hub_id, identity
