@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_export.calibrate.overlap import require_apart
-from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
-from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration
-from qlora_export.engine.building import locked
+from qlora_export.engine.build import locked
+from qlora_export.engine.calibration.contamination import require_apart
+from qlora_export.engine.calibration.store import folders_of_blocks, remove_blocks
+from qlora_export.engine.calibration.text import CalibrationTokens, calibration_tokens, read_calibration
 from qlora_export.errors import UsageError
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.planning.rounding_checks import CALIBRATED
@@ -27,7 +27,7 @@ from qlora_export.sources.tokenizer import Tokenizer
 from qlora_export.types import Track
 
 if TYPE_CHECKING:
-    from qlora_export.calibrate.passing import CalibrationOptions
+    from qlora_export.engine.calibration.block_pass import CalibrationOptions
 
 
 def to_calibrate(plan: Plan, out: Path) -> list[ArtifactPlan]:
@@ -56,8 +56,8 @@ def tokenizer_folder(plan: Plan) -> Path:
 
 def calibration_options(recipe: Recipe, out: Path, device: str) -> CalibrationOptions:
     """The recipe's method, on a device."""
-    from qlora_export.calibrate.passing import CalibrationOptions
-    from qlora_export.calibrate.tuning import Tuning
+    from qlora_export.engine.calibration.block_pass import CalibrationOptions
+    from qlora_export.engine.calibration.scale_tuning import Tuning
     from qlora_export.quant.rounding.solving import Method
 
     chosen = recipe.calibration.method if recipe.calibration is not None else CalibrationMethod()
@@ -69,8 +69,8 @@ def calibrated(
     plan: Plan, items: Sequence[ArtifactPlan], tokens: CalibrationTokens, options: CalibrationOptions, track: Track
 ) -> Plan:
     """The plan with the layers of these artifacts decided; raises EnvironmentProblem before where memory is short."""
-    from qlora_export.calibrate.running import calibrate
-    from qlora_export.calibrate.tuning_memory import require_memory
+    from qlora_export.engine.calibration.calibrate import calibrate
+    from qlora_export.engine.calibration.tuning_memory import require_memory
 
     require_memory(plan, items, tokens, options)
     made = {}

@@ -22,8 +22,8 @@ from qlora_export.drift.probes import NO_TEXTS
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
 from qlora_export.drift.sizes import protocol_of
-from qlora_export.engine.building import locked
-from qlora_export.engine.trials import COMPARISON_TRIAL, make_room
+from qlora_export.engine.build import locked
+from qlora_export.engine.trial_folders import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
 from qlora_export.exporters.registry import load_exporter
 from qlora_export.measuring import (

@@ -26,7 +26,7 @@ from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.tracing import Models, traced_entries
 from qlora_export.drift.worst import worst_of
 from qlora_export.engine import Engine
-from qlora_export.engine.building import locked
+from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
 from qlora_export.measuring import (
     drift_text,

@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_export import catalog
 from qlora_export.drift.ledger import Ledger
-from qlora_export.engine.trials import ONTO_TRIAL
+from qlora_export.engine.trial_folders import ONTO_TRIAL
 from qlora_export.errors import UsageError
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan

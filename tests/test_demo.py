@@ -14,8 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora_export.calibrate.overlap import require_apart
-from qlora_export.calibrate.text import calibration_tokens, read_calibration
+from qlora_export.engine.calibration.contamination import require_apart
+from qlora_export.engine.calibration.text import calibration_tokens, read_calibration
 from qlora_export.errors import Refused
 from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.runtimes.loading import FolderTokenizer, decoded_weight

@@ -39,9 +39,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One size, in this process: CPU seconds of a block, of one pass through it, and peak memory."""
     import torch
 
-    from qlora_export.calibrate import passing
-    from qlora_export.calibrate.running import calibrate
-    from qlora_export.calibrate.text import CalibrationTokens
+    from qlora_export.engine.calibration import block_pass
+    from qlora_export.engine.calibration.calibrate import calibrate
+    from qlora_export.engine.calibration.text import CalibrationTokens
     from qlora_export.planning.make import make_plan
     from qlora_export.recipe.load import make_recipe
 
@@ -57,10 +57,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         windows = rng.integers(0, VOCABULARY, (arguments.sequences, arguments.window)).tolist()
         tokens = CalibrationTokens(tuple(tuple(window) for window in windows), (), ())
-        passes = _note_times(passing, "advance")
-        decided = _note_times(passing.BlockRun, "block")
+        passes = _note_times(block_pass, "advance")
+        decided = _note_times(block_pass.BlockRun, "block")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        calibrate(plan, plan.artifacts[0], tokens, passing.CalibrationOptions(out))
+        calibrate(plan, plan.artifacts[0], tokens, block_pass.CalibrationOptions(out))
     seconds = float(np.median(decided))
     weights = (shape.weights - VOCABULARY * shape.hidden) // BLOCKS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

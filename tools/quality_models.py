@@ -34,7 +34,7 @@ def find_model(word: str, text: Path | None = None) -> QualityModel:
 
 def calibration_ids(model: QualityModel, sequences: int) -> list[list[int]]:
     """Token ids of the sequences that a calibrated row looks at, in its order."""
-    from qlora_export.calibrate.text import calibration_tokens, read_calibration
+    from qlora_export.engine.calibration.text import calibration_tokens, read_calibration
     from qlora_export.recipe.calibration import CalibrationRecipe
     from qlora_export.runtimes.loading import FolderTokenizer
 

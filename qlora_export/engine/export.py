@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_export.artifact import MANIFEST_NAME, Artifact, file_facts, read_artifact, verify_artifact
-from qlora_export.engine.building import disk_errors, locked
+from qlora_export.engine.build import disk_errors, locked
 from qlora_export.engine.journal import JOURNAL_NAME, Journal, is_ours
 from qlora_export.engine.manifest import manifest_bytes, origin
-from qlora_export.engine.partial import remove_partial, sync_folder, write_file
+from qlora_export.engine.partial_folder import remove_partial, sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.exporters.base import FinishingExporter
 from qlora_export.merge.companion_files import COMPANION_NAME, TOKENIZER_NAME, CarriedFile

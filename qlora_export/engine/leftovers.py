@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_export.calibrate.store import folders_of_blocks, remove_blocks
 from qlora_export.drift.reference_store import kept_references
-from qlora_export.engine.building import locked
+from qlora_export.engine.build import locked
+from qlora_export.engine.calibration.store import folders_of_blocks, remove_blocks
 from qlora_export.engine.journal import is_ours
-from qlora_export.engine.partial import remove_partial
-from qlora_export.engine.trials import TRIALS
+from qlora_export.engine.partial_folder import remove_partial
+from qlora_export.engine.trial_folders import TRIALS
 from qlora_export.errors import UsageError
 from qlora_export.merge.combine import COMBINED_NAME
 from qlora_export.planning.disk_checks import allocated_bytes

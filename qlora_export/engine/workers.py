@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from qlora_export.engine.spare_workers import Vacancies
 from qlora_export.engine.tensor_job import RowBlock
-from qlora_export.engine.vacancies import Vacancies
 
 
 class StagedJob(Protocol):

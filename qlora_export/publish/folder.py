@@ -24,8 +24,8 @@ from pathlib import Path
 
 from qlora_export.artifact import Artifact, file_facts
 from qlora_export.drift.results import Verified
-from qlora_export.engine.building import disk_errors
-from qlora_export.engine.partial import sync_folder
+from qlora_export.engine.build import disk_errors
+from qlora_export.engine.partial_folder import sync_folder
 from qlora_export.errors import RemoteConflict, UsageError, VerifyMismatch
 from qlora_export.publish.base import Account
 from qlora_export.recipe.config import Recipe

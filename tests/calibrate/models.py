@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 
-from qlora_export.calibrate.text import CalibrationTokens
+from qlora_export.engine.calibration.text import CalibrationTokens
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe

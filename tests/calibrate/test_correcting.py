@@ -17,10 +17,10 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export.artifact import Artifact
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.running import calibrate
 from qlora_export.drift.survival import survival
 from qlora_export.engine import BuildOptions, build
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.calibrate import calibrate
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.formats.served_weight import served_rows
 from qlora_export.merge.merged_rows import MergedRows

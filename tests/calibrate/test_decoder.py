@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.calibrate import passing
-from qlora_export.calibrate.activations import batches_of
-from qlora_export.calibrate.block import Stream, Tokens, advance, groups_of
-from qlora_export.calibrate.decoder import empty, give, move_buffers, open_decoder, record, require_stored
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
+from qlora_export.blocks.activations import batches_of
+from qlora_export.blocks.decoder import empty, give, move_buffers, open_decoder, record, require_stored
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration import block_pass
+from qlora_export.engine.calibration.block import Stream, Tokens, advance, groups_of
+from qlora_export.engine.calibration.block_pass import BlockRun, CalibrationOptions
 from qlora_export.errors import Refused
 from qlora_export.tensors.reading import SourceFiles
 from tests.calibrate.models import FAMILIES, live_model, plan_of, save_family, windows_of
@@ -52,7 +52,7 @@ def test_hidden_states_and_parameters_are_those_of_the_live_model(
     base, adapter = save_family(family, tmp_path)
     live = live_model(base, adapter)
     plan = plan_of(base, adapter, tmp_path / "out", {"format": "nf4", "rounding": "calibrated"})
-    monkeypatch.setattr(passing, "batches_of", lambda windows: batches_of(windows, 40))
+    monkeypatch.setattr(block_pass, "batches_of", lambda windows: batches_of(windows, 40))
     tokens = windows_of(9)
     decoder = open_decoder(plan)
     assert all(parameter.is_meta for parameter in decoder.model.parameters())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.calibrate.layer import RoundedLayer, round_layer
-from qlora_export.calibrate.parameters import LayerValues
-from qlora_export.calibrate.statistics import InputStatistics
+from qlora_export.blocks.live_parameters import LayerValues
+from qlora_export.engine.calibration.hessian import InputStatistics
+from qlora_export.engine.calibration.round_layer import RoundedLayer, round_layer
 from qlora_export.errors import InputError
 from qlora_export.formats.registry import load_format
 from qlora_export.planning.survival_estimate import round_trip

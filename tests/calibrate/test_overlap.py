@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.calibrate.overlap import FORM_ENTRIES, Overlap, overlap_of, require_apart
-from qlora_export.calibrate.passages import RUN_WORDS, passages_of, runs_of, words_of
-from qlora_export.calibrate.text import CalibrationText
+from qlora_export.engine.calibration.contamination import FORM_ENTRIES, Overlap, overlap_of, require_apart
+from qlora_export.engine.calibration.passages import RUN_WORDS, passages_of, runs_of, words_of
+from qlora_export.engine.calibration.text import CalibrationText
 from qlora_export.errors import Refused
 from qlora_export.sources.text_entries import Entry
 

@@ -15,9 +15,9 @@ import pytest
 
 from qlora_export import pipeline
 from qlora_export.calibrating import forget
-from qlora_export.engine.building import locked
+from qlora_export.engine.build import locked
 from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
-from qlora_export.engine.partial import PartialFolder
+from qlora_export.engine.partial_folder import PartialFolder
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.planning.make import make_plan

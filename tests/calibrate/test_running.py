@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora_export import engine
-from qlora_export.calibrate.activations import Activations, batches_of
-from qlora_export.calibrate.block import Stream, Tokens, round_block
-from qlora_export.calibrate.decoder import Call
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.running import calibrate
-from qlora_export.calibrate.statistics import InputStatistics
+from qlora_export.blocks.activations import Activations, batches_of
+from qlora_export.blocks.decoder import Call
+from qlora_export.engine.calibration.block import Stream, Tokens, round_block
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.calibrate import calibrate
+from qlora_export.engine.calibration.hessian import InputStatistics
 from qlora_export.errors import Refused, UsageError
 from qlora_export.planning.plan import Made, Plan, route_parts
 from qlora_export.quant.rounding.solving import Method

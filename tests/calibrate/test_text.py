@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.calibrate.text import CalibrationTokens, calibration_tokens, read_calibration, sequence_counts
+from qlora_export.engine.calibration.text import (
+    CalibrationTokens,
+    calibration_tokens,
+    read_calibration,
+    sequence_counts,
+)
 from qlora_export.errors import InputError
 from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.runtimes.loading import FolderTokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_export.calibrate.tuning import HELD_OUT, Tuning
+from qlora_export.engine.calibration.scale_tuning import HELD_OUT, Tuning
 from qlora_export.formats.base import Chosen, GridFormat
 from qlora_export.planning.plan import Made, Plan
 from qlora_export.tensors.reading import SourceFiles

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from qlora_export import calibrating
-from qlora_export.calibrate import tuning_memory
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.tuning import Tuning
-from qlora_export.calibrate.tuning_memory import tuning_bytes
+from qlora_export.engine.calibration import tuning_memory
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.scale_tuning import Tuning
+from qlora_export.engine.calibration.tuning_memory import tuning_bytes
 from qlora_export.errors import EnvironmentProblem, ExitCode
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of
@@ -28,11 +28,11 @@ import ctypes, gc
 import torch
 from pathlib import Path
 from typing import Any
-from qlora_export.calibrate import running
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.calibrate.tuning import Tuning
-from qlora_export.calibrate.tuning_memory import tuning_bytes
+from qlora_export.engine.calibration import calibrate as running
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.text import CalibrationTokens
+from qlora_export.engine.calibration.scale_tuning import Tuning
+from qlora_export.engine.calibration.tuning_memory import tuning_bytes
 from qlora_export.planning.make import make_plan
 from qlora_export.quant.rounding import scale_search, solving
 from qlora_export.quant.rounding.solving import Method

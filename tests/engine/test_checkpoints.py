@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_export.engine import BuildOptions, build
-from qlora_export.engine.checkpoints import Checkpoints
+from qlora_export.engine.durable_progress import Checkpoints
 from qlora_export.engine.journal import Journal
 from qlora_export.planning.make import make_plan
 from tests.helpers.pico import RecipeMaker

@@ -39,7 +39,7 @@ def progress(done, total):
         die()
 
 if point == "manifest":
-    sys.modules["qlora_export.engine.partial"].make_manifest = die
+    sys.modules["qlora_export.engine.partial_folder"].make_manifest = die
 if point == "rename":
     Path.rename = die
 if point == "journal":

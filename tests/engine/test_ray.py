@@ -18,12 +18,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from qlora_export.engine import BuildOptions, batch_worker, build, ray_cluster
-from qlora_export.engine.batches import cut
+from qlora_export.engine import BuildOptions, build
 from qlora_export.engine.journal import Journal
 from qlora_export.engine.manifest import versions
-from qlora_export.engine.ray_crew import Crew, Question
-from qlora_export.engine.subjects import subjects_of
+from qlora_export.engine.ray import batch_worker
+from qlora_export.engine.ray import cluster as ray_cluster
+from qlora_export.engine.ray.batches import cut
+from qlora_export.engine.ray.workers import Crew, Question
+from qlora_export.engine.work_items import subjects_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 from qlora_export.planning.make import make_plan
 from tests import sampling
@@ -239,7 +241,7 @@ def test_a_signal_stops_driver_and_workers(address: str, pico_base: Path, pico_a
     script = (
         "import os, signal, sys, threading\n"
         "from qlora_export.cli.main import run\n"
-        "from qlora_export.engine.ray_crew import Crew\n"
+        "from qlora_export.engine.ray.workers import Crew\n"
         "take = Crew._take\n"
         "def taken(*words):\n"
         "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"

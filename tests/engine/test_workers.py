@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
+from qlora_export.engine.spare_workers import Vacancies
 from qlora_export.engine.tensor_job import RowBlock
-from qlora_export.engine.vacancies import Vacancies
 from qlora_export.engine.workers import StagedJob, WorkerPool
 
 

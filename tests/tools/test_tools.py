@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_export.calibrate.overlap import require_apart
-from qlora_export.calibrate.text import read_calibration
+from qlora_export.engine.calibration.contamination import require_apart
+from qlora_export.engine.calibration.text import read_calibration
 from qlora_export.recipe.calibration import CalibrationRecipe
 from qlora_export.sources.text import read_entries
 from tests.tools.running import tool, whole_tool

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.artifact import MANIFEST_NAME
-from qlora_export.engine.building import locked
+from qlora_export.engine.build import locked
 from qlora_export.engine.journal import JOURNAL_NAME, is_ours
-from qlora_export.engine.partial import remove_partial
+from qlora_export.engine.partial_folder import remove_partial
 from qlora_export.errors import UsageError
 
 ONTO_TRIAL = "onto-trial"

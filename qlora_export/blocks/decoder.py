@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import initialization
 
-from qlora_export.calibrate.parameters import Parameters
+from qlora_export.blocks.live_parameters import Parameters
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning.plan import Plan
 from qlora_export.sources.architecture import live_config

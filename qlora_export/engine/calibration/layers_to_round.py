@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_export.calibrate.layer import Parts
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.store import KeptBlock
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration.round_layer import Parts
+from qlora_export.engine.calibration.store import KeptBlock
 from qlora_export.formats.base import GridFormat
 from qlora_export.planning.plan import ArtifactPlan
 from qlora_export.tensors.reading import SourceFiles

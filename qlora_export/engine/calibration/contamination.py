@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from qlora_export.calibrate.passages import Passage, Runs, passages_of, runs_of, said, words_of
-from qlora_export.calibrate.text import CalibrationText
+from qlora_export.engine.calibration.passages import Passage, Runs, passages_of, runs_of, said, words_of
+from qlora_export.engine.calibration.text import CalibrationText
 from qlora_export.errors import Refused
 from qlora_export.sources.text_entries import Entry
 

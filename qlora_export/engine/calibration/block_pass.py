@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_export.calibrate.activations import Activations, Batch, batches_of
-from qlora_export.calibrate.block import Stream, Tokens, advance, round_block
-from qlora_export.calibrate.decoder import Call, Decoder, copy_of, empty, give, move_buffers, put, record
-from qlora_export.calibrate.layer import Parts, round_layer, served
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.statistics import InputStatistics
-from qlora_export.calibrate.store import BlockStore, KeptBlock
-from qlora_export.calibrate.subjects import Subject, raw_parts, subjects_of
-from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.calibrate.tuning import Tuning
+from qlora_export.blocks.activations import Activations, Batch, batches_of
+from qlora_export.blocks.decoder import Call, Decoder, copy_of, empty, give, move_buffers, put, record
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration.block import Stream, Tokens, advance, round_block
+from qlora_export.engine.calibration.hessian import InputStatistics
+from qlora_export.engine.calibration.layers_to_round import Subject, raw_parts, subjects_of
+from qlora_export.engine.calibration.round_layer import Parts, round_layer, served
+from qlora_export.engine.calibration.scale_tuning import Tuning
+from qlora_export.engine.calibration.store import BlockStore, KeptBlock
+from qlora_export.engine.calibration.text import CalibrationTokens
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.quant.rounding.solving import Method
 from qlora_export.types import Progress

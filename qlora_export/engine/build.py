@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_export.artifact import Artifact, read_artifact, require_same_sources, verify_artifact
+from qlora_export.engine.build_pass import run_pass
 from qlora_export.engine.journal import JOURNAL_NAME
-from qlora_export.engine.one_pass import run_pass
 from qlora_export.engine.options import BuildOptions
-from qlora_export.engine.partial import PartialFolder
-from qlora_export.engine.ray_cluster import require_ray
+from qlora_export.engine.partial_folder import PartialFolder
+from qlora_export.engine.ray.cluster import require_ray
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import UsageError
 from qlora_export.planning.memory import workers_within

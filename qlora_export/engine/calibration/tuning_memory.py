@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qlora_export.calibrate.activations import batches_of
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.text import CalibrationTokens
+from qlora_export.blocks.activations import batches_of
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.text import CalibrationTokens
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.formats.base import GridFormat
 from qlora_export.planning.plan import ArtifactPlan, Plan

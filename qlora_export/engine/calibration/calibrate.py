@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from qlora_export._version import __version__
-from qlora_export.calibrate.decoder import open_decoder, require_stored
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
-from qlora_export.calibrate.store import BlockStore, KeptBlock
-from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.calibrate.whole_model import tuned
+from qlora_export.blocks.decoder import open_decoder, require_stored
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration.block_pass import BlockRun, CalibrationOptions
+from qlora_export.engine.calibration.store import BlockStore, KeptBlock
+from qlora_export.engine.calibration.text import CalibrationTokens
+from qlora_export.engine.calibration.tune_model import tuned
 from qlora_export.formats.base import GridFormat
 from qlora_export.planning.plan import ArtifactPlan, Made, Plan, route_parts
 from qlora_export.tensors.reading import SourceFiles

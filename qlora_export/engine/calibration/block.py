@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_export.calibrate.activations import Activations, Batch
-from qlora_export.calibrate.decoder import Call, run
-from qlora_export.calibrate.statistics import InputStatistics
+from qlora_export.blocks.activations import Activations, Batch
+from qlora_export.blocks.decoder import Call, run
+from qlora_export.engine.calibration.hessian import InputStatistics
 
 
 @dataclass(frozen=True)

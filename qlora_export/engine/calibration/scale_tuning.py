@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_export.calibrate.activations import Batch
+from qlora_export.blocks.activations import Batch
 from qlora_export.quant.rounding.grid import Grid
 from qlora_export.types import Progress
 

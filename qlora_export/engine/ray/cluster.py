@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qlora_export.artifact import FileFacts
-from qlora_export.engine.batch_worker import assign
-from qlora_export.engine.batches import Batch, cut
 from qlora_export.engine.options import BuildOptions
-from qlora_export.engine.partial import PartialFolder
+from qlora_export.engine.partial_folder import PartialFolder
+from qlora_export.engine.ray.batch_worker import assign
+from qlora_export.engine.ray.batches import Batch, cut
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.subjects import Subject
+from qlora_export.engine.work_items import Subject
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.planning.plan import Plan
 
@@ -62,7 +62,7 @@ def run_on_ray(
             finished(number)
 
     with connected(options.workers):
-        from qlora_export.engine.ray_crew import Crew
+        from qlora_export.engine.ray.workers import Crew
 
         with Crew(assignment, batches, options.workers) as crew:
             crew.run(made)

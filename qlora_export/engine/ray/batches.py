@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_export.engine.subjects import Subject
+from qlora_export.engine.work_items import Subject
 from qlora_export.sources.weights import weight_bytes
 
 # So many for each worker, where a model is small, keep all of them at work until the end.

@@ -22,7 +22,7 @@ from qlora_export.errors import UsageError
 from qlora_export.tensors.header import StoredTensor, read_header
 
 if TYPE_CHECKING:
-    from qlora_export.calibrate.layer import Parts
+    from qlora_export.engine.calibration.round_layer import Parts
 
 SUFFIX = ".calibrated"
 NAME = re.compile(r"[0-9a-f]{16}" + re.escape(SUFFIX))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from qlora_export.engine.partial import PartialFolder
+from qlora_export.engine.partial_folder import PartialFolder
 
 
 class Checkpoints:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_export.calibrate.correcting import correction_parts
-from qlora_export.calibrate.parameters import BaseGrid, LayerValues
-from qlora_export.calibrate.statistics import InputStatistics
+from qlora_export.blocks.live_parameters import BaseGrid, LayerValues
+from qlora_export.engine.calibration.hessian import InputStatistics
 from qlora_export.formats.base import Chosen, CorrectedFormat, GridFormat, LevelGrid
 from qlora_export.formats.served_weight import served_rows
+from qlora_export.quant.floats import UInt8
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import (
     Grid,
@@ -24,6 +24,7 @@ from qlora_export.quant.rounding.grid import (
     power_of_two_scales,
     sixteen_bit_scales,
 )
+from qlora_export.quant.rounding.low_rank_correction import low_rank_correction
 from qlora_export.quant.rounding.solving import Layer, Method, Solution, Start, solve, target_of
 from qlora_export.quant.rounding.target import retention
 from qlora_export.types import TORCH_NAMES, Float32, TensorSpec
@@ -161,3 +162,13 @@ def _on_grid(base: Tensor, start: Start) -> Tensor:
     grid, scales = start
     exact = grid.decode(grid.nearest(base, scales), scales)
     return torch.where((base - exact).abs() <= LARGEST_ROUNDING * exact.abs(), exact, base)
+
+
+def correction_parts(
+    form: CorrectedFormat, spec: TensorSpec, rounded: Float32, target: Tensor, hessian: Tensor
+) -> dict[str, UInt8]:
+    """The bytes of the factors for a weight [out, in] that was rounded, by the second moments of its inputs."""
+    error = target - torch.from_numpy(rounded).to(target.device)
+    b, a = low_rank_correction(error, hessian, form.rank, lambda factor: factor.bfloat16().float())
+    pieces = form.factors(spec, b.cpu().numpy(), a.cpu().numpy())
+    return {piece.part: np.ascontiguousarray(piece.data) for piece in pieces}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from qlora_export.artifact import Artifact
-from qlora_export.engine.building import finished_artifact, locked
+from qlora_export.engine.build import finished_artifact, locked
 from qlora_export.engine.export import kept_export
 from qlora_export.errors import UsageError
 from qlora_export.planning.plan import Plan

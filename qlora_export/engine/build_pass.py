@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from qlora_export.engine.checkpoints import Checkpoints
-from qlora_export.engine.collecting import few_collections
+from qlora_export.engine.durable_progress import Checkpoints
+from qlora_export.engine.gc_pause import few_collections
 from qlora_export.engine.options import BuildOptions
-from qlora_export.engine.partial import PartialFolder
-from qlora_export.engine.ray_cluster import run_on_ray
+from qlora_export.engine.partial_folder import PartialFolder
+from qlora_export.engine.ray.cluster import run_on_ray
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.subjects import Workshop, destinations_of, file_of, subjects_of
-from qlora_export.engine.vacancies import Vacancies
+from qlora_export.engine.spare_workers import Vacancies
+from qlora_export.engine.work_items import Workshop, destinations_of, file_of, subjects_of
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning.plan import Plan, route_parts
 from qlora_export.quant.device.accelerator import Accelerator

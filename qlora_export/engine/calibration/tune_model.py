@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_export.calibrate.activations import Batch, batches_of
-from qlora_export.calibrate.decoder import Decoder, give
-from qlora_export.calibrate.layer import Parts, assembled, stored_grid
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.passing import CalibrationOptions
-from qlora_export.calibrate.store import KeptBlock
-from qlora_export.calibrate.subjects import Subject, raw_parts
-from qlora_export.calibrate.text import CalibrationTokens
-from qlora_export.calibrate.tuning import TunedLayer, tune
+from qlora_export.blocks.activations import Batch, batches_of
+from qlora_export.blocks.decoder import Decoder, give
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration.block_pass import CalibrationOptions
+from qlora_export.engine.calibration.layers_to_round import Subject, raw_parts
+from qlora_export.engine.calibration.round_layer import Parts, assembled, stored_grid
+from qlora_export.engine.calibration.scale_tuning import TunedLayer, tune
+from qlora_export.engine.calibration.store import KeptBlock
+from qlora_export.engine.calibration.text import CalibrationTokens
 from qlora_export.types import TORCH_NAMES
 
 Facts = dict[str, dict[str, Any]]

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from qlora_export.artifact import FileFacts
-from qlora_export.engine.batch_worker import Assignment, BatchWorker
-from qlora_export.engine.batches import Batch
 from qlora_export.engine.manifest import versions
+from qlora_export.engine.ray.batch_worker import Assignment, BatchWorker
+from qlora_export.engine.ray.batches import Batch
 from qlora_export.errors import EnvironmentProblem, ExportError
 
 LOOK_SECONDS = 0.2

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.artifact import FileFacts
-from qlora_export.engine.batches import Batch
-from qlora_export.engine.collecting import few_collections
+from qlora_export.engine.gc_pause import few_collections
 from qlora_export.engine.journal import marked
 from qlora_export.engine.manifest import versions
+from qlora_export.engine.ray.batches import Batch
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.subjects import Subject, Workshop, destinations_of
+from qlora_export.engine.work_items import Subject, Workshop, destinations_of
 from qlora_export.engine.workers import WorkerPool
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.planning.plan import Plan
