@@ -51,8 +51,8 @@ from qlora_export.recipe.config import DriftRecipe, Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.base import Session
+from qlora_export.runtimes.detect import CONFIG, recognised
 from qlora_export.runtimes.onnx.artifacts import look_over, validated
-from qlora_export.runtimes.recognising import CONFIG, recognised
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
@@ -60,7 +60,7 @@ from qlora_export.sources.model_config import context_tokens, is_classifier, lab
 from qlora_export.sources.text import DriftText
 
 if TYPE_CHECKING:
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.runtimes.registry import load_runtime
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -160,7 +160,7 @@ def check_against(
 
     Raises InputError for a folder that does not load, or whose tokenizer is another one.
     """
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     candidate = recognised(_folder(question.artifact))
     look_over(candidate)
@@ -241,7 +241,7 @@ def _model(recipe: Recipe, out: Path) -> _Model:
 
 def _require_same_tokenizer(candidate: Artifact, reference: FolderTokenizer, text: DriftText) -> list[str]:
     """What is to be said of a candidate's tokenizer; raises InputError for one that is not the reference's."""
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     if not _has_tokenizer(candidate.path):
         inside = "has its tokenizer inside, which is not compared" if candidate.path.is_file() else "ships no tokenizer"

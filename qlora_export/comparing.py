@@ -42,7 +42,7 @@ from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.planning.rounding_checks import CALIBRATED
 from qlora_export.recipe.config import Recipe
-from qlora_export.runtimes.opening import open_artifact
+from qlora_export.runtimes.open import open_artifact
 from qlora_export.sources.text import DriftText
 
 BASELINE = "fp32"

@@ -45,7 +45,7 @@ from qlora_export.types import Track
 
 if TYPE_CHECKING:
     from qlora_export.runtimes.as_trained import AsTrained
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.runtimes.registry import load_runtime
 
 # What the noise floor is measured in, on about so many tokens.
@@ -95,7 +95,7 @@ def probes_of(plan: Plan, texts: ProbeTexts, tokenizer: FolderTokenizer) -> Prob
 
 def tokenizer_of(plan: Plan, artifacts: Sequence[Artifact]) -> FolderTokenizer:
     """That of the first artifact that ships one, else that of the base."""
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     shipped = (artifact.path for artifact in artifacts if (artifact.path / "tokenizer_config.json").is_file())
     return FolderTokenizer(next(shipped, plan.checkpoint.folder))

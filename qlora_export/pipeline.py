@@ -55,7 +55,7 @@ from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Receipt, Run
 from qlora_export.runtimes.onnx.artifacts import validated
-from qlora_export.runtimes.opening import open_artifact
+from qlora_export.runtimes.open import open_artifact
 from qlora_export.settling import require_evidence, settle
 from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id_of_base
@@ -139,7 +139,7 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) -> Plan:
     """Decide what is rounded by calibration, alone in the run folder."""
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     tokens = tokens_of(plan.recipe, FolderTokenizer(tokenizer_folder(plan)))
     require_in_vocabulary([max(window) for window in tokens.windows], plan)
@@ -176,7 +176,7 @@ def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def _require_readable(plan: Plan, asked: ProbeTexts) -> None:
     """Raise InputError for a question or prompt that the model cannot read, before anything is built."""
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     if asked.questions or asked.prompts:
         probes_of(plan, asked, FolderTokenizer(tokenizer_folder(plan)))

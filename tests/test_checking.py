@@ -20,7 +20,7 @@ from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
-from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from tests.gguf_files import write_gguf
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 

@@ -38,8 +38,9 @@ from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger, print_publication
 from qlora_export.runtimes.as_trained import open_as_trained
-from qlora_export.runtimes.classifying import ClassifierSession
-from qlora_export.runtimes.loading import FolderTokenizer, load_model
+from qlora_export.runtimes.classifier import ClassifierSession
+from qlora_export.runtimes.loading import load_model
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.model_config import label_names
 from qlora_export.sources.text import read_text
 from qlora_export.testing import HubServer

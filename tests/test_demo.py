@@ -18,7 +18,8 @@ from qlora_export.engine.calibration.contamination import require_apart
 from qlora_export.engine.calibration.text import calibration_tokens, read_calibration
 from qlora_export.errors import Refused
 from qlora_export.recipe.calibration import CalibrationRecipe
-from qlora_export.runtimes.loading import FolderTokenizer, decoded_weight
+from qlora_export.runtimes.loading import decoded_weight
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
 from tests import sampling

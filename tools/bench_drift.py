@@ -88,7 +88,8 @@ def overhead(hidden: int, vocabulary: int, count: int, repeats: int) -> dict[str
     """CPU seconds of a check and of the forward passes in it."""
     import torch
 
-    from qlora_export.runtimes.loading import ModelSession, load_model
+    from qlora_export.runtimes.loading import load_model
+    from qlora_export.runtimes.session import ModelSession
 
     heads = max(hidden // 64, 4)
     shape = Shape(hidden, hidden * 4, BLOCKS, vocabulary, heads, max(heads // 4, 1))

@@ -36,7 +36,7 @@ def calibration_ids(model: QualityModel, sequences: int) -> list[list[int]]:
     """Token ids of the sequences that a calibrated row looks at, in its order."""
     from qlora_export.engine.calibration.text import calibration_tokens, read_calibration
     from qlora_export.recipe.calibration import CalibrationRecipe
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     recipe = CalibrationRecipe(text=str(model.calibration), sequences=sequences)
     drawn = calibration_tokens(recipe, read_calibration(recipe, Path()), FolderTokenizer(model.base))

@@ -20,7 +20,7 @@ from qlora_export.errors import VerifyMismatch
 from qlora_export.planning.plan import Plan
 from qlora_export.report.run import Proof, Receipt
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.opening import open_artifact
+from qlora_export.runtimes.open import open_artifact
 
 TOLERANCE_NATS = 1e-3
 

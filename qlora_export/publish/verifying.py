@@ -214,7 +214,7 @@ def _open(copy: _Copy, artifact: Artifact, wanted: Wanted) -> Proof:
 
 def _tokens(text: Path, artifact: Artifact, report: Mapping[str, Any]) -> TokenSet:
     """The tokens of the drift check; raises UsageError when the text gives others."""
-    from qlora_export.runtimes.loading import FolderTokenizer
+    from qlora_export.runtimes.tokenizer import FolderTokenizer
 
     told = report["tokens"]
     tokens = token_set(read_text(text), FolderTokenizer(artifact.path), recorded_protocol(told), told["limit"])

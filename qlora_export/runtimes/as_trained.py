@@ -22,9 +22,8 @@ import transformers
 from qlora_export.errors import InputError
 from qlora_export.merge.module_names import Names, names_of
 from qlora_export.quant import double_quant, four_bit
-from qlora_export.runtimes.adapted import adapted_layers, merged_forward, pin_dora
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.classifying import session_of
+from qlora_export.runtimes.classifier import session_of
 from qlora_export.runtimes.loading import (
     TORCH_DTYPES,
     attach_adapter,
@@ -33,6 +32,7 @@ from qlora_export.runtimes.loading import (
     placed,
     widen_dense,
 )
+from qlora_export.runtimes.lora_layers import adapted_layers, merged_forward, pin_dora
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint

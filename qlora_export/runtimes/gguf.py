@@ -19,7 +19,8 @@ import transformers
 
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.loading import ModelSession, placed, quietly_loading, require_stored
+from qlora_export.runtimes.loading import placed, quietly_loading, require_stored
+from qlora_export.runtimes.session import ModelSession
 
 
 class GgufRuntime:

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_export.runtimes.adapted import pin_dora
-from qlora_export.runtimes.asymmetric import is_asymmetric, load_asymmetric
+from qlora_export.runtimes.asymmetric_int4 import is_asymmetric, load_asymmetric
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.classifying import session_of
+from qlora_export.runtimes.classifier import session_of
 from qlora_export.runtimes.decoded import stated_quantization
-from qlora_export.runtimes.interleaved import METHODS, load_interleaved
+from qlora_export.runtimes.gptq_awq import METHODS, load_interleaved
 from qlora_export.runtimes.loading import (
     attach_adapter,
     decompress,
@@ -28,6 +27,7 @@ from qlora_export.runtimes.loading import (
     placed,
     widen_dense,
 )
+from qlora_export.runtimes.lora_layers import pin_dora
 from qlora_export.sources.adapter import open_adapter
 
 ADAPTER_FOLDER = "adapter"

@@ -17,7 +17,7 @@ from qlora_export.engine.calibration.text import (
 )
 from qlora_export.errors import InputError
 from qlora_export.recipe.calibration import CalibrationRecipe
-from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.windows import text_windows
 from tests.drift.test_tokens import Letters
 from tests.helpers.pico import DEMO, DIALOGUE

@@ -16,7 +16,8 @@ from qlora_export.comparison.speed import (
 )
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.runtimes.base import GreedySession
-from qlora_export.runtimes.loading import ModelSession, load_model
+from qlora_export.runtimes.loading import load_model
+from qlora_export.runtimes.session import ModelSession
 from qlora_export.types import Float32
 
 LONGEST = tuple(range(40))

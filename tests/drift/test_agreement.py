@@ -28,7 +28,9 @@ from qlora_export.drift.protocols import token_set
 from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.recipe.protocols import choose_protocol
-from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
+from qlora_export.runtimes.loading import load_model
+from qlora_export.runtimes.session import ModelSession
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.sources.text_entries import Entry
 from tests.helpers.files import edit_json

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qlora_export.drift.batches import batched_rows, batches_of
 from qlora_export.drift.tokens import Window
 from qlora_export.errors import EnvironmentProblem
-from qlora_export.runtimes.loading import ModelSession, load_model
+from qlora_export.runtimes.loading import load_model
+from qlora_export.runtimes.session import ModelSession
 from qlora_export.types import Float32
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)

@@ -14,8 +14,9 @@ import torch
 from qlora_export.drift.choices import asked_questions, compare_choices, mcnemar, score_choices
 from qlora_export.errors import ExitCode, InputError
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.loading import FolderTokenizer, load_model
+from qlora_export.runtimes.loading import load_model
 from qlora_export.runtimes.registry import load_runtime
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.questions import Question, read_questions
 from tests.helpers.pico import DEMO
 

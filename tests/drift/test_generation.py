@@ -15,8 +15,10 @@ from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import RunOptions
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.base import GreedySession, Session
-from qlora_export.runtimes.loading import FolderTokenizer, ModelSession, load_model
+from qlora_export.runtimes.loading import load_model
 from qlora_export.runtimes.registry import load_runtime
+from qlora_export.runtimes.session import ModelSession
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import read_entries
 from qlora_export.sources.text_entries import Entry
 from qlora_export.types import Float32

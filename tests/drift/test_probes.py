@@ -26,7 +26,7 @@ from qlora_export.report.run import Run
 from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.opening import open_artifact
+from qlora_export.runtimes.open import open_artifact
 from tests.helpers.files import edit_tensors
 from tests.helpers.pico import DIALOGUE, RecipeMaker
 

@@ -20,7 +20,7 @@ from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.errors import InputError
 from qlora_export.recipe.protocols import choose_protocol
-from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.testing import HubServer
 from tests.helpers.pico import DEMO

@@ -12,7 +12,7 @@ import pytest
 from qlora_export.demo import recipe_path
 from qlora_export.drift.tokenizers import differences, require_same_tokenizer
 from qlora_export.errors import InputError
-from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import DriftText, read_text
 from qlora_export.sources.text_entries import Entry
 

@@ -12,7 +12,7 @@ from qlora_export.drift.protocols import token_set
 from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import TokenSet, first_windows
 from qlora_export.errors import InputError
-from qlora_export.runtimes.loading import FolderTokenizer
+from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Chat, Entry
 from tests.helpers.pico import DEMO, DIALOGUE, TOKENIZER_FILES

@@ -18,8 +18,9 @@ from qlora_export.pipeline import RunOptions
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.base import TracedLayer, TracedSession
-from qlora_export.runtimes.loading import ModelSession, load_model
+from qlora_export.runtimes.loading import load_model
 from qlora_export.runtimes.registry import load_runtime
+from qlora_export.runtimes.session import ModelSession
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import read_sidecar

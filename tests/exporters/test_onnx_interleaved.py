@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qlora_export.errors import ExportError, Refused
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
-from qlora_export.runtimes.interleaved import decoded
+from qlora_export.runtimes.gptq_awq import decoded
 from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_integers import ODD, Made, in_graph, make, plain_builder, same_bits

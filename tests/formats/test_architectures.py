@@ -16,8 +16,8 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
-from qlora_export.runtimes.loading import ModelSession
 from qlora_export.runtimes.registry import load_runtime
+from qlora_export.runtimes.session import ModelSession
 from tests.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
 
 

@@ -22,7 +22,7 @@ from qlora_export.formats.mixed import mix
 from qlora_export.formats.registry import load_format
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
-from qlora_export.runtimes.asymmetric import decoded, load_asymmetric
+from qlora_export.runtimes.asymmetric_int4 import decoded, load_asymmetric
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import cuts, encode

@@ -25,7 +25,7 @@ from qlora_export.formats.registry import load_format
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import ArtifactPlan
 from qlora_export.recipe.load import make_recipe
-from qlora_export.runtimes.interleaved import decoded, load_interleaved
+from qlora_export.runtimes.gptq_awq import decoded, load_interleaved
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.types import TensorSpec, TrainingQuantization
 from tests.formats.test_contract import cuts, encode

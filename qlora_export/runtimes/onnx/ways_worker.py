@@ -13,6 +13,8 @@ from typing import Any
 
 import onnx
 import onnxruntime
+from onnx import defs
+from onnx.defs import OpSchema
 
 from qlora_export.runtimes.onnx.answering import answers, put
 from qlora_export.runtimes.onnx.cached_graph import LOGITS, CachedGraph, Rows, log_softmax
@@ -20,7 +22,6 @@ from qlora_export.runtimes.onnx.described import ADAPTER_FILE
 from qlora_export.runtimes.onnx.graph_copy import add_output, cache_grows, set_accuracy_level
 from qlora_export.runtimes.onnx.label_graph import LabelGraph
 from qlora_export.runtimes.onnx.running_graph import WithAdapter, graph_path, running_graph
-from qlora_export.runtimes.onnx.runtime_operators import know_runtime_operators
 
 LOG_ERRORS_ONLY = 3
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -87,3 +88,23 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+
+
+def know_runtime_operators() -> None:
+    """Register the norm that the GenAI model builder uses: RMS norm before the standard had one."""
+    parameter, optional = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
+    kinds = {"axis": OpSchema.AttrType.INT, "epsilon": OpSchema.AttrType.FLOAT, "stash_type": OpSchema.AttrType.INT}
+    defs.register_schema(
+        OpSchema(
+            "SimplifiedLayerNormalization",
+            "",
+            1,
+            inputs=[parameter("X", "T"), parameter("scale", "V")],
+            outputs=[parameter("Y", "V"), parameter("inv_std_var", "U", param_option=optional)],
+            type_constraints=[(name, FLOATS, "") for name in ("T", "U", "V")],
+            attributes=[OpSchema.Attribute(name, kind, "", required=False) for name, kind in kinds.items()],
+        )
+    )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qlora_export.runtimes.base import Give, See, Session, TracedLayer
-from qlora_export.runtimes.loading import ModelSession, computing, filled, out_of_memory
-from qlora_export.runtimes.tracing import run_traced, traced_layers
+from qlora_export.runtimes.layer_trace import run_traced, traced_layers
+from qlora_export.runtimes.session import ModelSession, computing, filled, out_of_memory
 from qlora_export.sources.model_config import CLASSIFIER
 from qlora_export.types import Float32
 
