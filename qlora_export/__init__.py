@@ -20,7 +20,7 @@ from qlora_export._version import __version__
 
 if TYPE_CHECKING:
     from qlora_export.comparing import compare
-    from qlora_export.comparison.rows import Comparison
+    from qlora_export.drift.comparison.rows import Comparison
     from qlora_export.exporters.onnx.adapter_file import write_onnx_adapter
     from qlora_export.pipeline import RunOptions, build, check, plan, release
     from qlora_export.recipe.config import Recipe

@@ -21,15 +21,16 @@ from qlora_export.artifact import Artifact
 from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Measured, References, make_ledger
 from qlora_export.drift.measure import measure
+from qlora_export.drift.onnx.artifacts import look_over, validated
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import Reference, open_reference
-from qlora_export.drift.sizes import SizedProtocol, protocol_for
 from qlora_export.drift.tokenizers import require_same_tokenizer
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.tracing import Models, traced_entries
-from qlora_export.drift.worst import worst_of
+from qlora_export.drift.trace_run import Models, traced_entries
+from qlora_export.drift.window_sizes import SizedProtocol, protocol_for
+from qlora_export.drift.worst_tokens import worst_of
 from qlora_export.errors import InputError, UsageError
 from qlora_export.measuring import (
     drift_text,
@@ -52,7 +53,6 @@ from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.detect import CONFIG, recognised
-from qlora_export.runtimes.onnx.artifacts import look_over, validated
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 from qlora_export import catalog
 from qlora_export.artifact import Artifact
-from qlora_export.comparison.candidates import Candidate, candidates
-from qlora_export.comparison.costs import cost_of, fp32_cost, linear_modules, low_rank_cost
-from qlora_export.comparison.rows import Comparison, Measured, Row, by_size
-from qlora_export.comparison.speed import Speed, speed_of
+from qlora_export.drift.comparison.candidates import Candidate, candidates
+from qlora_export.drift.comparison.costs import cost_of, fp32_cost, linear_modules, low_rank_cost
+from qlora_export.drift.comparison.rows import Comparison, Measured, Row, by_size
+from qlora_export.drift.comparison.speed import Speed, speed_of
 from qlora_export.drift.ledger import Entry, References, make_ledger
 from qlora_export.drift.probes import NO_TEXTS
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
-from qlora_export.drift.sizes import protocol_of
+from qlora_export.drift.window_sizes import protocol_of
 from qlora_export.engine.build import locked
 from qlora_export.engine.trial_folders import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_export.artifact import Artifact
 from qlora_export.drift.batches import BATCH_TOKENS
+from qlora_export.drift.classification import require_labels
 from qlora_export.drift.gate import DEFAULT_LIMITS
-from qlora_export.drift.labelled import require_labels
 from qlora_export.drift.ledger import Entry, Measured, References, enter
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
 from qlora_export.drift.probes import NO_PROBES, Probes, ProbeTexts, ask_reference, read_probes
@@ -29,9 +29,9 @@ from qlora_export.drift.reference_store import (
     measurement_in,
 )
 from qlora_export.drift.results import Measurement
-from qlora_export.drift.sizes import SizedProtocol, protocol_of
 from qlora_export.drift.survival import kept_layers
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.window_sizes import SizedProtocol, protocol_of
 from qlora_export.engine.source_digests import SourceDigests
 from qlora_export.errors import InputError, UsageError
 from qlora_export.planning.plan import Plan

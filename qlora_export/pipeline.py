@@ -17,14 +17,15 @@ from qlora_export.calibrating import calibrated, calibration_options, forget, to
 from qlora_export.drift.gate import recall
 from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
+from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.drift.probes import Probes, ProbeTexts, ask
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import Reference, open_reference
 from qlora_export.drift.results import Verified
-from qlora_export.drift.sizes import protocol_of
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.tracing import Models, traced_entries
-from qlora_export.drift.worst import worst_of
+from qlora_export.drift.trace_run import Models, traced_entries
+from qlora_export.drift.window_sizes import protocol_of
+from qlora_export.drift.worst_tokens import worst_of
 from qlora_export.engine import Engine
 from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
@@ -54,7 +55,6 @@ from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Receipt, Run
-from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.open import open_artifact
 from qlora_export.settling import require_evidence, settle
 from qlora_export.settling_formats import settle_formats

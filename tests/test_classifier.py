@@ -19,9 +19,9 @@ import transformers
 
 from qlora_export.checking import Question, check_against
 from qlora_export.comparing import compare
-from qlora_export.drift.labelled import labelled_tokens
+from qlora_export.drift.classification import labelled_tokens
 from qlora_export.drift.protocols import token_set
-from qlora_export.drift.sizes import SizedProtocol, recorded_protocol
+from qlora_export.drift.window_sizes import SizedProtocol, recorded_protocol
 from qlora_export.errors import ExportError, InputError, Refused, UsageError
 from qlora_export.measuring import drift_text, drift_tokens
 from qlora_export.pipeline import RunOptions
@@ -384,7 +384,7 @@ def test_what_is_released_is_proven_and_quotes_no_text(
 def test_formats_are_compared(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_export.comparison.speed.LEAST_SECONDS", 0)
+    monkeypatch.setattr("qlora_export.drift.comparison.speed.LEAST_SECONDS", 0)
     found = compare(trained.recipe("bf16"), RunOptions(tmp_path), ["bf16", "int8", "nf4-adapter"])
     print_comparison(found)
     told = capsys.readouterr().out

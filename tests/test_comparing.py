@@ -8,7 +8,7 @@ import pytest
 
 import qlora_export
 from qlora_export.comparing import compare
-from qlora_export.comparison.rows import Comparison
+from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, PlanRefused, UsageError
 from qlora_export.pipeline import RunOptions, check

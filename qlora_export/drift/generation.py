@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qlora_export.drift.batches import batched_rows
 from qlora_export.drift.tokens import Window
-from qlora_export.drift.worst import Decode
+from qlora_export.drift.worst_tokens import Decode
 from qlora_export.errors import InputError, UsageError
 from qlora_export.runtimes.base import GreedySession, Session
 from qlora_export.sources.text_entries import Entry

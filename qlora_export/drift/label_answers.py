@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_export.drift.choices import Answered, Choices, Flip, compare_answers
+from qlora_export.drift.multiple_choice import Answered, Choices, Flip, compare_answers
 from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.worst import Decode
+from qlora_export.drift.worst_tokens import Decode
 
 START_TOKENS = 64
 

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora_export.artifact import Artifact
-from qlora_export.drift.choices import Choices
 from qlora_export.drift.distribution import Distribution, distribution_of
 from qlora_export.drift.gate import failed_by, judge, verify
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.layers import KeptLayer, summarised
+from qlora_export.drift.multiple_choice import Choices
+from qlora_export.drift.onnx.variants import GraphFindings
 from qlora_export.drift.probes import NO_ANSWERS, Answers
 from qlora_export.drift.results import Drift, Measurement, Sample, Verdict, Verified
 from qlora_export.drift.statistics import Beside, beside, compare, sample_of
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace import Trace
-from qlora_export.drift.ways import GraphFindings
-from qlora_export.drift.worst import Worst
+from qlora_export.drift.worst_tokens import Worst
 from qlora_export.recipe.config import ArtifactRecipe, Limits
 
 NO_YARDSTICKS: Mapping[str, Measurement] = MappingProxyType({})

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from qlora_export.drift.choices import AskedQuestion, Choices, asked_questions, compare_choices, score_choices
 from qlora_export.drift.generation import Generation, Prompt, compare_generation, generate, prompts_of
+from qlora_export.drift.multiple_choice import AskedQuestion, Choices, asked_questions, compare_choices, score_choices
 from qlora_export.drift.reference_store import Columns
-from qlora_export.drift.worst import Decode
+from qlora_export.drift.worst_tokens import Decode
 from qlora_export.recipe.config import DriftRecipe
 from qlora_export.runtimes.base import Session
 from qlora_export.sources.questions import Question, read_questions

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from qlora_export.drift.chats import chat_windows
+from qlora_export.drift.classification import labelled_tokens
 from qlora_export.drift.documents import documents_of
-from qlora_export.drift.labelled import labelled_tokens
 from qlora_export.drift.running_text import (
     disjoint_windows,
     half_scored_chunks,
@@ -19,8 +19,8 @@ from qlora_export.drift.running_text import (
     running_windows,
     strided_windows,
 )
-from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
+from qlora_export.drift.window_sizes import SizedProtocol
 from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe.protocols import FEWEST_TOKENS, LABELS, Kind, protocol_of_name
 from qlora_export.sources.text import DriftText

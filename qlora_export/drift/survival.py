@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_export.artifact import Artifact
-from qlora_export.drift.codes import TrainedCodes, different_codes, shipped_block, shipped_codes
+from qlora_export.drift.changed_codes import TrainedCodes, different_codes, shipped_block, shipped_codes
 from qlora_export.drift.layers import KeptLayer, with_calibration
 from qlora_export.formats.base import Format
 from qlora_export.formats.served_weight import served_rows

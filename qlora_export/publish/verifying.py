@@ -22,8 +22,8 @@ from typing import Any
 from qlora_export import catalog
 from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
 from qlora_export.drift.protocols import token_set
-from qlora_export.drift.sizes import recorded_protocol
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.window_sizes import recorded_protocol
 from qlora_export.errors import InputError, UsageError, VerifyMismatch
 from qlora_export.publish.checksums import read_checksums
 from qlora_export.publish.hub.commit import WEIGHTS

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_export.comparison.choosing import front, points, recommend
-from qlora_export.comparison.costs import LowRankCost
-from qlora_export.comparison.rows import Comparison, Measured, Row
+from qlora_export.drift.comparison.costs import LowRankCost
+from qlora_export.drift.comparison.pareto import front, points, recommend
+from qlora_export.drift.comparison.rows import Comparison, Measured, Row
 from qlora_export.drift.results import Drift
 from qlora_export.report.data import finite
 from qlora_export.report.terminal import COLOURS, console_for_result, new_table, size

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_export.comparison.choosing import NOISE_NATS, front, points, recommend
-from qlora_export.comparison.rows import Comparison, Measured
+from qlora_export.drift.comparison.pareto import NOISE_NATS, front, points, recommend
+from qlora_export.drift.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import Z_95
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.merge.companion_files import ADAPTER_FOLDER

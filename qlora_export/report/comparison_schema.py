@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import get_args
 
 from qlora_export.catalog import EXPORTERS, FORMATS, RUNTIMES
-from qlora_export.comparison.costs import Arithmetic, LowRankCost
+from qlora_export.drift.comparison.costs import Arithmetic, LowRankCost
 from qlora_export.drift.results import Drift
 from qlora_export.report.comparison import MEASURED_KEYS
 from qlora_export.report.findings import limits_schema

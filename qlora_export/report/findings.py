@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from qlora_export.drift.choices import Choices, Flip
 from qlora_export.drift.distribution import Bucket, Distribution
 from qlora_export.drift.generation import Continuation, Generation
 from qlora_export.drift.ledger import Entry, Noise
+from qlora_export.drift.multiple_choice import Choices, Flip
+from qlora_export.drift.onnx.variants import Distance, GraphFindings
 from qlora_export.drift.statistics import Beside
 from qlora_export.drift.trace import Broken, LayerError, Trace
-from qlora_export.drift.ways import Distance, GraphFindings
-from qlora_export.drift.worst import WorstToken, WorstWindow
+from qlora_export.drift.worst_tokens import WorstToken, WorstWindow
 from qlora_export.recipe.config import Limits, Yardstick
 from qlora_export.report.schema_words import (
     COUNT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_export.drift.ways import GraphFindings, RunWay
+from qlora_export.drift.onnx.variants import GraphFindings, RunWay
 
 
 def graph_line(found: GraphFindings) -> str:

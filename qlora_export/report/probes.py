@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from qlora_export.drift.choices import Choices
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.multiple_choice import Choices
 from qlora_export.drift.trace import Trace
 from qlora_export.report.graphs import graph_line
 

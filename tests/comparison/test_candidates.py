@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_export.comparison.candidates import Candidate, candidate, candidates
+from qlora_export.drift.comparison.candidates import Candidate, candidate, candidates
 from qlora_export.errors import UsageError
 from tests.helpers.pico import RecipeMaker
 

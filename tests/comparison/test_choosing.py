@@ -5,8 +5,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_export.comparison.choosing import front, points, recommend
-from qlora_export.comparison.rows import Comparison, Row, by_size
+from qlora_export.drift.comparison.pareto import front, points, recommend
+from qlora_export.drift.comparison.rows import Comparison, Row, by_size
 from qlora_export.drift.gate import judge
 from qlora_export.drift.results import Verdict
 from qlora_export.recipe.config import Limits

@@ -6,14 +6,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pytest
 
-from qlora_export.comparison import speed
-from qlora_export.comparison.rows import Comparison
-from qlora_export.comparison.speed import (
-    DECODED_TOKENS,
-    PROMPT_TOKENS,
-    REPEATS,
-    speed_of,
-)
+from qlora_export.drift.comparison import speed
+from qlora_export.drift.comparison.rows import Comparison
+from qlora_export.drift.comparison.speed import DECODED_TOKENS, PROMPT_TOKENS, REPEATS, speed_of
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.runtimes.base import GreedySession
 from qlora_export.runtimes.loading import load_model

@@ -25,8 +25,8 @@ import transformers
 from qlora_export.drift.batches import batched_rows
 from qlora_export.drift.documents import document_perplexity
 from qlora_export.drift.protocols import token_set
-from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.window_sizes import sized
 from qlora_export.recipe.protocols import choose_protocol
 from qlora_export.runtimes.loading import load_model
 from qlora_export.runtimes.session import ModelSession

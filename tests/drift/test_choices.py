@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.drift.choices import asked_questions, compare_choices, mcnemar, score_choices
+from qlora_export.drift.multiple_choice import asked_questions, compare_choices, mcnemar, score_choices
 from qlora_export.errors import ExitCode, InputError
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.loading import load_model

@@ -10,7 +10,7 @@ import pytest
 from qlora_export.drift.distribution import CONFIDENCE_EDGES, KL_EDGES, distribution_of
 from qlora_export.drift.results import Measurement
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
-from qlora_export.drift.worst import SHOWN, worst_of
+from qlora_export.drift.worst_tokens import SHOWN, worst_of
 
 WINDOWS = tuple(Window(tuple(range(41)), tuple(range(1, 41)), f"line {n}", n) for n in range(50))
 TOKENS = TokenSet(WINDOWS, Protocol("test", "as the test says", 41))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from qlora_export import pipeline
 from qlora_export.artifact import Artifact
-from qlora_export.drift.codes import different_codes
+from qlora_export.drift.changed_codes import different_codes
 from qlora_export.drift.gate import DEFAULT_LIMITS, judge
 from qlora_export.drift.layers import KeptLayer, lowest, summarised, with_calibration
 from qlora_export.drift.results import Drift

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_export.checking import Question, check_against
 from qlora_export.drift.ledger import Entry
-from qlora_export.drift.tracing import Models, traced_entries
+from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.errors import InputError
 from qlora_export.measuring import open_trained
 from qlora_export.pipeline import RunOptions, check

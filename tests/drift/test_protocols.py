@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.running_text import disjoint_windows, half_scored_chunks, rolling_windows, strided_windows
-from qlora_export.drift.sizes import SizedProtocol, recorded_protocol, sized
 from qlora_export.drift.tokens import TokenSet, Window
+from qlora_export.drift.window_sizes import SizedProtocol, recorded_protocol, sized
 from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe.load import make_recipe
 from qlora_export.recipe.protocols import choose_protocol

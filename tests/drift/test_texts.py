@@ -16,8 +16,8 @@ import pytest
 from pyarrow import parquet
 
 from qlora_export.drift.protocols import token_set
-from qlora_export.drift.sizes import sized
 from qlora_export.drift.tokens import TokenSet
+from qlora_export.drift.window_sizes import sized
 from qlora_export.errors import InputError
 from qlora_export.recipe.protocols import choose_protocol
 from qlora_export.runtimes.tokenizer import FolderTokenizer

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export.drift.protocols import token_set
-from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import TokenSet, first_windows
+from qlora_export.drift.window_sizes import SizedProtocol
 from qlora_export.errors import InputError
 from qlora_export.runtimes.tokenizer import FolderTokenizer
 from qlora_export.sources.text import DriftText

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_export.drift.ways import SAME_MODEL_KL, Distance, distance, near_tie_nats
+from qlora_export.drift.onnx.variants import SAME_MODEL_KL, Distance, distance, near_tie_nats
 
 
 def rows(*probabilities: list[float]) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import pytest
 
 from qlora_export import write_onnx_adapter
 from qlora_export.artifact import Artifact
+from qlora_export.drift.onnx.validation import validate
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.errors import Refused, UsageError
 from qlora_export.exporters.onnx.adapted import adapted_base, factors
@@ -28,7 +29,6 @@ from qlora_export.publish.hub.commit import WEIGHTS
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.onnx.cached_graph import CachedGraph, log_softmax
 from qlora_export.runtimes.onnx.running_graph import WithAdapter
-from qlora_export.runtimes.onnx.validation import validate
 from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from qlora_export.artifact import read_artifact
+from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning.make import make_plan
@@ -27,7 +28,6 @@ from qlora_export.publish.lint.companions import companion_problems
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
-from qlora_export.runtimes.onnx.artifacts import validated
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnxruntime import OnnxRuntime
 from tests.exporters.test_onnx_traced import IDS, TOKENS

@@ -17,8 +17,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora_export.artifact import read_artifact
+from qlora_export.drift.onnx.artifacts import validated
+from qlora_export.drift.onnx.validation import Source, validate
+from qlora_export.drift.onnx.variants import GraphFindings, RunWay
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
-from qlora_export.drift.ways import GraphFindings, RunWay
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.graphs import obstacle
@@ -30,8 +32,6 @@ from qlora_export.pipeline import RunOptions, build, untracked
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
-from qlora_export.runtimes.onnx.artifacts import validated
-from qlora_export.runtimes.onnx.validation import Source, validate
 from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx_integers import decoded, in_graph, same_bits
 from tests.helpers.pico import save_adapter

@@ -11,7 +11,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from qlora_export.comparison.rows import Comparison
+from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.report.comparison import comparison_data, print_comparison, write_comparison_csv
 from qlora_export.report.comparison_plot import require_plot, write_comparison_plot

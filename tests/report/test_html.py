@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.comparison.rows import Comparison
+from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.pipeline import RunOptions, build
 from qlora_export.report.comparison import comparison_data
 from qlora_export.report.data import report, write_report

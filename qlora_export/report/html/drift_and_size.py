@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_export.comparison.choosing import NOISE_NATS, front
+from qlora_export.drift.comparison.pareto import NOISE_NATS, front
 from qlora_export.report.html.elements import Markup, code, element, joined
 from qlora_export.report.html.figures import significant
 from qlora_export.report.html.reading import Facts, artifacts, number, part

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from qlora_export.artifact import MANIFEST_NAME, Artifact, read_artifact
+from qlora_export.drift.onnx.validation import Source, validate
+from qlora_export.drift.onnx.variants import GraphFindings
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.ways import GraphFindings
 from qlora_export.runtimes.onnx.folder import open_graph
-from qlora_export.runtimes.onnx.validation import Source, validate
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_json
 from qlora_export.types import Track

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from qlora_export.drift.sizes import SizedProtocol
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
+from qlora_export.drift.window_sizes import SizedProtocol
 from qlora_export.errors import InputError, UsageError
 from qlora_export.sources.text import DriftText
 from qlora_export.sources.text_entries import Entry

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qlora_export.drift.onnx.first_difference import first_departing, in_torch
+from qlora_export.drift.onnx.variants import SAME_INTEGERS_KL, SAME_MODEL_KL, Distance, GraphFindings, RunWay, distance
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.ways import SAME_INTEGERS_KL, SAME_MODEL_KL, Distance, GraphFindings, RunWay, distance
 from qlora_export.runtimes.base import Session, TracedSession
 from qlora_export.runtimes.onnx.cached_graph import LOGITS
-from qlora_export.runtimes.onnx.departure import first_departing, in_torch
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.onnx.graph_copy import accuracy_level, layers_of, stored_as
 from qlora_export.runtimes.onnx.process import Worker, running

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_export.comparison.candidates import Candidate
-from qlora_export.comparison.costs import Cost, LowRankCost
-from qlora_export.comparison.speed import Speed
+from qlora_export.drift.comparison.candidates import Candidate
+from qlora_export.drift.comparison.costs import Cost, LowRankCost
+from qlora_export.drift.comparison.speed import Speed
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.results import Drift
 from qlora_export.drift.tokens import TokenSet

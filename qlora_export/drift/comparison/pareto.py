@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_export.comparison.rows import Comparison, Measured
+from qlora_export.drift.comparison.rows import Comparison, Measured
 from qlora_export.drift.gate import checks
 
 # Below this, another order of adding up float32 activations would move it.
