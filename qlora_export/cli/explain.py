@@ -15,7 +15,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Explain an exit code or a rule of the linter: meaning, usual causes, what to do, and whether to run again."""
-    from qlora_export.explaining import as_data, explanation, in_words
+    from qlora_export.report.exit_codes import as_data, explanation, in_words
 
     found = explanation(code, _rules)
     finish((as_data(found), lambda: print(in_words(found)), 0), as_json)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from qlora_export.errors import ExitCode, UsageError
-from qlora_export.explaining import CODES, explanation
 from qlora_export.publish.lint import RULES
+from qlora_export.report.exit_codes import CODES, explanation
 from tests.cli.inside import inside
 from tests.cli.test_cli import started
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qlora_export.explaining import CODES
+from qlora_export.report.exit_codes import CODES
 from qlora_export.report.html.elements import Markup, code, element, joined
 from qlora_export.report.html.figures import count, counted, ratio_of, share, significant
 from qlora_export.report.html.reading import Facts, artifacts, number, part, scored_word, text
