@@ -49,7 +49,7 @@ from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.publish.base import Account, Publisher
 from qlora_export.publish.card.licence import licence_of
-from qlora_export.publish.proving import prove
+from qlora_export.publish.prove import prove
 from qlora_export.publish.registry import load_publisher
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_export.cli.options import recipe_from
 from qlora_export.errors import UsageError
-from qlora_export.publish.public_recipe import public_recipe
+from qlora_export.publish.public_report import public_recipe
 from qlora_export.recipe.calibration import CalibrationPart, CalibrationRecipe
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe

@@ -11,7 +11,7 @@ import typer
 from qlora_export.cli.options import Json, finish
 
 if TYPE_CHECKING:
-    from qlora_export.publish.verifying import Verification
+    from qlora_export.publish.verify import Verification
 
 
 def verify(
@@ -28,8 +28,8 @@ def verify(
 ) -> None:
     """Compare a published model, or a folder, with what was released; exit 10 when anything differs."""
     from qlora_export.publish.hub.process import Client
-    from qlora_export.publish.verifying import Wanted, parse_share
-    from qlora_export.publish.verifying import verify as compare
+    from qlora_export.publish.verify import Wanted, parse_share
+    from qlora_export.publish.verify import verify as compare
 
     found = compare(place, Wanted(parse_share(sample), opens, text, signer), Client())
     data = {"schema": 1, "exit_code": 0, **asdict(found)}

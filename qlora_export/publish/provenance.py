@@ -20,7 +20,7 @@ from typing import Any
 from qlora_export._version import __version__
 from qlora_export.artifact import FileFacts
 from qlora_export.publish.origins import ADAPTER_DIGEST, Origin, origins
-from qlora_export.publish.public_recipe import without_machine_paths
+from qlora_export.publish.public_report import without_machine_paths
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

@@ -18,7 +18,7 @@ from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.errors import InputError
 from qlora_export.measuring import open_trained
 from qlora_export.pipeline import RunOptions, check
-from qlora_export.publish.public_recipe import public_recipe, public_report
+from qlora_export.publish.public_report import public_recipe, public_report
 from qlora_export.recipe.config import Recipe
 from qlora_export.report.data import report
 from qlora_export.report.markdown import markdown

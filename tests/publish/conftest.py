@@ -10,7 +10,7 @@ import pytest
 
 from qlora_export.engine import BuildOptions, build, export
 from qlora_export.planning.make import make_plan
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import DEMO
 from tests.publish.lint_stage import (

@@ -12,7 +12,7 @@ from qlora_export.artifact import MANIFEST_NAME, Artifact, file_facts, read_arti
 from qlora_export.engine.manifest import manifest_bytes
 from qlora_export.errors import ExitCode
 from qlora_export.publish.lint import RULES, lint
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 
 FORMATS: tuple[str, ...] = ("bf16", "nf4", "nf4-adapter", "int8", "w4a16", "w8a8", "fp8", "fp8-block", "gptq", "awq")
 FORMATS += ("nvfp4a16", "mxfp4a16", "nf4-lowrank", "adapter", "onnx-int4")

@@ -27,8 +27,8 @@ from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.hub.destination import places_of
 from qlora_export.publish.hub.job import BOM_PATH, CHECKSUMS_PATH, PROVENANCE_PATH, REPORT_PATH, Found, Seen
 from qlora_export.publish.provenance import invocation_of
-from qlora_export.publish.staged import Staged
-from qlora_export.publish.staging import Publication, _link_artifacts, stage
+from qlora_export.publish.stage import Publication, _link_artifacts, stage
+from qlora_export.publish.staged_folder import Staged
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_export.artifact import MANIFEST_NAME, file_facts
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from tests.publish.lint_stage import (
     FORMATS,
     again,

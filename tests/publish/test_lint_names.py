@@ -14,7 +14,7 @@ from qlora_export.publish.lint import lint
 from qlora_export.publish.lint.licence import allowed
 from qlora_export.publish.lint.names import CODE_SUFFIXES, PICKLE_SUFFIXES, collisions, hostile, name_problems
 from qlora_export.publish.lint.rules import RULES, finding, shown
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 
 plain_parts = st.text(string.ascii_lowercase + string.digits + "_-", min_size=1, max_size=8).filter(
     lambda part: not hostile(part) and part != "wandb" and not part.startswith("checkpoint-")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from tests.helpers.files import edit_json, edit_tensors
 from tests.publish.lint_stage import (
     EMBEDDING,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from tests.helpers.files import edit_tensors
 from tests.publish.lint_stage import (
     EMBEDDING,

@@ -24,9 +24,9 @@ from qlora_export.drift.gate import Z_95
 from qlora_export.drift.results import Drift
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning.make import make_plan
-from qlora_export.publish.bom import SPDX_IDS, bill_of_materials
+from qlora_export.publish.cyclonedx import SPDX_IDS, bill_of_materials
 from qlora_export.publish.provenance import invocation_of, provenance
-from qlora_export.publish.public_recipe import public_recipe, public_report
+from qlora_export.publish.public_report import public_recipe, public_report
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
 from tests.drift.test_gate import PERFECT

@@ -23,8 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_export.errors import EnvironmentProblem, InputError, NotAuthorised, RemoteProblem, UsageError, VerifyMismatch
-from qlora_export.publish.signers import KeySigner, KeyVerifier, SigstoreSigner, SigstoreVerifier
-from qlora_export.publish.signing import (
+from qlora_export.publish.model_signature import (
     parse_signer,
     parse_verifier,
     require_signer,
@@ -32,6 +31,7 @@ from qlora_export.publish.signing import (
     signature_holds,
     verify_signature,
 )
+from qlora_export.publish.signers import KeySigner, KeyVerifier, SigstoreSigner, SigstoreVerifier
 
 IGNORED = [Path("README.md")]
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey

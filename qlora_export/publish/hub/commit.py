@@ -11,6 +11,8 @@ The commit is the only call that must not be repeated blindly: a lost answer may
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +25,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from qlora_export.errors import RemoteConflict, VerifyMismatch
 from qlora_export.publish.hub.failures import is_transient, translated
 from qlora_export.publish.hub.job import CHECKSUMS_PATH, Committed, Upload
-from qlora_export.publish.hub.journal import PublicationJournal
 from qlora_export.publish.hub.remote import PAUSES_SECONDS, Remote, RemoteFile, asked, git_blob_sha1
 
 WEIGHTS = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|onnx|onnx\.data|onnx_data|onnx_adapter)")
@@ -219,3 +220,25 @@ def _stale(remote: Remote, upload: Upload, before: Mapping[str, RemoteFile]) -> 
 def _is_stale_weight(path: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a path names weights directly in one of the folders that this release owns."""
     return any(path.startswith(prefix) and WEIGHTS.fullmatch(path.removeprefix(prefix)) for prefix in prefixes)
+
+
+class PublicationJournal:
+    """The journal of one repository's publication: a file of JSON lines, whose last is dropped where a crash cut it off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self.events = [json.loads(line) for line in whole]
+        if len(whole) < len(lines):
+            os.truncate(path, sum(map(len, whole)))
+
+    def note(self, **event: Any) -> None:
+        """Write an event down; raises OSError when the disk does not take it."""
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        try:
+            os.write(descriptor, json.dumps(event).encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.events.append(event)

@@ -34,9 +34,9 @@ from qlora_export.publish.hub.job import (
     seen_from,
 )
 from qlora_export.publish.hub.process import Client, run_job
-from qlora_export.publish.signing import require_signer
-from qlora_export.publish.staged import Staged
-from qlora_export.publish.staging import FOLDER_NAME, Publication, signer_of, stage, staging_folder
+from qlora_export.publish.model_signature import require_signer
+from qlora_export.publish.stage import FOLDER_NAME, Publication, signer_of, stage, staging_folder
+from qlora_export.publish.staged_folder import Staged
 from qlora_export.recipe.config import PublishRecipe, Recipe
 from qlora_export.report.run import Receipt
 

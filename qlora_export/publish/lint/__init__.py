@@ -18,7 +18,7 @@ from qlora_export.publish.lint.rules import RULES
 from qlora_export.publish.lint.secrets import secret_problems
 from qlora_export.publish.lint.settings import setting_problems
 from qlora_export.publish.lint.weights import index_problems, read_weights, value_problems
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 
 __all__ = ["RULES", "lint"]
 

@@ -15,7 +15,7 @@ from qlora_export.errors import Problem
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.publish.lint.names import collisions, disguised, hostile, kind_problem, name_problems, walk
 from qlora_export.publish.lint.rules import finding
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 
 ADDED = re.compile(
     r"README\.md|\.gitattributes|SHA256SUMS|model\.sig|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"

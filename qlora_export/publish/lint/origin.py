@@ -22,7 +22,7 @@ from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.publish.lint.contents import Contents, base_of, directory_of
 from qlora_export.publish.lint.rules import finding
 from qlora_export.publish.lint.weights import WeightFolder
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, WEIGHTS_NAME
 from qlora_export.types import TrainingQuantization
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.sampled(1)
 # Python imports a module of this name before anything else. It lets the process kill itself at the chosen record.
 KILLING = """
 import os, signal
-from qlora_export.publish.hub.journal import PublicationJournal
+from qlora_export.publish.hub.commit import PublicationJournal
 
 point, note = int(os.environ["KILLED_AT"]), PublicationJournal.note
 passed = 0

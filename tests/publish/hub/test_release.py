@@ -34,7 +34,7 @@ from qlora_export.publish.base import Account
 from qlora_export.publish.checksums import checksums
 from qlora_export.publish.hub.process import Client
 from qlora_export.publish.hub.publisher import open_hub
-from qlora_export.publish.verifying import Wanted, verify
+from qlora_export.publish.verify import Wanted, verify
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import write_report

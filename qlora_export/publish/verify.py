@@ -29,8 +29,8 @@ from qlora_export.publish.checksums import read_checksums
 from qlora_export.publish.hub.commit import WEIGHTS
 from qlora_export.publish.hub.job import CHECKSUMS_PATH, EDITED_BY_PEOPLE, REPORT_PATH, SIGNATURE_PATH
 from qlora_export.publish.hub.process import Client, run_job
-from qlora_export.publish.proving import prove_files, prove_sample
-from qlora_export.publish.signing import parse_verifier, verify_signature
+from qlora_export.publish.model_signature import parse_verifier, verify_signature
+from qlora_export.publish.prove import prove_files, prove_sample
 from qlora_export.report.recorded import read_report, recorded_sample
 from qlora_export.report.run import Proof
 from qlora_export.runtimes.registry import load_runtime

@@ -25,9 +25,9 @@ from qlora_export.artifact import MANIFEST_NAME, Artifact, FileFacts, file_facts
 from qlora_export.drift.results import Verified
 from qlora_export.errors import PlanRefused
 from qlora_export.publish.base import Account
-from qlora_export.publish.bom import bill_of_materials
 from qlora_export.publish.card import CardFacts, CardItem, make_card
 from qlora_export.publish.checksums import checksums
+from qlora_export.publish.cyclonedx import bill_of_materials
 from qlora_export.publish.hub.destination import Place
 from qlora_export.publish.hub.job import (
     BOM_PATH,
@@ -41,11 +41,11 @@ from qlora_export.publish.hub.job import (
     Seen,
 )
 from qlora_export.publish.lint import lint
+from qlora_export.publish.model_signature import sign, signature_holds
 from qlora_export.publish.provenance import invocation_of, provenance
-from qlora_export.publish.public_recipe import public_recipe, public_report
+from qlora_export.publish.public_report import public_recipe, public_report
 from qlora_export.publish.signers import Signer, parse_signer
-from qlora_export.publish.signing import sign, signature_holds
-from qlora_export.publish.staged import Staged
+from qlora_export.publish.staged_folder import Staged
 from qlora_export.recipe.config import CardRecipe, Recipe
 from qlora_export.tensors.external_data import DATA_NAME
 
