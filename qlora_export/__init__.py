@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from qlora_export._version import __version__
 
 if TYPE_CHECKING:
-    from qlora_export.comparing import compare
     from qlora_export.drift.comparison.rows import Comparison
     from qlora_export.exporters.onnx.adapter_file import write_onnx_adapter
-    from qlora_export.pipeline import RunOptions, build, check, plan, release
+    from qlora_export.pipeline.compare import compare
+    from qlora_export.pipeline.options import RunOptions
+    from qlora_export.pipeline.release import build, check, plan, release
     from qlora_export.recipe.config import Recipe
     from qlora_export.recipe.load import load_recipe, make_recipe
     from qlora_export.report.run import Run
@@ -44,17 +45,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Comparison": "comparison.rows",
-    "compare": "comparing",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "make_recipe": "recipe",
+    "Comparison": "drift.comparison.rows",
+    "compare": "pipeline.compare",
+    "Recipe": "recipe.config",
+    "load_recipe": "recipe.load",
+    "make_recipe": "recipe.load",
     "Run": "report.run",
-    "RunOptions": "pipeline",
-    "build": "pipeline",
-    "check": "pipeline",
-    "plan": "pipeline",
-    "release": "pipeline",
+    "RunOptions": "pipeline.options",
+    "build": "pipeline.release",
+    "check": "pipeline.release",
+    "plan": "pipeline.release",
+    "release": "pipeline.release",
     "write_onnx_adapter": "exporters.onnx.adapter_file",
 }
 

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from qlora_export.comparing import compare
 from qlora_export.drift.comparison import speed
 from qlora_export.drift.comparison.rows import Comparison
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline.compare import compare
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe
 

@@ -98,7 +98,7 @@ KINDS = {
     # Not the client itself: it reads its variables when it is imported, and there are two versions of it.
     "client": Kind(
         ("httpx2", "httpcore2", "filelock", "yaml", "tqdm.auto", "packaging.version", "email.message", "fsspec"),
-        ("qlora_export.publish.hub.", "qlora_export.diagnosis."),
+        ("qlora_export.publish.hub.", "qlora_export.pipeline.doctor."),
     ),
 }
 

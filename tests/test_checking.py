@@ -13,11 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qlora_export import checking
-from qlora_export.checking import Question, check_against
 from qlora_export.drift.reference_store import kept_references
 from qlora_export.errors import ExitCode, InputError, UsageError
-from qlora_export.pipeline import RunOptions, build
+from qlora_export.pipeline import check_folder
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
 from qlora_export.runtimes.tokenizer import FolderTokenizer
@@ -110,7 +111,7 @@ def test_a_reference_is_run_once_for_several_artifacts(
 ) -> None:
     first = check(merged / "int8", merged / "fp32")
     assert len(kept_references(tmp_path / "out")) == 1
-    monkeypatch.setattr("qlora_export.measuring.measure_model", None)
+    monkeypatch.setattr("qlora_export.pipeline.measure.measure_model", None)
     second = check(merged / "bf16", merged / "fp32")
     assert first.ledger is not None
     assert second.ledger is not None
@@ -294,10 +295,10 @@ def test_models_and_adapters_of_against(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b+c").mkdir()
-    assert checking._parts(text) == parts
+    assert check_folder._parts(text) == parts
 
 
 @pytest.mark.parametrize("text", ["+b", "a+"])
 def test_against_names_a_model(text: str) -> None:
     with pytest.raises(UsageError, match="names no model"):
-        checking._parts(text)
+        check_folder._parts(text)

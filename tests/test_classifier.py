@@ -17,16 +17,16 @@ import pytest
 import torch
 import transformers
 
-from qlora_export.checking import Question, check_against
-from qlora_export.comparing import compare
 from qlora_export.drift.classification import labelled_tokens
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.window_sizes import SizedProtocol, recorded_protocol
 from qlora_export.errors import ExportError, InputError, Refused, UsageError
-from qlora_export.measuring import drift_text, drift_tokens
-from qlora_export.pipeline import RunOptions
-from qlora_export.pipeline import check as run_check
-from qlora_export.pipeline import release as run_release
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.compare import compare
+from qlora_export.pipeline.measure import drift_text, drift_tokens
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check as run_check
+from qlora_export.pipeline.release import release as run_release
 from qlora_export.planning.make import make_plan
 from qlora_export.publish.hub.job import REPORT_PATH
 from qlora_export.recipe.config import Recipe

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import qlora_export
-from qlora_export.comparing import compare
 from qlora_export.drift.comparison.rows import Comparison
-from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, PlanRefused, UsageError
-from qlora_export.pipeline import RunOptions, check
+from qlora_export.pipeline.clean import find_leftovers, remove_leftovers
+from qlora_export.pipeline.compare import compare
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check
 from qlora_export.recipe.config import Recipe
 from tests.compared import compared, compared_recipe, timed_once
 from tests.helpers.files import edit_json

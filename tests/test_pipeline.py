@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from qlora_export.drift.reference_store import ReferenceStore
 from qlora_export.errors import ExitCode, PlanRefused, RemoteConflict, UsageError
-from qlora_export.pipeline import RunOptions
-from qlora_export.pipeline import check as run_check
-from qlora_export.pipeline import release as run_release
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check as run_check
+from qlora_export.pipeline.release import release as run_release
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import exit_code, report

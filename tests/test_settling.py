@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.errors import InputError, UsageError
-from qlora_export.pipeline import RunOptions, build, plan
+from qlora_export.pipeline.clean import find_leftovers, remove_leftovers
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build, plan
 from tests.helpers.files import edit_json
 from tests.helpers.pico import RecipeMaker
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from qlora_export.diagnosis.release import settled
 from qlora_export.errors import InputError, PlanRefused, UsageError
-from qlora_export.pinned import pinned_recipe, pins, require_pinned
-from qlora_export.pipeline import RunOptions, build, plan
+from qlora_export.pipeline.auto_format import settle_formats
+from qlora_export.pipeline.doctor.recipe_checks import settled
+from qlora_export.pipeline.lock import pinned_recipe, pins, require_pinned
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build, plan
 from qlora_export.recipe.config import Recipe
-from qlora_export.settling_formats import settle_formats
 from tests.helpers.pico import RecipeMaker
 
 

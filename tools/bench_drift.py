@@ -35,7 +35,6 @@ import numpy as np
 from bench_model import Shape, make_base
 from quality_models import DEMO, scaled_adapter
 
-from qlora_export.checking import Question, check_against
 from qlora_export.drift.gate import deciding_tokens, judge
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
@@ -43,8 +42,10 @@ from qlora_export.drift.results import Drift, Measurement
 from qlora_export.drift.statistics import compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExportError
-from qlora_export.measuring import drift_text, drift_tokens, measure_references, reference_key
-from qlora_export.pipeline import RunOptions, build, untracked
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.measure import drift_text, drift_tokens, measure_references, reference_key
+from qlora_export.pipeline.options import RunOptions, untracked
+from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Limits, Recipe
 from qlora_export.recipe.load import make_recipe

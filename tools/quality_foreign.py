@@ -14,8 +14,8 @@ from qlora_export.drift.measure import measure
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
 from qlora_export.drift.results import Drift
 from qlora_export.drift.statistics import compare
-from qlora_export.measuring import measure_references, reference_key
-from qlora_export.pipeline import untracked
+from qlora_export.pipeline.measure import measure_references, reference_key
+from qlora_export.pipeline.options import untracked
 from qlora_export.runtimes.registry import load_runtime
 
 REFERENCE_BYTES = 8_000_000_000

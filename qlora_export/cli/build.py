@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from qlora_export.cli.options import Outcome
 
 if TYPE_CHECKING:
-    from qlora_export.pipeline import RunOptions
+    from qlora_export.pipeline.options import RunOptions
     from qlora_export.recipe.config import Recipe
 
 
 def build(recipe: Recipe, options: RunOptions) -> Outcome:
     """Merge, encode and export all artifacts, in one pass over the base; finished ones are verified and kept."""
-    from qlora_export import pipeline
+    from qlora_export.pipeline import release as pipeline
     from qlora_export.report.data import REPORT_NAME, report, write_report
     from qlora_export.report.terminal import print_artifacts
 

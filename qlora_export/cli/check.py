@@ -9,7 +9,7 @@ from qlora_export.cli.options import Outcome, drift_from
 from qlora_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from qlora_export.pipeline import RunOptions
+    from qlora_export.pipeline.options import RunOptions
     from qlora_export.recipe.config import Recipe
     from qlora_export.report.run import Reported
 
@@ -23,7 +23,7 @@ def check(recipe: Recipe, options: RunOptions) -> Outcome:
     Artifacts of a recipe are built where they are missing. With --against, the folder ARTIFACT is measured that is
     given in place of a recipe: one of transformers, of ONNX Runtime GenAI, a PEFT adapter, one of ours, or a GGUF file.
     """
-    from qlora_export import pipeline
+    from qlora_export.pipeline import release as pipeline
 
     return _reported(pipeline.check(recipe, options), options.out)
 
@@ -32,8 +32,8 @@ def check_against(
     artifact: Path, against: str, flags: dict[str, Any], settings: list[str], options: RunOptions
 ) -> Outcome:
     """Measure the drift of a folder from a model."""
-    from qlora_export.checking import Question
-    from qlora_export.checking import check_against as check_folder
+    from qlora_export.pipeline.check_folder import Question
+    from qlora_export.pipeline.check_folder import check_against as check_folder
 
     unknown = [name for name, value in flags.items() if value and name not in AGAINST_FLAGS]
     if unknown:

@@ -16,7 +16,7 @@ def clean(
     as_json: Json = False,
 ) -> None:
     """Name the partial folders of dead runs in a run folder, and remove them with --yes."""
-    from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
+    from qlora_export.pipeline.clean import find_leftovers, remove_leftovers
     from qlora_export.report.terminal import size
 
     found = find_leftovers(out)

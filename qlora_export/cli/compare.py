@@ -74,7 +74,7 @@ def compare(
         from qlora_export.report.comparison_plot import require_plot
 
         require_plot(plot)
-    from qlora_export.comparing import compare as compare_formats
+    from qlora_export.pipeline.compare import compare as compare_formats
     from qlora_export.report.comparison import comparison_data, print_comparison, write_comparison_csv
 
     flags = {

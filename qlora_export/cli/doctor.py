@@ -12,7 +12,7 @@ from qlora_export.cli.options import Json, Out, Workers, finish
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_export.diagnosis.checks import Check
+    from qlora_export.pipeline.doctor.checks import Check
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -25,7 +25,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look for what would stop a release: versions, disk, memory, device, endpoint, token; each with its remedy."""
-    from qlora_export.diagnosis.checks import as_data, exit_code
+    from qlora_export.pipeline.doctor.checks import as_data, exit_code
 
     folder = out or (Path("out") / recipe.stem if recipe else Path("out"))
     found = _of_recipe(recipe, folder, workers, hub) if recipe is not None else _of_machine(folder, hub)
@@ -34,18 +34,18 @@ def doctor(
 
 def _of_machine(out: Path, hub: bool) -> list[Check]:
     """Without a recipe; imports nothing that may be what is missing."""
-    from qlora_export.diagnosis.hub import hub_checks
-    from qlora_export.diagnosis.libraries import library_checks
-    from qlora_export.diagnosis.machine import Needs, machine_checks
+    from qlora_export.pipeline.doctor.hub import hub_checks
+    from qlora_export.pipeline.doctor.libraries import library_checks
+    from qlora_export.pipeline.doctor.machine import Needs, machine_checks
 
     return [*library_checks(()), *machine_checks(out, Needs()), *(hub_checks(()) if hub else ())]
 
 
 def _of_recipe(path: Path, out: Path, workers: int | None, hub: bool) -> list[Check]:
-    from qlora_export.diagnosis.hub import hub_checks
-    from qlora_export.diagnosis.libraries import library_checks
-    from qlora_export.diagnosis.machine import machine_checks, usable_threads
-    from qlora_export.diagnosis.release import extras_of, recipe_checks, repositories_of, settled
+    from qlora_export.pipeline.doctor.hub import hub_checks
+    from qlora_export.pipeline.doctor.libraries import library_checks
+    from qlora_export.pipeline.doctor.machine import machine_checks, usable_threads
+    from qlora_export.pipeline.doctor.recipe_checks import extras_of, recipe_checks, repositories_of, settled
     from qlora_export.recipe.load import load_recipe
 
     recipe = load_recipe(path)

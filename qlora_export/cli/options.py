@@ -19,7 +19,7 @@ from qlora_export.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from qlora_export.engine import Engine
-    from qlora_export.pipeline import RunOptions
+    from qlora_export.pipeline.options import RunOptions
     from qlora_export.recipe.config import Recipe
 
 RecipePath = Annotated[
@@ -308,7 +308,7 @@ def _kept_plan(
     path: Path, flags: dict[str, Any], settings: list[str], options: RunOptions
 ) -> tuple[Recipe, RunOptions]:
     """The recipe of a kept plan, and options that hold the run to it."""
-    from qlora_export.pinned import pinned_recipe
+    from qlora_export.pipeline.lock import pinned_recipe
 
     if settings or any(value is not None and value != [] for value in flags.values()):
         raise UsageError(f"{path}: a plan is released as it is", "plan again with the changed recipe")
@@ -334,7 +334,7 @@ def _weighted(text: str) -> dict[str, Any]:
 
 def run_options(recipe: Path | None, out: Path | None, workers: int | None) -> RunOptions:
     """Where and how to run."""
-    from qlora_export.pipeline import RunOptions
+    from qlora_export.pipeline.options import RunOptions
     from qlora_export.report.terminal import show_progress
 
     folder = out or (Path("out") / recipe.stem if recipe else Path("out"))

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from qlora_export.cli.options import Outcome
 
 if TYPE_CHECKING:
-    from qlora_export.pipeline import RunOptions
+    from qlora_export.pipeline.options import RunOptions
     from qlora_export.recipe.config import Recipe
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Outcome:
     """Say what a build would make, from headers alone: files, sizes, memory, assumptions, and every problem at once."""
-    from qlora_export import pipeline
-    from qlora_export.pinned import pins
+    from qlora_export.pipeline import release as pipeline
+    from qlora_export.pipeline.lock import pins
     from qlora_export.planning.memory import workers_within
     from qlora_export.report.data import plan_summary
     from qlora_export.report.terminal import print_plan

@@ -13,13 +13,13 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from qlora_export import pipeline
-from qlora_export.calibrating import forget
 from qlora_export.engine.build import locked
-from qlora_export.engine.leftovers import find_leftovers, remove_leftovers
 from qlora_export.engine.partial_folder import PartialFolder
 from qlora_export.errors import PlanRefused, UsageError
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.calibrate import forget
+from qlora_export.pipeline.clean import find_leftovers, remove_leftovers
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Made
 from qlora_export.recipe.config import Recipe
@@ -37,7 +37,7 @@ HASTY = {"sweeps": 0, "fit_scales": False, "delta_rounds": 1}
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from qlora_export import pipeline
+from qlora_export.pipeline import release as pipeline
 from qlora_export.quant.rounding import scale_search
 from qlora_export.recipe.load import load_recipe
 

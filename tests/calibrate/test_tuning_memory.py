@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from qlora_export import calibrating
 from qlora_export.engine.calibration import tuning_memory
 from qlora_export.engine.calibration.block_pass import CalibrationOptions
 from qlora_export.engine.calibration.scale_tuning import Tuning
 from qlora_export.engine.calibration.tuning_memory import tuning_bytes
 from qlora_export.errors import EnvironmentProblem, ExitCode
+from qlora_export.pipeline import calibrate
 from tests.calibrate.conftest import Pico
 from tests.calibrate.models import windows_of
 from tests.calibrate.test_running import pico_plan
@@ -107,7 +107,7 @@ def test_tuning_is_refused_before_anything_is_decided(
     given = plan, plan.artifacts, windows_of(9), CalibrationOptions(tmp_path)
     monkeypatch.setattr(tuning_memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(EnvironmentProblem, match=r"artifact second: tuning takes about .* this machine has") as caught:
-        calibrating.calibrated(*given, lambda stage: pytest.fail("nothing was to begin"))
+        calibrate.calibrated(*given, lambda stage: pytest.fail("nothing was to begin"))
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     assert "rounding: calibrated" in str(caught.value.hint)
     tuning_memory.require_memory(plan, plan.artifacts[:1], windows_of(9), CalibrationOptions(tmp_path))

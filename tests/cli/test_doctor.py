@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from qlora_export.diagnosis.checks import Check, exit_code
-from qlora_export.diagnosis.hub import token_source
-from qlora_export.diagnosis.libraries import library_checks
-from qlora_export.diagnosis.machine import Needs, disk_check, memory_check, threads_check
-from qlora_export.diagnosis.release import extras_of, recipe_checks
+from qlora_export.pipeline.doctor.checks import Check, exit_code
+from qlora_export.pipeline.doctor.hub import token_source
+from qlora_export.pipeline.doctor.libraries import library_checks
+from qlora_export.pipeline.doctor.machine import Needs, disk_check, memory_check, threads_check
+from qlora_export.pipeline.doctor.recipe_checks import extras_of, recipe_checks
 from qlora_export.recipe.load import make_recipe
 from qlora_export.testing import HubServer
 from tests.cli.inside import inside

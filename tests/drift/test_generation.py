@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_export import pipeline
 from qlora_export.drift.generation import Prompt, agreements, compare_generation, generate, prompts_of
 from qlora_export.errors import ExitCode, InputError, UsageError
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.base import GreedySession, Session
 from qlora_export.runtimes.loading import load_model

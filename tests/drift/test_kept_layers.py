@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_export import pipeline
 from qlora_export.artifact import Artifact
 from qlora_export.drift.changed_codes import different_codes
 from qlora_export.drift.gate import DEFAULT_LIMITS, judge
@@ -22,6 +21,8 @@ from qlora_export.drift.results import Drift
 from qlora_export.drift.survival import kept_layers
 from qlora_export.engine import BuildOptions, build
 from qlora_export.merge import base_rows
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Limits
@@ -256,7 +257,7 @@ def test_calibration_names_the_layers_as_survival_does(
         "artifacts": [{"format": "nf4", "rounding": "calibrated"}],
         "calibration": {"text": str(pico_text), "sequences": 4, "method": {"sweeps": 0, "delta_rounds": 1}},
     }
-    run = pipeline.build(make_recipe(data, Path(), "test"), pipeline.RunOptions(tmp_path))
+    run = pipeline.build(make_recipe(data, Path(), "test"), RunOptions(tmp_path))
     layers = kept_layers(run.plan, run.plan.artifacts[0], run.artifacts[0])
     assert len(layers) == 14
     for layer in layers:

@@ -12,12 +12,13 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from qlora_export.checking import Question, check_against
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.errors import InputError
-from qlora_export.measuring import open_trained
-from qlora_export.pipeline import RunOptions, check
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.measure import open_trained
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check
 from qlora_export.publish.public_report import public_recipe, public_report
 from qlora_export.recipe.config import Recipe
 from qlora_export.report.data import report
@@ -110,7 +111,7 @@ def test_the_references_answers_are_kept_and_a_changed_file_is_asked_anew(
     first = report(checked(BFLOAT, **PROBES)[0])
     kept = {path.name for path in (texts / "out/references").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr("qlora_export.measuring.ask_reference", None)
+        patched.setattr("qlora_export.pipeline.measure.ask_reference", None)
         assert report(checked(BFLOAT, **PROBES)[0])["artifacts"][0]["choices"] == first["artifacts"][0]["choices"]
     questions = texts / "questions.jsonl"
     questions.write_text(questions.read_text().replace("late", "soon"))

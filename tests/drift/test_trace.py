@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export import pipeline
 from qlora_export.drift.layer_difference import Difference
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.trace import Found, Trace, broken_among, record, trace
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.base import TracedLayer, TracedSession

@@ -18,7 +18,7 @@ from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.exporters.onnx.graphs import is_built
 from qlora_export.exporters.onnx.stated_architecture import follow_config, lacking
-from qlora_export.pipeline import untracked
+from qlora_export.pipeline.options import untracked
 from tests.exporters.test_onnx_integers import decoded, in_graph, make
 from tests.helpers.pico import DEMO, TOKENIZER_FILES
 

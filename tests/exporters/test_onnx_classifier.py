@@ -19,7 +19,8 @@ import transformers
 from qlora_export.artifact import read_artifact
 from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.errors import InputError, PlanRefused
-from qlora_export.pipeline import RunOptions, build, untracked
+from qlora_export.pipeline.options import RunOptions, untracked
+from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.publish.card.facts import CardItem
 from qlora_export.publish.card.javascript import javascript

@@ -28,7 +28,8 @@ from qlora_export.exporters.onnx.traced import tracer
 from qlora_export.exporters.onnx.traced.genai_config import genai_config
 from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.pipeline import RunOptions, build, untracked
+from qlora_export.pipeline.options import RunOptions, untracked
+from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Recipe
 from qlora_export.recipe.load import make_recipe

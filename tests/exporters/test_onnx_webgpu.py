@@ -14,7 +14,7 @@ from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.pipeline import untracked
+from qlora_export.pipeline.options import untracked
 from qlora_export.runtimes.registry import load_runtime
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_architectures import TOKENS as TEXT

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from qlora_export.demo import recipe_path
-from qlora_export.pipeline import RunOptions, release
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import release
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Run
 from qlora_export.runtimes.registry import load_runtime

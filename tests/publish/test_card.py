@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from qlora_export.artifact import Artifact
 from qlora_export.catalog import EXPORTERS, FORMATS
 from qlora_export.errors import InputError, RemoteConflict, UsageError
-from qlora_export.pipeline import RunOptions
-from qlora_export.pipeline import check as run_check
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check as run_check
 from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.card.block import BEGIN, END, MARKER
 from qlora_export.publish.card.escaping import code, escape, public_value, recipe_yaml

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export import pipeline
 from qlora_export.artifact import Artifact, file_facts
 from qlora_export.drift.gate import recall
 from qlora_export.errors import ExportError
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.publish.base import Account
 from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.hub.destination import places_of

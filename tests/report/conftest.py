@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_export.pipeline import RunOptions, check
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check
 from qlora_export.report.run import Run
 from tests.compared import compared, compared_recipe
 from tests.helpers.pico import RecipeMaker

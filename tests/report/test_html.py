@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_export.drift.comparison.rows import Comparison
-from qlora_export.pipeline import RunOptions, build
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build
 from qlora_export.report.comparison import comparison_data
 from qlora_export.report.data import report, write_report
 from qlora_export.report.html.assets import script, style

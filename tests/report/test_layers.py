@@ -10,7 +10,8 @@ import pytest
 
 from qlora_export.drift.layers import KeptLayer
 from qlora_export.drift.results import Verdict
-from qlora_export.pipeline import RunOptions, check
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import check
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.data import report
 from qlora_export.report.layers import lowest_line

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_export.pipeline import RunOptions
-from qlora_export.pipeline import build as run_build
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build as run_build
 from qlora_export.report.markdown import markdown
 from qlora_export.report.run import Run
 from tests.helpers.pico import RecipeMaker

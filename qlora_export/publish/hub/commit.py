@@ -223,7 +223,7 @@ def _is_stale_weight(path: str, prefixes: tuple[str, ...]) -> bool:
 
 
 class PublicationJournal:
-    """The journal of one repository's publication: a file of JSON lines, whose last is dropped where a crash cut it off."""
+    """What a publication has sent so far, as evidence: one JSON object a line; a last line that was torn is dropped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -18,7 +18,6 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
-from qlora_export import pipeline
 from qlora_export.artifact import file_facts
 from qlora_export.errors import (
     ExitCode,
@@ -29,7 +28,8 @@ from qlora_export.errors import (
     UsageError,
     VerifyMismatch,
 )
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline import release as pipeline
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.publish.base import Account
 from qlora_export.publish.checksums import checksums
 from qlora_export.publish.hub.process import Client

@@ -10,7 +10,8 @@ from typing import Any
 import onnx
 import pytest
 
-from qlora_export.pipeline import RunOptions, build
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build
 from qlora_export.recipe.load import make_recipe
 
 Spoil = Callable[[Callable[[Any], None]], Path]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from qlora_export.checking import Question, check_against
 from qlora_export.errors import ExportError, InputError, Refused
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_json

@@ -14,13 +14,13 @@ import pytest
 from onnx import helper
 
 from qlora_export.artifact import Artifact, read_artifact
-from qlora_export.checking import Question, check_against
 from qlora_export.drift.onnx.artifacts import source_of, validated
 from qlora_export.drift.onnx.validation import validate, validation_windows
 from qlora_export.drift.onnx.variants import GraphFindings
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExitCode, InputError
-from qlora_export.pipeline import RunOptions, untracked
+from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.options import RunOptions, untracked
 from qlora_export.report.data import exit_code, write_report
 from qlora_export.report.probes import probe_lines
 from qlora_export.report.schemas import report_schema

@@ -5,15 +5,13 @@ Every function takes values and returns values; printing is the caller's busines
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora_export import engine
-from qlora_export.calibrating import calibrated, calibration_options, forget, to_calibrate, tokenizer_folder, tokens_of
 from qlora_export.drift.gate import recall
 from qlora_export.drift.label_answers import compare_labels
 from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
@@ -26,10 +24,20 @@ from qlora_export.drift.tokens import TokenSet
 from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.drift.window_sizes import protocol_of
 from qlora_export.drift.worst_tokens import worst_of
-from qlora_export.engine import Engine
 from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
-from qlora_export.measuring import (
+from qlora_export.pipeline.auto_format import settle_formats
+from qlora_export.pipeline.auto_merge_base import require_evidence, settle
+from qlora_export.pipeline.calibrate import (
+    calibrated,
+    calibration_options,
+    forget,
+    to_calibrate,
+    tokenizer_folder,
+    tokens_of,
+)
+from qlora_export.pipeline.lock import require_pinned, require_pinned_bytes
+from qlora_export.pipeline.measure import (
     drift_text,
     drift_tokens,
     judged,
@@ -44,7 +52,7 @@ from qlora_export.measuring import (
     require_measurable,
     tokenizer_of,
 )
-from qlora_export.pinned import require_pinned, require_pinned_bytes
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.publish.base import Account, Publisher
@@ -56,40 +64,7 @@ from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Receipt, Run
 from qlora_export.runtimes.open import open_artifact
-from qlora_export.settling import require_evidence, settle
-from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id_of_base
-from qlora_export.types import Progress, Track
-
-
-@contextmanager
-def untracked(stage: str) -> Iterator[Progress]:
-    """A track that shows nothing."""
-    yield lambda done, total: None
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run writes, what a build may take, and how it shows its progress.
-
-    `keeps_plan` has a plan take the digests that a later run is held to, which come back as `pinned`;
-    `publisher_environment` is what the environment of the publisher's process has beside ours.
-    """
-
-    out: Path
-    workers: int = field(default_factory=lambda: engine.BuildOptions().workers)
-    memory_limit_bytes: int | None = None
-    track: Track = untracked
-    publisher_environment: Mapping[str, str] = field(default_factory=dict)
-    pinned: Mapping[str, Any] | None = None
-    keeps_plan: bool = False
-    engine: Engine = "threads"
-    accelerator: str | None = None
-
-    @property
-    def device(self) -> str:
-        """Where models run that are measured."""
-        return self.accelerator or "cpu"
 
 
 def plan(recipe: Recipe, options: RunOptions) -> Run:

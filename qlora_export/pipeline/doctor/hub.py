@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_export.diagnosis.checks import Check
+from qlora_export.pipeline.doctor.checks import Check
 from qlora_export.publish.hub.failures import NOT_SPOKEN
 
-PROBE = "qlora_export.diagnosis.probe"
+PROBE = "qlora_export.pipeline.doctor.hub_probe"
 PROBE_SECONDS = 90
 QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 REFUSED = (401, 403)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from qlora_export.diagnosis.checks import Check
+from qlora_export.pipeline.doctor.checks import Check
 
 PACKAGE = "qlora-export"
 OPTIONAL_EXTRAS = ("data", "onnx", "sign")

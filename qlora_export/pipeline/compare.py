@@ -26,7 +26,7 @@ from qlora_export.engine.build import locked
 from qlora_export.engine.trial_folders import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.measuring import (
+from qlora_export.pipeline.measure import (
     drift_text,
     drift_tokens,
     judged,
@@ -37,7 +37,8 @@ from qlora_export.measuring import (
     reference_store,
     require_measurable,
 )
-from qlora_export.pipeline import RunOptions, build
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.planning.rounding_checks import CALIBRATED

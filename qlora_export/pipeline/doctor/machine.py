@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from qlora_export.diagnosis.checks import Check
+from qlora_export.pipeline.doctor.checks import Check
 from qlora_export.quant.device.available_memory import CGROUP, MEMINFO, container_bytes, machine_bytes, text_of
 
 LEAST_DISK_BYTES = 5_000_000_000

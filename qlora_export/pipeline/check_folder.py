@@ -32,7 +32,7 @@ from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.drift.window_sizes import SizedProtocol, protocol_for
 from qlora_export.drift.worst_tokens import worst_of
 from qlora_export.errors import InputError, UsageError
-from qlora_export.measuring import (
+from qlora_export.pipeline.measure import (
     drift_text,
     judged,
     measure_folder,
@@ -45,7 +45,7 @@ from qlora_export.measuring import (
     require_measurable,
     require_row,
 )
-from qlora_export.pipeline import RunOptions
+from qlora_export.pipeline.options import RunOptions
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import DriftRecipe, Recipe

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_export.diagnosis.checks import Check
-from qlora_export.diagnosis.machine import Needs
 from qlora_export.errors import ExportError, PlanRefused
+from qlora_export.pipeline.auto_format import settle_formats
+from qlora_export.pipeline.doctor.checks import Check
+from qlora_export.pipeline.doctor.machine import Needs
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.memory import peak_memory_bytes
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
-from qlora_export.settling_formats import settle_formats
 from qlora_export.sources.locate import hub_id
 from qlora_export.sources.text_tables import HUB_PREFIX, is_table
 
