@@ -23,7 +23,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The new file, or - for stdout.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for a base and an adapter; what the files tell is filled in. Never overwrites."""
-    from qlora_export.starting import Start, first_recipe
+    from qlora_export.cli.recipe_template import Start, first_recipe
 
     if out != STDOUT:
         require_folders(out)

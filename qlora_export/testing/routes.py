@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
-from qlora_export.testing import collection, committing, discussions, identity, reading, transfer, writing, xet
+from qlora_export.testing import collection, committing, discussions, identity, reading, transfer, writing
 from qlora_export.testing.card import check_card
 from qlora_export.testing.messages import Answer, Refusal, Request
 from qlora_export.testing.service import Service, identify
@@ -64,8 +64,8 @@ ROUTES = (
     _route("POST", "API/branch/REV", writing.put_branch),
     _route("DELETE", "API/branch/REV", writing.delete_branch),
     _route("GET", "API/xet-(?P<access>read|write)-token/REV", transfer.xet_token),
-    _route("POST", "/xet/v1/xorbs/default/[0-9a-f]+", xet.receive_xorb),
-    _route("POST", "/xet/v1/shards", xet.receive_shard),
+    _route("POST", "/xet/v1/xorbs/default/[0-9a-f]+", transfer.receive_xorb),
+    _route("POST", "/xet/v1/shards", transfer.receive_shard),
     _route("POST", "API/discussions", discussions.start_discussion),
     _route("GET", "API/discussions", discussions.list_discussions),
     _route("GET", "API/discussions/NUMBER", discussions.describe_discussion),

@@ -158,3 +158,21 @@ def _settle(service: Service, upload: Upload, path: Path, forced: bool) -> None:
         service.store.adopt(path, digest)
     if forced:
         service.store.stand_in(upload.oid, digest)
+
+
+def receive_xorb(service: Service, request: Request) -> Answer:
+    """A block of chunks."""
+    _require_xet(service, request)
+    return json_answer({"was_inserted": True})
+
+
+def receive_shard(service: Service, request: Request) -> Answer:
+    """The list of what files consist of."""
+    _require_xet(service, request)
+    return json_answer({"result": 1})
+
+
+def _require_xet(service: Service, request: Request) -> None:
+    request.body.drain()
+    if not service.rules.xet:
+        raise Refusal(404, "This Hub has no xet")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_export.cli.recipe_template import PLACEHOLDER
 from qlora_export.recipe.load import load_recipe
-from qlora_export.starting import PLACEHOLDER
 from tests.cli.inside import inside
 from tests.cli.test_cli import started
 from tests.helpers.files import edit_json
