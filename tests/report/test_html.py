@@ -18,6 +18,8 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError, nodes
+from markupsafe import Markup
 
 from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.pipeline.options import RunOptions
@@ -26,9 +28,9 @@ from qlora_export.report.comparison import comparison_data
 from qlora_export.report.data import report, write_report
 from qlora_export.report.html.assets import script, style
 from qlora_export.report.html.comparison_page import comparison_page, write_comparison_page
-from qlora_export.report.html.elements import Markup, element, escaped, quoted
 from qlora_export.report.html.figures import fixed, share, significant
 from qlora_export.report.html.page import PAGE_NAME, page, write_page
+from qlora_export.report.html.rendering import environment
 from qlora_export.report.html.scale import Scale
 from qlora_export.report.html.visible import SHAPELESS, visible, visible_edges
 from qlora_export.report.run import Run
@@ -40,6 +42,16 @@ VOID = {"meta", "br", "hr", "link", "input", "img"}
 SECTIONS = ["ledger", "distribution", "layers", "size", "worst", "choices", "generation", "trace", "provenance"]
 OPTIONAL = ("distribution", "beside", "worst", "generation", "choices", "trace", "limits", "layers", "calibration")
 TEXT = st.text(st.characters(codec=None), max_size=40)
+WAYS_IN = (
+    "<p>{{ said }}</p>",
+    '<p title="{{ said }}"></p>',
+    "<p>{{ ui.quoted(said) }}</p>",
+    "<p>{{ ui.code(said) }}</p>",
+    "<p>{{ said|visible_edges }}</p>",
+    "<p>{{ '{}s of {}'.format(said, ui.code('a')) }}</p>",
+    "<p>{% set kept %}{{ said }}{% endset %}{{ kept }}</p>",
+    "<p>{{ [said] }}</p>",
+)
 
 
 class Outline(HTMLParser):
@@ -273,14 +285,33 @@ def test_numbers_to_sort_by_are_beside_those_to_read() -> None:
     assert all(value is not None and repr(float(value)) == value for value in values)
 
 
-@given(TEXT)
-def test_text_of_files_stays_text(text: str) -> None:
-    for made in (element("p", text), element("p", quoted(text)), element("p", title=text), element("p", visible(text))):
-        outline = Outline(made)
-        assert {tag for tag, _, _ in outline.elements} <= {"p", "bdi"}
-        read = outline.said() + (outline.elements[0][1].get("title") or "")
-        assert not {character for character in read if unicodedata.category(character) in SHAPELESS} - {" ", "\n"}
-        made.encode("utf-8")
+@given(TEXT, st.sampled_from(WAYS_IN))
+def test_text_of_files_stays_text(text: str, template: str) -> None:
+    made = filled(template, said=text)
+    outline = Outline(made)
+    assert {tag for tag, _, _ in outline.elements} <= {"p", "bdi", "code"}
+    read = outline.said() + (outline.elements[0][1].get("title") or "")
+    assert not {character for character in read if unicodedata.category(character) in SHAPELESS} - {" ", "\n"}
+    made.encode("utf-8")
+
+
+def filled(template: str, **facts: Any) -> str:
+    """A template of a test in the environment of the page."""
+    return environment().from_string(f'{{% import "macros.html" as ui %}}{template}').render(facts)
+
+
+@pytest.mark.parametrize("name", environment().list_templates(extensions=["html"]))
+def test_no_template_has_a_way_around(name: str) -> None:
+    """Text that is added to markup is escaped without being made visible, and unquoted attributes end at a space."""
+    loader = environment().loader
+    assert loader is not None
+    source, _, _ = loader.get_source(environment(), name)
+    parsed = environment().parse(source)
+    ways_around = (nodes.Concat, nodes.Add, nodes.Mod, nodes.MarkSafe, nodes.ScopedEvalContextModifier)
+    assert not list(parsed.find_all(ways_around))
+    assert not re.search(r"[a-z]=\{[{%]", re.sub(r"\{%.*?%\}|\{\{.*?\}\}", lambda found: found[0][:2], source))
+    assert {found.name for found in parsed.find_all(nodes.Filter)} <= set(environment().filters)
+    assert {"safe", "escape", "e", "join", "xmlattr", "tojson", "format", "replace"}.isdisjoint(environment().filters)
 
 
 @given(TEXT, st.sampled_from(["name", "format", "token", "before", "reason", "tensor", "place", "file"]))
@@ -334,11 +365,14 @@ def test_tokens_show_their_spaces() -> None:
 
 
 def test_markup_is_not_escaped_again_and_all_else_is() -> None:
-    assert element("p", Markup("<b>&amp;</b>"), "<i>") == "<p><b>&amp;</b>&lt;i&gt;</p>"
-    assert escaped("\"'&<>") == "&quot;&#x27;&amp;&lt;&gt;"
-    assert (
-        element("p", class_="a", data_value=1.0, hidden=True, title=None) == '<p class="a" data-value="1" hidden></p>'
+    assert filled("{{ ours }}{{ theirs }}", ours=Markup("<b>&amp;</b>"), theirs="<i>\u202e") == (
+        "<b>&amp;</b>&lt;i&gt;\u27e8U+202E\u27e9"
     )
+    assert filled("{{ said }}", said="\"'&<>") == "&#34;&#39;&amp;&lt;&gt;"
+    numbers = "{% for number in numbers %}{{ number }} {% endfor %}"
+    assert filled(numbers, numbers=(None, 46.0, 0.256, 3)) == " 46 0.26 3 "
+    with pytest.raises(UndefinedError, match="'mistyped' is undefined"):
+        filled("{{ mistyped }}")
 
 
 @given(

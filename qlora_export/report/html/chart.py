@@ -1,23 +1,95 @@
-"""What all charts share: a plane with axes, a title and a description for those who cannot see it, marks of series.
+"""What all charts share: a plane with axes, and the shapes in it, as geometry that a page or a file can draw.
 
-Colours are classes of the style sheet, so that they follow the reader's choice of light or dark; every series has a
-shape of its own besides.
+Colours are the drawer's, by the `kind` of a shape (in a page the classes of its style sheet); every series has a shape
+of its own besides. Places are pixels, to the right and down.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
-from qlora_export.report.html.elements import Child, Markup, element, joined, short
+from qlora_export.report.html.figures import short
 from qlora_export.report.html.scale import Scale, tick_text
 
 SERIES = 8
 BROAD = 800.0
+Ends: TypeAlias = tuple[float, float]
+Corners: TypeAlias = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line between two points."""
+
+    x: float
+    y: float
+    other_x: float
+    other_y: float
+    kind: str
+    tag: ClassVar[str] = "line"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words that start, end or have their middle at a point of their base line."""
+
+    x: float
+    y: float
+    said: str
+    anchor: str = "middle"
+    kind: str = ""
+    tag: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True)
+class Path:
+    """Straight lines from corner to corner; `said` is told when it is pointed at."""
+
+    corners: Corners
+    kind: str
+    closed: bool = False
+    said: str = ""
+    tag: ClassVar[str] = "path"
+
+    @property
+    def data(self) -> str:
+        """The path in the words of SVG."""
+        return "M" + "L".join(f"{short(x)} {short(y)}" for x, y in self.corners) + ("Z" if self.closed else "")
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A circle; `said` is told when it is pointed at."""
+
+    x: float
+    y: float
+    radius: float
+    kind: str
+    said: str = ""
+    tag: ClassVar[str] = "circle"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle by its left upper corner; `said` is told when it is pointed at."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    said: str
+    tag: ClassVar[str] = "rect"
+
+
+Shape: TypeAlias = Line | Words | Path | Circle | Bar
 
 
 @dataclass(frozen=True)
 class Plane:
-    """The area of a chart between its axes."""
+    """The area of a chart between its axes, and the size of the whole."""
 
     width: float
     height: float
@@ -45,96 +117,89 @@ class Plane:
         return self.up.start
 
 
-def chart(place: str, title: str, description: str, plane: Plane, *shapes: Child) -> Markup:
-    """A drawing with its words; `place` makes their ids."""
-    drawing = element(
-        "svg",
-        element("title", title, id=f"{place}-title"),
-        element("desc", description, id=f"{place}-description"),
-        *shapes,
-        viewBox=f"0 0 {short(plane.width)} {short(plane.height)}",
-        width=plane.width,
-        height=plane.height,
-        class_="broad" if plane.width > BROAD else None,
-        role="img",
-        aria_labelledby=f"{place}-title {place}-description",
-    )
-    return element("div", drawing, class_="scroll chart", role="group", tabindex="0", aria_label=f"Chart: {title}")
+@dataclass(frozen=True)
+class Frame:
+    """The size of a chart, and the pixels of the edges of its plane."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def plane(self, across: Ends, up: Ends, logarithmic: tuple[bool, bool] = (False, False)) -> Plane:
+        """The plane between these ends of its axes."""
+        level = Scale(*across, self.left, self.right, logarithmic[0])
+        return Plane(self.width, self.height, level, Scale(*up, self.bottom, self.top, logarithmic[1]))
 
 
-def words(x: float, y: float, said: str, anchor: str = "middle", kind: str | None = None) -> Markup:
-    """Words in a chart."""
-    return element("text", said, x=x, y=y, text_anchor=anchor, class_=kind)
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, with a title and a description for those who cannot see it; `place` makes their ids."""
+
+    place: str
+    title: str
+    description: str
+    plane: Plane
+    shapes: Sequence[Shape]
+
+    @property
+    def broad(self) -> bool:
+        """Whether it needs the width of a page."""
+        return self.plane.width > BROAD
 
 
-def line(x: float, y: float, other_x: float, other_y: float, kind: str) -> Markup:
-    """A straight line."""
-    return element("line", x1=x, y1=y, x2=other_x, y2=other_y, class_=kind)
-
-
-def level_axis(plane: Plane, name: str, ticks: int = 6) -> Markup:
+def level_axis(plane: Plane, name: str, ticks: int = 6) -> list[Shape]:
     """The axis to the left: lines across at round values, and its name above."""
-    shapes = []
+    drawn: list[Shape] = []
     for value in plane.up.ticks(ticks):
         y = plane.up.place(value)
-        shapes += [line(plane.left, y, plane.right, y, "grid"), words(plane.left - 8, y + 4, tick_text(value), "end")]
-    return joined(shapes, words(4, plane.top - 12, name, "start", "axis-name"))
+        drawn += [Line(plane.left, y, plane.right, y, "grid"), Words(plane.left - 8, y + 4, tick_text(value), "end")]
+    return [*drawn, Words(4, plane.top - 12, name, "start", "axis-name")]
 
 
-def value_axis(plane: Plane, name: str, ticks: int = 7, grid: bool = False) -> Markup:
-    """The axis below: its line, ticks at round values, and its name."""
-    shapes = [line(plane.left, plane.bottom, plane.right, plane.bottom, "axis")]
-    for value in plane.across.ticks(ticks):
+def value_axis(plane: Plane, name: str, ticks: int = 7, tick: str = "axis") -> list[Shape]:
+    """The axis below with round values; a `tick` is short, or a line of the `grid` up to the upper edge."""
+    return axis_below(plane, name, [(value, tick_text(value)) for value in plane.across.ticks(ticks)], tick)
+
+
+def axis_below(plane: Plane, name: str, named: Sequence[tuple[float, str]], tick: str = "") -> list[Shape]:
+    """The axis below with these values and their words, without marks where `tick` is empty."""
+    drawn: list[Shape] = [Line(plane.left, plane.bottom, plane.right, plane.bottom, "axis")]
+    start, end = (plane.top, plane.bottom) if tick == "grid" else (plane.bottom, plane.bottom + 4)
+    for value, said in named:
         x = plane.across.place(value)
-        top = plane.top if grid else plane.bottom
-        shapes += [
-            line(x, top, x, plane.bottom, "grid") if grid else line(x, plane.bottom, x, plane.bottom + 4, "axis"),
-            words(x, plane.bottom + 18, tick_text(value)),
-        ]
-    return joined(shapes, axis_name(plane, name))
+        drawn += [Line(x, start, x, end, tick)] if tick else []
+        drawn.append(Words(x, plane.bottom + 18, said))
+    return [*drawn, Words(plane.right, plane.bottom + 36, name, "end", "axis-name")]
 
 
-def axis_name(plane: Plane, name: str) -> Markup:
-    """The name of the axis below, at its right end."""
-    return words(plane.right, plane.bottom + 36, name, "end", "axis-name")
-
-
-def limit_line(plane: Plane, value: float, said: str) -> Markup:
+def limit_line(plane: Plane, value: float, said: str) -> list[Shape]:
     """A level that must not be crossed."""
     y = plane.up.place(value)
-    drawn = line(plane.left, y, plane.right, y, "limit")
-    return joined(drawn, words(plane.right, y - 5, said, "end", "limit-name"))
+    return [Line(plane.left, y, plane.right, y, "limit"), Words(plane.right, y - 5, said, "end", "limit-name")]
 
 
-def path(points: list[tuple[float, float]], kind: str) -> Markup | None:
-    """A line through points; None for fewer than two."""
-    if len(points) < 2:
-        return None
-    return element("path", d="M" + "L".join(f"{short(x)} {short(y)}" for x, y in points), class_=kind)
+def path(corners: Corners, kind: str) -> list[Shape]:
+    """A line through points; nothing for fewer than two."""
+    return [Path(corners, kind)] if len(corners) > 1 else []
 
 
-def mark(x: float, y: float, series: int, said: str, kind: str = "") -> Markup:
+def mark(x: float, y: float, series: int, said: str = "", kind: str = "") -> Shape:
     """A point in the colour and shape of its series, which says what it is when pointed at."""
-    shape = SHAPES[series % len(SHAPES)]
-    drawn = "M" + "L".join(f"{short(x + across)} {short(y + up)}" for across, up in shape) + "Z"
+    corners = SHAPES[series % len(SHAPES)]
     classes = f"mark series-{series % SERIES} {kind}".strip()
-    if not shape:
-        return element("circle", element("title", said) if said else None, cx=x, cy=y, r=4, class_=classes)
-    return element("path", element("title", said) if said else None, d=drawn, class_=classes)
+    return Path(around_point(x, y, corners), classes, True, said) if corners else Circle(x, y, 4, classes, said)
 
 
-def legend(names: list[str]) -> Markup:
-    """The series of a chart by mark and name."""
-    items = [element("li", _swatch(number), element("code", name)) for number, name in enumerate(names)]
-    return element("ul", items, class_="legend")
-
-
-def _swatch(series: int) -> Markup:
-    return element("svg", mark(7.0, 7.0, series, ""), width=14, height=14, viewBox="0 0 14 14", aria_hidden="true")
+def around_point(x: float, y: float, corners: Corners) -> Corners:
+    """Corners that are given from a point."""
+    return [(x + across, y + up) for across, up in corners]
 
 
 # Corners around the point; none is a circle.
-SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
+SHAPES: tuple[Corners, ...] = (
     (),
     ((-3.6, -3.6), (3.6, -3.6), (3.6, 3.6), (-3.6, 3.6)),
     ((0, -4.8), (4.6, 3.4), (-4.6, 3.4)),

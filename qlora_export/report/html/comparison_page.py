@@ -9,11 +9,11 @@ from typing import Any
 from qlora_export.report.html.costs import costs, not_made
 from qlora_export.report.html.document import document, write_whole
 from qlora_export.report.html.drift_and_size import drift_and_size
-from qlora_export.report.html.elements import Markup, code, element
 from qlora_export.report.html.figures import counted
 from qlora_export.report.html.ledger import ledger
 from qlora_export.report.html.provenance import provenance
 from qlora_export.report.html.reading import Facts, number, part, parts, scored_word, text, texts
+from qlora_export.report.html.section import Section
 
 ABOUT = "Written by qlora-export compare. This page loads nothing and sends nothing."
 
@@ -50,26 +50,10 @@ def _title(comparison: Facts) -> str:
     return f"Comparison: take {chosen}" if chosen else "Comparison: none keeps the limits"
 
 
-def _head(comparison: Facts, report: Facts) -> Markup:
+def _head(comparison: Facts, report: Facts) -> Section:
     many = counted(len(parts(report, "artifacts")), "artifact")
     tokens = number(part(comparison, "tokens"), "count")
     on = "" if tokens is None else f", on {counted(tokens, scored_word(comparison))} of held-out text"
-    return element(
-        "header",
-        element("p", "qlora-export", class_="brand"),
-        element("h1", "Comparison"),
-        element("p", f"{many}, compared with the model that was trained{on}.", class_="lead"),
-        _choice(comparison),
-    )
-
-
-def _choice(comparison: Facts) -> Markup:
-    chosen = text(comparison, "recommended")
-    said = ["Take ", code(chosen), ": the smallest that keeps the recipe's limits."]
-    why = [element("li", reason) for reason in texts(comparison, "why")]
-    return element(
-        "div",
-        element("p", said if chosen else "No artifact keeps the recipe's limits.", class_="choice"),
-        element("ul", why) if why else None,
-        class_=f"exit {'pass' if chosen else 'fail'}",
-    )
+    lead = f"{many}, compared with the model that was trained{on}."
+    facts = {"chosen": text(comparison, "recommended"), "why": texts(comparison, "why")}
+    return Section("head", "Comparison", lead, "comparison_head.html", facts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from qlora_export.report.terminal import size
+
 DASH = "\u2013"
 SUPERSCRIPTS = str.maketrans("0123456789-", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b")
 LARGEST_EXPONENT = 700.0
@@ -34,11 +36,6 @@ def fixed(value: float | None, places: int = 4) -> str:
     return f"{value:.{places}f}".replace("-", "\u2212")
 
 
-def with_error(shown: str, stderr: float | None) -> str:
-    """A number and its standard error."""
-    return shown if stderr is None or shown == DASH else f"{shown} \u00b1 {significant(stderr, 1)}"
-
-
 def share(value: float | None, places: int = 1) -> str:
     """A share in per cent."""
     if value is None:
@@ -56,6 +53,21 @@ def counted(value: float | None, word: str) -> str:
     return f"{count(value)} {word}" if value == 1 else f"{count(value)} {word}s"
 
 
+def stored(value: float | None) -> str:
+    """How many bytes."""
+    return DASH if value is None else size(int(value))
+
+
+def exact(value: float) -> str:
+    """A number as a script reads it again."""
+    return repr(float(value))
+
+
 def ratio_of(logarithm: float | None) -> float | None:
     """The ratio whose natural logarithm this is."""
     return None if logarithm is None or logarithm > LARGEST_EXPONENT else math.exp(logarithm)
+
+
+def short(value: float) -> str:
+    """A coordinate, to a hundredth of a pixel."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

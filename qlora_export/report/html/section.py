@@ -1,13 +1,12 @@
-"""A section of the page, and the artifacts within one."""
+"""A section of the page: what its template is given, and under which heading it stands."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from qlora_export.report.html.elements import Child, Markup, element, joined
 from qlora_export.report.html.reading import Facts, text
-from qlora_export.report.html.table import folded
-from qlora_export.report.html.verdicts import badge, outcome
 
 
 @dataclass(frozen=True)
@@ -17,27 +16,10 @@ class Section:
     place: str
     heading: str
     lead: str
-    body: Markup
-
-    def html(self) -> Markup:
-        """The section as an element."""
-        heading = element("h2", self.heading, id=f"{self.place}-heading")
-        lead = element("p", self.lead, class_="lead") if self.lead else None
-        return element("section", heading, lead, self.body, id=self.place, aria_labelledby=f"{self.place}-heading")
+    template: str
+    facts: Mapping[str, Any]
 
 
 def name_of(artifact: Facts) -> str:
     """What the artifact is called."""
     return text(artifact, "name") or "unnamed"
-
-
-def artifact_heading(artifact: Facts, said: str = "") -> Markup:
-    """The artifact's name as a heading, with its verdict and what is to be said in a few words."""
-    words = element("span", said, class_="said") if said else None
-    return joined(element("h3", element("code", name_of(artifact))), badge(artifact), words)
-
-
-def artifact_block(artifact: Facts, said: str, *content: Child, opened: bool | None = None) -> Markup:
-    """One artifact's content, folded where it passed."""
-    wide_open = outcome(artifact) != "pass" if opened is None else opened
-    return element("div", folded(artifact_heading(artifact, said), *content, opened=wide_open), class_="artifact")

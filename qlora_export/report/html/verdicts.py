@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qlora_export.report.html.elements import Markup, element, joined
 from qlora_export.report.html.reading import Facts, text
 
 SYMBOLS = {"pass": "\u2713", "fail": "\u2717", "inconclusive": "?", "not-measured": "\u2013"}
@@ -29,14 +28,3 @@ def verdict_words(artifact: Facts) -> str:
 def surprising(artifact: Facts) -> bool:
     """Whether it was judged, and not as the recipe expects."""
     return outcome(artifact) not in ("not-measured", text(artifact, "expected") or "pass")
-
-
-def badge(artifact: Facts) -> Markup:
-    """The verdict as a label."""
-    return marked(outcome(artifact), verdict_words(artifact))
-
-
-def marked(found: str, words: str) -> Markup:
-    """Words in the colour and with the symbol of a verdict."""
-    symbol = element("span", SYMBOLS[found], aria_hidden="true", class_="symbol")
-    return element("span", joined(symbol, words), class_=f"badge {found}")
