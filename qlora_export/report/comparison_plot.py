@@ -67,16 +67,16 @@ def write_comparison_plot(found: Comparison, path: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, FRAME.width), ylim=(FRAME.height, 0))
         axes.set_axis_off()
-        for layer, shape in enumerate(_shapes(found)):
+        for layer, shape in enumerate(plot_shapes(found)):
             _paint(axes, shape, layer)
         figure.savefig(path, format=path.suffix[1:].lower(), metadata={"Date": None} if svg else {"Software": None})
 
 
-def _shapes(found: Comparison) -> list[chart.Shape]:
+def plot_shapes(found: Comparison) -> list[chart.Shape]:
     """The drawing with its title and what its marks mean."""
     widths = {row.name: list(WIDTHS).index(_width(row.measured)) for row in found.rows if row.measured is not None}
     points = [
-        replace(point, name=_label(point), series=widths[point.name])
+        replace(point, series=widths[point.name], note=_note(point))
         for _, point in placed_points(parts(comparison_data(found), "rows"))
     ]
     chosen = recommend(found).name
@@ -134,9 +134,9 @@ def _paint(axes: Axes, shape: chart.Shape, layer: int) -> None:
             axes.plot(*zip(*shape.corners, strict=True), color=colour, linewidth=stroke, zorder=layer)
 
 
-def _label(point: Point) -> str:
-    """The name, and that a drift which is noise is not drawn where it is."""
-    return point.name if point.drift > NOISE_NATS else f"{point.name} (below {NOISE_NATS:g})"
+def _note(point: Point) -> str:
+    """That a drift which is noise is not drawn where it is."""
+    return f" (below {NOISE_NATS:g})" if point.drift <= NOISE_NATS else ""
 
 
 def _width(measured: Measured) -> str:

@@ -14,8 +14,10 @@ from PIL import Image
 from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.report.comparison import comparison_data, print_comparison, write_comparison_csv
-from qlora_export.report.comparison_plot import require_plot, write_comparison_plot
+from qlora_export.report.comparison_plot import WIDTHS, plot_shapes, require_plot, write_comparison_plot
 from qlora_export.report.comparison_schema import compare_schema
+from qlora_export.report.html.chart import Words
+from qlora_export.report.html.comparison_page import comparison_page
 
 
 def test_the_json_is_what_its_schema_says(compared: Comparison) -> None:
@@ -68,6 +70,23 @@ def test_a_vector_plot_is_the_same_each_time(compared: Comparison, tmp_path: Pat
         write_comparison_plot(compared, tmp_path / name)
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
     assert ElementTree.parse(tmp_path / "first.svg").getroot().tag.endswith("svg")
+
+
+def test_the_plot_is_the_drawing_of_the_page_with_marks_by_width(compared: Comparison) -> None:
+    shapes = plot_shapes(compared)
+    said = [shape.said for shape in shapes if isinstance(shape, Words)]
+    measured = {row.name: row.measured for row in compared.rows if row.measured is not None}
+    assert {words.partition(" (below")[0] for words in said} >= set(measured)
+    assert "fp32 (below 1e-06)" in said
+    marks = {text.partition(":")[0]: shape.kind for shape in shapes if " MB, " in (text := getattr(shape, "said", ""))}
+    assert {name: kind.split()[-1] for name, kind in marks.items()} == {
+        name: found.entry.verdict.outcome for name, found in measured.items()
+    }
+    assert marks["bf16"].startswith("mark series-0 ")
+    assert marks["nf4-adapter"].startswith(f"mark series-{list(WIDTHS).index('4 bits, adapter beside')} ")
+    page = comparison_page(comparison_data(compared))
+    assert all(f">{words}</text>" in page for words in ("size of the folder, MB", "mean KL, nats a token", "0.01"))
+    assert {"size of the folder, MB", "mean KL, nats a token", "0.01"} <= set(said)
 
 
 def test_one_row_alone_is_drawn_in_pixels(compared: Comparison, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ DIAMOND = ((0, -6), (6, 0), (0, 6), (-6, 0), (0, -6))
 class Point:
     """An artifact in the drawing: megabytes, nats a token and their error, its verdict, whether it is on the front.
 
-    It gets the mark of its series where it has one, else that of its verdict.
+    It gets the mark of its series where it has one, else that of its verdict; the note follows its name.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Point:
     outcome: str
     leads: bool
     series: int | None = None
+    note: str = ""
 
 
 def scatter(points: Sequence[Point], limit: float | None, frame: Frame = FRAME) -> Chart:
@@ -114,7 +115,7 @@ def _mark(plane: Plane, point: Point) -> Shape:
 def _labels(plane: Plane, points: Sequence[Point], corners: Corners, limit: float | None) -> list[Shape]:
     """Names, and thin lines to them where they lie apart."""
     anchors = [_place(plane, point) for point in points]
-    names = [clipped(point.name, LONGEST_LABEL) for point in points]
+    names = [clipped(point.name, LONGEST_LABEL) + point.note for point in points]
     sizes = [(len(visible(name)) * LETTER_WIDTH, LABEL_HEIGHT) for name in names]
     taken = [Box(x - MARK, y - MARK, 2 * MARK, 2 * MARK) for x, y in anchors]
     taken += [_along(start, end) for start, end in pairwise(corners)]
