@@ -1,8 +1,9 @@
 """The report as one page: `report.html`, made from the plain data of report.json and from nothing else.
 
 No network, no fonts, no libraries; its bytes are a function of the report. Layout: head, list of contents, sections in
-the order of `SECTIONS`, each left out where the report has nothing for it. Every section is facts and a template that has their
-markup. Cost: a fifth of a second and 400 KB for seven artifacts of 84 matrices; the first page imports jinja2.
+the order of `SECTIONS`, each left out where the report has nothing for it. A section is facts, and a template that has
+all of their markup. Cost: a fifth of a second and 400 KB for seven artifacts of 84 matrices; the first page imports
+jinja2.
 """
 
 from __future__ import annotations
