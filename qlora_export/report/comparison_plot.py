@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_export.comparison.choosing import NOISE_NATS, recommend
-from qlora_export.comparison.rows import Comparison, Measured
+from qlora_export.drift.comparison.pareto import NOISE_NATS, recommend
+from qlora_export.drift.comparison.rows import Comparison, Measured
 from qlora_export.errors import EnvironmentProblem, UsageError
-from qlora_export.merge.carried import ADAPTER_FOLDER
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.report.comparison import comparison_data
 from qlora_export.report.html import chart
 from qlora_export.report.html.drift_and_size import placed_points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_export.comparison.choosing import NOISE_NATS, front
+from qlora_export.drift.comparison.pareto import NOISE_NATS, front
 from qlora_export.report.html.figures import significant
 from qlora_export.report.html.reading import Facts, artifacts, number, part
 from qlora_export.report.html.scatter import Point, scatter

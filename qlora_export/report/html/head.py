@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qlora_export.explaining import CODES
+from qlora_export.report.exit_codes import CODES
 from qlora_export.report.html.figures import count, counted
 from qlora_export.report.html.reading import Facts, artifacts, number, part, scored_word, text
 from qlora_export.report.html.section import Section
