@@ -26,6 +26,7 @@ from qlora_export.runtimes.onnx.running_graph import WithAdapter, graph_path, ru
 LOG_ERRORS_ONLY = 3
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 SESSION_KEYS = ("optimised", "accuracy_level", "output", "adapter")
+FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
 class Ways:
@@ -86,13 +87,6 @@ def main() -> None:
             put(stream, rows)
 
 
-if __name__ == "__main__":
-    main()
-
-
-FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-
-
 def know_runtime_operators() -> None:
     """Register the norm that the GenAI model builder uses: RMS norm before the standard had one."""
     parameter, optional = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
@@ -108,3 +102,7 @@ def know_runtime_operators() -> None:
             attributes=[OpSchema.Attribute(name, kind, "", required=False) for name, kind in kinds.items()],
         )
     )
+
+
+if __name__ == "__main__":
+    main()
