@@ -35,8 +35,8 @@ hypothesis.settings.register_profile("sampled", hypothesis.settings.get_profile(
 
 # By measurement; what is not here takes a few seconds each. Two workers end together when what is long begins first.
 LONG_FILES = (
-    "tests/engine/test_ray.py",
-    "tests/test_demo.py",
+    "tests/engine/ray/test_ray.py",
+    "tests/demo/test_demo.py",
     "tests/publish/hub/test_release.py",
     "tests/cli/test_cli.py",
     "tests/publish/hub/test_commit.py",
@@ -45,10 +45,10 @@ LONG_FILES = (
     "tests/tools/test_quality_tools.py",
     "tests/publish/hub/test_tokens.py",
     "tests/cli/test_publishing.py",
-    "tests/calibrate/test_running.py",
-    "tests/test_pipeline.py",
+    "tests/engine/calibration/test_calibrate.py",
+    "tests/pipeline/test_release.py",
     "tests/report/test_html.py",
-    "tests/test_hub_sources.py",
+    "tests/sources/test_hub_sources.py",
     "tests/publish/hub/test_killed.py",
     "tests/tools/test_tools.py",
     "tests/exporters/test_transformers_js.py",

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import zoo
 from tests.cli.inside import inside
+from tests.helpers import zoo
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
 from tests.helpers.pico import load_qlora, save_base
 from tests.processes import Finished

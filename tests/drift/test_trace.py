@@ -26,7 +26,7 @@ from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.sources.sidecar import read_sidecar
 from tests.helpers.files import edit_json, edit_tensors
 from tests.helpers.pico import DEMO
-from tests.zoo import ARCHITECTURES, TOKENS, save_architecture
+from tests.helpers.zoo import ARCHITECTURES, TOKENS, save_architecture
 
 WINDOWS = [tuple(range(5, 105)), tuple(range(900, 1000)), tuple(range(1990, 2046))]
 HEAD = 64

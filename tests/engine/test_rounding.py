@@ -19,7 +19,7 @@ from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import Recipe
 from tests.helpers.files import edit_tensors, folder_bytes
 from tests.helpers.pico import RecipeMaker, save_adapter
-from tests.zoo import save_variant
+from tests.helpers.zoo import save_variant
 
 DITHERED = {"format": "nf4", "rounding": "dithered"}
 NEAREST = {"format": "nf4", "rounding": "nearest"}

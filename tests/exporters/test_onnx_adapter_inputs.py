@@ -33,12 +33,12 @@ from qlora_export.sources.adapter import open_adapter
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.types import Float32
+from tests.drift.onnx.test_validation import TOKENS as WINDOWS
 from tests.exporters.test_onnx import TOKENS
 from tests.exporters.test_onnx_nf4 import PATTERNS
 from tests.exporters.test_transformers_js import COUNT as NODE_COUNT
 from tests.exporters.test_transformers_js import in_node
 from tests.helpers.pico import save_adapter, save_base
-from tests.runtimes.onnx.test_validation import TOKENS as WINDOWS
 
 INPUTS: list[Any] = [
     {"format": "onnx-nf4-adapter", "name": "inputs", "options": {"adapter": "inputs"}},

@@ -18,7 +18,7 @@ from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.runtimes.session import ModelSession
-from tests.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
+from tests.helpers.zoo import ARCHITECTURES, TOKENS, save_architecture, save_variant
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_multimodal", "gpt2", "mixtral", "llama"])

@@ -23,7 +23,7 @@ from qlora_export.tensors.dtypes import round_to
 from qlora_export.tensors.header import read_header
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import RecipeMaker, save_adapter, save_base
-from tests.zoo import save_architecture, save_variant
+from tests.helpers.zoo import save_architecture, save_variant
 
 TOKENS = [3, 41, 17, 9, 5, 62, 23, 17, 88, 5]
 GROUPED = {"format": "w4a16", "options": {"group_size": 32}, "keep": ["*.down_proj"]}

@@ -18,7 +18,7 @@ from qlora_export.quant import double_quant
 from qlora_export.quant.rounding.grid import e4m3_scales, power_of_two_scales
 from qlora_export.tensors.dtypes import ITEM_BYTES, round_to
 from qlora_export.types import Options, TensorSpec, TrainingQuantization
-from tests.formats.test_compressed import NAMES, decompressed
+from tests.formats.compressed_tensors.test_compressed_tensors import NAMES, decompressed
 from tests.formats.test_contract import cuts, encode
 from tests.helpers.values import random_values
 

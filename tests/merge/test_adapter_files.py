@@ -24,7 +24,7 @@ from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
-from tests.zoo import TOKENS, oracle, reload_logits, save_architecture, save_variant
+from tests.helpers.zoo import TOKENS, oracle, reload_logits, save_architecture, save_variant
 
 Tensors = dict[str, torch.Tensor]
 

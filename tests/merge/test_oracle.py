@@ -18,7 +18,7 @@ from qlora_export.engine import BuildOptions, build
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.values import half_step
-from tests.zoo import CELLS, PEFT_IS_WRONG, TOKENS, oracle, reload_logits, save_architecture, save_variant
+from tests.helpers.zoo import CELLS, PEFT_IS_WRONG, TOKENS, oracle, reload_logits, save_architecture, save_variant
 
 Bases = Callable[[str], Path]
 # What at least one case is run of: plain LoRA on an architecture, or another variant.

@@ -24,7 +24,7 @@ from qlora_export.runtimes.as_trained import open_as_trained
 from qlora_export.sources.checkpoint import open_checkpoint
 from qlora_export.tensors.reading import SourceFiles
 from tests.helpers.files import edit_json, folder_bytes
-from tests.zoo import ARCHITECTURES, TOKENS, oracle, reload_logits, save_architecture, save_variant
+from tests.helpers.zoo import ARCHITECTURES, TOKENS, oracle, reload_logits, save_architecture, save_variant
 
 STORAGES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

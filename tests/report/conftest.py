@@ -7,7 +7,7 @@ import pytest
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import check
 from qlora_export.report.run import Run
-from tests.compared import compared, compared_recipe
+from tests.helpers.compared import compared, compared_recipe
 from tests.helpers.pico import RecipeMaker
 
 __all__ = ["compared", "compared_recipe"]

@@ -16,7 +16,7 @@ from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.checkpoint import read_json
 from tests.helpers.files import edit_json
-from tests.runtimes.onnx.conftest import Spoil
+from tests.helpers.graphs import Spoil
 
 
 def located(location: str) -> Callable[[Any], None]:

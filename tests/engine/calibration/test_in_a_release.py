@@ -29,7 +29,7 @@ from qlora_export.report.schemas import report_schema
 from qlora_export.report.terminal import print_ledger
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.types import Progress
-from tests.calibrate.conftest import Pico
+from tests.engine.calibration.conftest import Pico
 from tests.helpers.files import folder_bytes
 from tests.processes import forked
 

@@ -13,9 +13,9 @@ from qlora_export.engine.calibration.scale_tuning import HELD_OUT, Tuning
 from qlora_export.formats.base import Chosen, GridFormat
 from qlora_export.planning.plan import Made, Plan
 from qlora_export.tensors.reading import SourceFiles
-from tests.calibrate.conftest import Pico
-from tests.calibrate.models import windows_of
-from tests.calibrate.test_running import blocks, made_of, pico_plan
+from tests.engine.calibration.conftest import Pico
+from tests.engine.calibration.models import windows_of
+from tests.engine.calibration.test_calibrate import blocks, made_of, pico_plan
 
 TUNING = Tuning(steps=20, rate=0.003, batch_tokens=64, looks=2)
 pytestmark = pytest.mark.usefixtures("hasty_search")

@@ -17,7 +17,7 @@ from qlora_export.engine.calibration.block import Stream, Tokens, advance, group
 from qlora_export.engine.calibration.block_pass import BlockRun, CalibrationOptions
 from qlora_export.errors import Refused
 from qlora_export.tensors.reading import SourceFiles
-from tests.calibrate.models import FAMILIES, live_model, plan_of, save_family, windows_of
+from tests.engine.calibration.models import FAMILIES, live_model, plan_of, save_family, windows_of
 
 # Layers of a block in the order they are rounded in; those in a row get one input.
 GROUPS = {

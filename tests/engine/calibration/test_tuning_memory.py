@@ -13,9 +13,9 @@ from qlora_export.engine.calibration.scale_tuning import Tuning
 from qlora_export.engine.calibration.tuning_memory import tuning_bytes
 from qlora_export.errors import EnvironmentProblem, ExitCode
 from qlora_export.pipeline import calibrate
-from tests.calibrate.conftest import Pico
-from tests.calibrate.models import windows_of
-from tests.calibrate.test_running import pico_plan
+from tests.engine.calibration.conftest import Pico
+from tests.engine.calibration.models import windows_of
+from tests.engine.calibration.test_calibrate import pico_plan
 from tests.helpers.pico import save_base
 from tests.processes import forked
 

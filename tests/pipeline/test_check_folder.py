@@ -22,8 +22,8 @@ from qlora_export.pipeline.release import build
 from qlora_export.report.data import exit_code, report
 from qlora_export.report.run import Checked
 from qlora_export.runtimes.tokenizer import FolderTokenizer
-from tests.gguf_files import write_gguf
 from tests.helpers.files import edit_json, edit_tensors, folder_bytes
+from tests.helpers.gguf_files import write_gguf
 
 FREE = ["drift.limits={perplexity_ratio: 1.001, mean_kl: 0.0001, same_top1: null, gain_kept: null}"]
 Check = Callable[..., Checked]

@@ -31,7 +31,7 @@ from qlora_export.recipe.load import make_recipe
 from qlora_export.runtimes.transformers import TransformersRuntime
 from qlora_export.tensors.header import read_header
 from qlora_export.tensors.reading import SourceFiles
-from tests.calibrate.models import plan_of, save_family, windows_of
+from tests.engine.calibration.models import plan_of, save_family, windows_of
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import RecipeMaker, save_adapter, save_base
 

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from tests.compared import compared, compared_recipe
+from tests.helpers.compared import compared, compared_recipe
 
 __all__ = ["compared", "compared_recipe"]

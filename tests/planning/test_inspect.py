@@ -11,7 +11,7 @@ from qlora_export.planning.inspect import inspect
 from qlora_export.planning.make import make_plan
 from tests.helpers.files import edit_json
 from tests.helpers.pico import RecipeMaker
-from tests.zoo import save_architecture, save_variant
+from tests.helpers.zoo import save_architecture, save_variant
 
 
 def test_an_adapter(pico_base: Path, pico_adapter: Path) -> None:

@@ -14,7 +14,7 @@ from qlora_export.pipeline.compare import compare
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import check
 from qlora_export.recipe.config import Recipe
-from tests.compared import compared, compared_recipe, timed_once
+from tests.helpers.compared import compared, compared_recipe, timed_once
 from tests.helpers.files import edit_json
 
 __all__ = ["compared", "compared_recipe"]

@@ -23,7 +23,7 @@ from qlora_export.recipe.load import make_recipe
 from qlora_export.training import record
 from tests.helpers.files import folder_bytes
 from tests.helpers.pico import load_qlora
-from tests.zoo import TOKENS, reload_logits, save_architecture, save_variant
+from tests.helpers.zoo import TOKENS, reload_logits, save_architecture, save_variant
 
 METHODS = [
     ("sum", {}),

@@ -26,8 +26,8 @@ from qlora_export.quant.rounding.solving import Method
 from qlora_export.sources.sidecar import SIDECAR_NAME
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.tensors.reading import SourceFiles
-from tests.calibrate.conftest import Pico
-from tests.calibrate.models import plan_of, save_family, windows_of
+from tests.engine.calibration.conftest import Pico
+from tests.engine.calibration.models import plan_of, save_family, windows_of
 from tests.helpers.files import edit_tensors
 from tests.helpers.pico import save_base
 

@@ -25,7 +25,7 @@ from qlora_export.report.data import exit_code, write_report
 from qlora_export.report.probes import probe_lines
 from qlora_export.report.schemas import report_schema
 from qlora_export.runtimes.registry import load_runtime
-from tests.runtimes.onnx.conftest import Spoil
+from tests.helpers.graphs import Spoil
 
 GENERATOR = np.random.default_rng(3)
 IDS = [tuple(GENERATOR.integers(5, 2000, 101).tolist()) for _ in range(3)]
