@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from qlora_export.drift.results import Measurement
 from qlora_export.drift.statistics import Bootstrap
@@ -31,8 +33,8 @@ Values = NDArray[np.float64]
 class Bucket:
     """The tokens on which the reference's largest probability is from `low` to `high`; None where there are none."""
 
-    low: float
-    high: float
+    low: Annotated[float, Field(serialization_alias="from")]
+    high: Annotated[float, Field(serialization_alias="to")]
     tokens: int
     mean_kl: float | None
     mean_kl_stderr: float | None
@@ -40,18 +42,22 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Tokens below the first of `edges`, between two, and above the last."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Distribution:
-    """Quantiles of KL in nats and of delta p, the histogram of KL, and both by confidence of the reference.
+    """Quantiles of KL in nats and of delta p by share, the histogram of KL, and both by confidence of the reference."""
 
-    `kl_counts` has the tokens below the first of `kl_edges`, between two, and above the last.
-    """
-
-    kl_quantiles: dict[float, float]
-    kl_edges: tuple[float, ...]
-    kl_counts: tuple[int, ...]
+    kl_quantiles: dict[str, float]
+    kl_histogram: Histogram
     delta_p_mean: float
     delta_p_rms: float
-    delta_p_quantiles: dict[float, float]
+    delta_p_quantiles: dict[str, float]
     confidence: tuple[Bucket, ...]
     nonfinite: int
 
@@ -62,8 +68,7 @@ def distribution_of(candidate: Measurement, reference: Measurement, tokens: Toke
     places = np.searchsorted(KL_EDGES, candidate.kl, side="right")
     return Distribution(
         kl_quantiles=_quantiles(candidate.kl, KL_QUANTILES),
-        kl_edges=KL_EDGES,
-        kl_counts=tuple(np.bincount(places, minlength=len(KL_EDGES) + 1).tolist()),
+        kl_histogram=Histogram(KL_EDGES, tuple(np.bincount(places, minlength=len(KL_EDGES) + 1).tolist())),
         delta_p_mean=float(delta.mean()),
         delta_p_rms=float(np.sqrt(np.square(delta).mean())),
         delta_p_quantiles=_quantiles(delta, DELTA_QUANTILES),
@@ -72,8 +77,8 @@ def distribution_of(candidate: Measurement, reference: Measurement, tokens: Toke
     )
 
 
-def _quantiles(values: Values, shares: Sequence[float]) -> dict[float, float]:
-    return dict(zip(shares, np.quantile(values, shares).tolist(), strict=True))
+def _quantiles(values: Values, shares: Sequence[float]) -> dict[str, float]:
+    return dict(zip(map("{:g}".format, shares), np.quantile(values, shares).tolist(), strict=True))
 
 
 def _buckets(candidate: Measurement, reference: Measurement, bootstrap: Bootstrap) -> tuple[Bucket, ...]:

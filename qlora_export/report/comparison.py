@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_export.drift.comparison.costs import LowRankCost
-from qlora_export.drift.comparison.pareto import front, points, recommend
-from qlora_export.drift.comparison.rows import Comparison, Measured, Row
-from qlora_export.drift.results import Drift
-from qlora_export.report.data import finite
+from qlora_export.comparison.choosing import front, points, recommend
+from qlora_export.comparison.costs import LowRankCost, Span
+from qlora_export.comparison.rows import Comparison, Measured, Row
+from qlora_export.contracts import Drift
+from qlora_export.report.documents import ComparedRow, ComparisonReport
 from qlora_export.report.terminal import COLOURS, console_for_result, new_table, size
 from qlora_export.report.tokens import protocol_line, tokens_data
 
@@ -31,67 +31,42 @@ LEGEND = (
 def comparison_data(found: Comparison) -> dict[str, Any]:
     """The comparison as plain data, schema 1; numbers that are not finite become null."""
     choice = recommend(found)
-    tokens, reference = found.tokens, found.reference
-    data = {
-        "schema": 1,
+    document = {
         "recipe_digest": found.recipe_digest,
-        "tokens": tokens_data(tokens),
-        "reference": {
-            "perplexity": reference.perplexity,
-            "perplexity_stderr": reference.perplexity_stderr,
-            "base": asdict(found.base) if found.base else None,
-            "merged": asdict(found.merged) if found.merged else None,
-        },
-        "limits": found.limits.model_dump(),
+        "tokens": found.tokens,
+        "reference": found,
+        "limits": found.limits,
         "linear_weights": found.weights,
-        "fp32": {
-            "bytes": found.fp32_bytes,
-            "flops_per_token": found.fp32_cost.flops_per_token,
-            "bytes_per_token": found.fp32_cost.bytes_per_token,
-        },
-        "low_rank": _low_rank_data(found.low_rank),
-        "rows": [row_data(row, found) for row in found.rows],
+        "fp32": found,
+        "low_rank": found.low_rank,
+        "rows": [_row(row, found) for row in found.rows],
         "front": front(points(found)),
         "recommended": choice.name,
-        "why": list(choice.why),
-        "notes": list(found.notes),
-        "exit_code": 0,
+        "why": choice.why,
+        "notes": found.notes,
     }
-    cleaned: dict[str, Any] = finite(data)
-    return cleaned
+    return ComparisonReport.model_validate(document).data()
 
 
-def row_data(row: Row, found: Comparison) -> dict[str, Any]:
-    """One row as plain data; what is not known is None."""
-    facts: dict[str, Any] = {"name": row.name, "format": row.candidate.format, "reason": row.reason}
-    measured = row.measured
-    if measured is None:
-        return facts | dict.fromkeys(MEASURED_KEYS)
-    cost, entry = measured.cost, measured.entry
-    values = (
-        measured.rounding, measured.onto, entry.runtime, measured.bytes, measured.bytes / found.fp32_bytes,
-        cost and cost.weight_bytes, cost and cost.bits_per_weight, cost and cost.arithmetic,
-        cost and cost.flops_per_token, cost and cost.flops_per_token / found.fp32_cost.flops_per_token,
-        cost and cost.bytes_per_token, cost and cost.bytes_per_token / found.fp32_cost.bytes_per_token,
-        measured.speed.prefill, measured.prefill_ratio, measured.speed.decode, measured.decode_ratio,
-        entry.verdict.outcome, list(entry.verdict.reasons), asdict(entry.drift),
-    )  # fmt: skip
-    return facts | dict(zip(MEASURED_KEYS, values, strict=True))
+def _row(row: Row, found: Comparison) -> ComparedRow:
+    """One row with its shares of what fp32 takes."""
+    told, cost = ComparedRow.model_validate(row), found.fp32_cost
+    shares = {
+        "bytes_of_fp32": _share(told.bytes, found.fp32_bytes),
+        "flops_of_fp32": _share(told.flops_per_token, cost.flops_per_token),
+        "bytes_per_token_of_fp32": _share(told.bytes_per_token, cost.bytes_per_token),
+    }
+    return told.model_copy(update=shares)
 
 
-MEASURED_KEYS = (
-    "rounding", "onto", "runtime", "bytes", "bytes_of_fp32",
-    "weight_bytes", "bits_per_weight", "arithmetic", "flops_per_token", "flops_of_fp32",
-    "bytes_per_token", "bytes_per_token_of_fp32",
-    "prefill_tokens_per_second", "prefill_of_fp32", "decode_tokens_per_second", "decode_of_fp32",
-    "verdict", "reasons", "drift",
-)  # fmt: skip
+def _share(part: int | None, whole: int) -> float | None:
+    return None if part is None else part / whole
 
 
 def write_comparison_csv(found: Comparison, path: Path) -> None:
     """One line a row, the numbers of its drift as columns of their own."""
     drift_names = [field.name for field in fields(Drift)]
-    names = ["name", "format", *(key for key in MEASURED_KEYS if key not in ("drift", "reasons")), *drift_names]
+    names = [key for key in ComparedRow.model_fields if key not in ("drift", "reason", "reasons")] + drift_names
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*names, "reason"], extrasaction="ignore")
         writer.writeheader()
@@ -193,18 +168,8 @@ def _print_low_rank(console: Console, found: LowRankCost, comparison: Comparison
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _low_rank_data(found: LowRankCost | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    facts = asdict(found)
-    for key in ("ranks", "break_even_rank"):
-        low, high = facts.pop(key)
-        facts[key] = {"min": low, "max": high}
-    return facts
-
-
-def _span(ends: tuple[Any, Any], show: Callable[[Any], str]) -> str:
-    first, last = (show(end) for end in ends)
+def _span(ends: Span, show: Callable[[Any], str]) -> str:
+    first, last = show(ends.min), show(ends.max)
     return first if first == last else f"{first} to {last}"
 
 

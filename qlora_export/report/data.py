@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_export.artifact import Artifact
 from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
-from qlora_export.planning.memory import peak_memory_bytes
-from qlora_export.planning.plan import Plan
-from qlora_export.planning.survival_estimate import Predicted
-from qlora_export.report.calibration import calibration_of
-from qlora_export.report.findings import findings_of
+from qlora_export.memory import peak_memory_bytes
+from qlora_export.planning import Plan
+from qlora_export.report.documents import PlanSummary, Report
 from qlora_export.report.html.page import write_page
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Reported
@@ -37,22 +34,28 @@ def exit_code(run: Reported) -> ExitCode:
     return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
 
 
+@dataclass(frozen=True)
+class _Told:
+    """An artifact, and what was measured of it."""
+
+    artifact: Artifact
+    entry: Entry | None
+
+
 def report(run: Reported) -> dict[str, Any]:
     """The report of a run as plain data; numbers that are not finite become null."""
     entries = {entry.artifact.name: entry for entry in (run.ledger.entries if run.ledger else ())}
-    data = {
-        "schema": 1,
+    document = {
         "recipe_digest": run.facts.recipe_digest,
         "tokens": _tokens(run),
-        "reference": _reference(run),
+        "reference": run if run.ledger else None,
         "document_perplexity": document_data(run.ledger),
-        "assumptions": list(run.facts.assumptions),
-        "artifacts": [_artifact(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
-        "published": [asdict(receipt) for receipt in run.receipts],
-        "exit_code": int(exit_code(run)),
+        "assumptions": run.facts.assumptions,
+        "artifacts": [_Told(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
+        "published": run.receipts,
+        "exit_code": exit_code(run),
     }
-    cleaned: dict[str, Any] = finite(data)
-    return cleaned
+    return Report.model_validate(document).data()
 
 
 def publication(run: Reported) -> dict[str, Any]:
@@ -60,55 +63,17 @@ def publication(run: Reported) -> dict[str, Any]:
     return {"schema": 1, "published": [asdict(receipt) for receipt in run.receipts], "exit_code": 0}
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, and what it takes with so many workers."""
+
+    plan: Plan
+    peak_memory_bytes: int
+
+
 def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
     """The plan as JSON."""
-    return {
-        "schema": 1,
-        "recipe_digest": plan.recipe.digest,
-        "base": {"path": str(plan.checkpoint.folder), "headers_sha256": plan.checkpoint.headers_sha256},
-        "adapter": {"path": str(plan.adapter.folder), "sha256": plan.adapter.sha256} if plan.adapter else None,
-        "adapted_tensors": len(plan.model.changed),
-        "quantised_in_training": len(plan.training.quantised),
-        "assumptions": list(plan.assumptions),
-        "warnings": list(plan.warnings),
-        "bytes": plan.bytes,
-        "peak_memory_bytes": peak_memory_bytes(plan, workers),
-        "artifacts": [
-            {
-                "name": artifact.name,
-                "format": artifact.form.name,
-                "onto": artifact.onto,
-                "rounding": artifact.rounding.facts,
-                "predicted_survival": _predicted(artifact.rounding.predicted),
-                "digest": artifact.digest,
-                "bytes": artifact.bytes,
-                "tensors": len(artifact.routes),
-                "files": {
-                    **{shard.file: shard.bytes for shard in artifact.layout.shards},
-                    **{file.name: file.bytes for file in artifact.carried},
-                },
-            }
-            for artifact in plan.artifacts
-        ],
-        "exports": [
-            {
-                "name": export.name,
-                "format": export.exporter.name,
-                "source": export.source_name,
-                "digest": export.digest,
-                "bytes_estimated": export.bytes,
-            }
-            for export in plan.exports
-        ],
-    }
-
-
-def _predicted(found: Predicted | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    name = found.lowest
-    lowest = {"lowest": found.survival[name], "lowest_stderr": found.stderr[name], "lowest_tensor": name}
-    return {"median": found.median, **lowest}
+    return PlanSummary.model_validate(_Planned(plan, peak_memory_bytes(plan, workers))).data()
 
 
 def write_report(run: Reported, folder: Path) -> Path:
@@ -127,59 +92,3 @@ def _tokens(run: Reported) -> dict[str, Any] | None:
     if run.ledger is None or run.facts.drift is None:
         return None
     return {**tokens_data(run.ledger.tokens), "limit": run.facts.drift.tokens}
-
-
-def _reference(run: Reported) -> dict[str, Any] | None:
-    if run.ledger is None:
-        return None
-    return {
-        "model": run.facts.reference,
-        "runtime": "transformers",
-        "activations": "float32",
-        "training_quantization": run.facts.training,
-        "perplexity": run.ledger.reference.perplexity,
-        "perplexity_stderr": run.ledger.reference.perplexity_stderr,
-        "base": asdict(run.ledger.base) if run.ledger.base else None,
-        "merged": asdict(run.ledger.merged) if run.ledger.merged else None,
-        "noise_floor": asdict(run.ledger.noise) if run.ledger.noise else None,
-        "device": run.ledger.device,
-    }
-
-
-def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "name": artifact.name,
-        "format": artifact.format,
-        "path": str(artifact.path),
-        "bytes": artifact.bytes,
-        "runtime": str(artifact.manifest["runtime"]),
-        "manifest_sha256": artifact.manifest_sha256 or None,
-        "reused": artifact.reused,
-    }
-    if (calibration := calibration_of(artifact.manifest)) is not None:
-        facts["calibration"] = calibration
-    if entry is None:
-        return {**facts, "verdict": "not-measured", "reasons": [], "drift": None}
-    return {
-        **facts,
-        "verdict": entry.verdict.outcome,
-        "expected": entry.recipe.expect,
-        "reasons": list(entry.verdict.reasons),
-        "limits": entry.limits.model_dump(),
-        "drift": asdict(entry.drift),
-        "survival": dict(entry.survival),
-        "layers": [asdict(layer) for layer in entry.layers],
-        "sample": asdict(entry.sample),
-        **findings_of(entry),
-    }
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

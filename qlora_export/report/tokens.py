@@ -7,59 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from qlora_export.drift.documents import DocumentPerplexity, document_perplexity
+from qlora_export.drift.documents import document_perplexity
 from qlora_export.drift.ledger import Ledger
 from qlora_export.drift.tokens import TokenSet, Unit
-from qlora_export.recipe.protocols import USUAL
-from qlora_export.report.schema_words import (
-    COUNT,
-    DIGEST,
-    MAYBE_TEXT,
-    TEXT,
-    TEXTS,
-    Schema,
-    map_of,
-    numbers_of,
-    object_of,
-    or_null,
-)
-
-MAYBE_COUNT: Schema = {"type": ["integer", "null"], "minimum": 1}
-TOKENS_SCHEMA: Schema = {
-    "sha256": DIGEST,
-    "count": COUNT,
-    "windows": COUNT,
-    "name": TEXT,
-    "protocol": TEXT,
-    "window_tokens": COUNT,
-    "stride_tokens": MAYBE_COUNT,
-    "begin": MAYBE_TEXT,
-    "documents": or_null(object_of({"count": COUNT, "words": COUNT, "bytes": COUNT})),
-}
-# Of a classifier alone.
-MAYBE_LABELS: Schema = {"labels": TEXTS}
-
-DOCUMENT_SCHEMA: Schema = or_null(
-    object_of({"reference": numbers_of(DocumentPerplexity), "artifacts": map_of(numbers_of(DocumentPerplexity))})
-)
+from qlora_export.protocol_names import USUAL
+from qlora_export.report.documents import Tokens
 
 
 def tokens_data(tokens: TokenSet) -> dict[str, Any]:
-    """What they are and what makes them again from the same text; `protocol` is a sentence, `name` its name."""
-    rules = tokens.protocol
-    labels = {"labels": list(tokens.labels)} if tokens.labels else {}
-    return {
-        "sha256": tokens.sha256,
-        "count": tokens.count,
-        "windows": len(tokens.windows),
-        "name": rules.name,
-        "protocol": rules.sentence,
-        "window_tokens": rules.window_tokens,
-        "stride_tokens": rules.stride_tokens,
-        "begin": rules.begin,
-        "documents": asdict(tokens.documents) if tokens.documents else None,
-        **labels,
-    }
+    """What they are and what makes them again from the same text."""
+    return Tokens.model_validate(tokens).data()
 
 
 def unit_of(tokens: Mapping[str, Any]) -> Unit:

@@ -33,14 +33,14 @@ def pair() -> tuple[Measurement, Measurement]:
 def test_quantiles_histogram_and_changes_of_probability() -> None:
     candidate, reference = pair()
     found = distribution_of(candidate, reference, TOKENS)
-    assert found.kl_quantiles[0.99] == pytest.approx(np.quantile(candidate.kl, 0.99))
-    assert found.kl_quantiles[1.0] == candidate.kl.max()
+    assert found.kl_quantiles["0.99"] == pytest.approx(np.quantile(candidate.kl, 0.99))
+    assert found.kl_quantiles["1"] == candidate.kl.max()
     edges = np.concatenate([[-np.inf], KL_EDGES, [np.inf]])
-    assert list(found.kl_counts) == np.histogram(candidate.kl, edges)[0].tolist()
+    assert list(found.kl_histogram.counts) == np.histogram(candidate.kl, edges)[0].tolist()
     delta = np.exp(-candidate.nll) - np.exp(-reference.nll)
     assert found.delta_p_rms == pytest.approx(np.sqrt((delta**2).mean()))
     assert found.delta_p_mean == pytest.approx(delta.mean())
-    assert found.delta_p_quantiles[0.05] == pytest.approx(np.quantile(delta, 0.05))
+    assert found.delta_p_quantiles["0.05"] == pytest.approx(np.quantile(delta, 0.05))
 
 
 def test_buckets_by_confidence_hold_every_token_once() -> None:

@@ -42,6 +42,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The smallest and the largest of some numbers."""
+
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
 class LowRankCost:
     """The adapter's low-rank products against whole matrices of the same shapes.
 
@@ -50,13 +58,13 @@ class LowRankCost:
     """
 
     matrices: int
-    ranks: tuple[int, int]
     full_parameters: int
     factored_parameters: int
     bytes: int
-    break_even_rank: tuple[float, float]
     bits_per_weight: float
     flops_per_token: int
+    ranks: Span
+    break_even_rank: Span
 
 
 def linear_modules(plans: Iterable[ArtifactPlan]) -> frozenset[str]:
@@ -125,13 +133,13 @@ def low_rank_cost(plan: Plan, linear: AbstractSet[str]) -> LowRankCost | None:
     factored = sum(tensor.spec.size for tensor in factors.values())
     return LowRankCost(
         matrices=len(products),
-        ranks=(min(ranks), max(ranks)),
         full_parameters=sum(plan.model.outputs[name].spec.size for name in products),
         factored_parameters=factored,
         bytes=kept,
-        break_even_rank=(min(breaks), max(breaks)),
         bits_per_weight=8 * kept / max(weights, 1),
         flops_per_token=2 * factored,
+        ranks=Span(min(ranks), max(ranks)),
+        break_even_rank=Span(min(breaks), max(breaks)),
     )
 
 

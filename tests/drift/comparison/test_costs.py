@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_export.drift.comparison.costs import Cost, cost_of, fp32_cost, linear_modules, low_rank_cost
-from qlora_export.drift.comparison.rows import Comparison, Measured
-from qlora_export.planning.make import make_plan
+from qlora_export.comparison.costs import Cost, Span, cost_of, fp32_cost, linear_modules, low_rank_cost
+from qlora_export.comparison.rows import Comparison, Measured
+from qlora_export.planning import make_plan
 from qlora_export.runtimes.loading import load_model
 from tests.helpers.pico import RecipeMaker, save_base
 
@@ -102,11 +102,11 @@ def test_the_adapters_arithmetic(compared: Comparison) -> None:
     assert found is not None
     shapes = 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (88, 64), (88, 64), (64, 88)]
     assert found.matrices == len(shapes)
-    assert found.ranks == (4, 4)
+    assert found.ranks == Span(4, 4)
     assert found.full_parameters == compared.weights == sum(rows * columns for rows, columns in shapes)
     assert found.factored_parameters == sum(4 * (rows + columns) for rows, columns in shapes)
     assert found.bytes == 4 * found.factored_parameters
-    assert list(found.break_even_rank) == pytest.approx([64 * 32 / 96, 88 * 64 / 152])
+    assert [found.break_even_rank.min, found.break_even_rank.max] == pytest.approx([64 * 32 / 96, 88 * 64 / 152])
 
 
 def test_a_tied_head_is_read_and_multiplied(tmp_path: Path, pico_recipe: RecipeMaker) -> None:
