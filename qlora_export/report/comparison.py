@@ -31,20 +31,9 @@ LEGEND = (
 def comparison_data(found: Comparison) -> dict[str, Any]:
     """The comparison as plain data, schema 1; numbers that are not finite become null."""
     choice = recommend(found)
-    document = {
-        "recipe_digest": found.recipe_digest,
-        "tokens": found.tokens,
-        "reference": found,
-        "limits": found.limits,
-        "linear_weights": found.weights,
-        "fp32": found,
-        "low_rank": found.low_rank,
-        "rows": [_row(row, found) for row in found.rows],
-        "front": front(points(found)),
-        "recommended": choice.name,
-        "why": choice.why,
-        "notes": found.notes,
-    }
+    rows = [_row(row, found) for row in found.rows]
+    chosen = {"front": front(points(found)), "recommended": choice.name, "why": choice.why}
+    document = {**vars(found), "reference": found, "fp32": found, "rows": rows, **chosen}
     return ComparisonReport.model_validate(document).data()
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace as Facts
 from typing import Any
 
-from qlora_export.artifact import Artifact
-from qlora_export.drift.ledger import Entry
 from qlora_export.errors import ExitCode
 from qlora_export.memory import peak_memory_bytes
 from qlora_export.planning import Plan
@@ -34,14 +33,6 @@ def exit_code(run: Reported) -> ExitCode:
     return ExitCode.GATE_INCONCLUSIVE if surprises else ExitCode.OK
 
 
-@dataclass(frozen=True)
-class _Told:
-    """An artifact, and what was measured of it."""
-
-    artifact: Artifact
-    entry: Entry | None
-
-
 def report(run: Reported) -> dict[str, Any]:
     """The report of a run as plain data; numbers that are not finite become null."""
     entries = {entry.artifact.name: entry for entry in (run.ledger.entries if run.ledger else ())}
@@ -51,7 +42,7 @@ def report(run: Reported) -> dict[str, Any]:
         "reference": run if run.ledger else None,
         "document_perplexity": document_data(run.ledger),
         "assumptions": run.facts.assumptions,
-        "artifacts": [_Told(artifact, entries.get(artifact.name)) for artifact in run.artifacts],
+        "artifacts": [Facts(artifact=item, entry=entries.get(item.name)) for item in run.artifacts],
         "published": run.receipts,
         "exit_code": exit_code(run),
     }
@@ -63,17 +54,10 @@ def publication(run: Reported) -> dict[str, Any]:
     return {"schema": 1, "published": [asdict(receipt) for receipt in run.receipts], "exit_code": 0}
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A plan, and what it takes with so many workers."""
-
-    plan: Plan
-    peak_memory_bytes: int
-
-
 def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
     """The plan as JSON."""
-    return PlanSummary.model_validate(_Planned(plan, peak_memory_bytes(plan, workers))).data()
+    facts = Facts(plan=plan, peak_memory_bytes=peak_memory_bytes(plan, workers))
+    return PlanSummary.model_validate(facts).data()
 
 
 def write_report(run: Reported, folder: Path) -> Path:

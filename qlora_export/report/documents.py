@@ -89,7 +89,7 @@ class WrittenSchema(GenerateJsonSchema):
 class Document(BaseModel):
     """An object of a document, whose keys are its fields in their order."""
 
-    model_config = ConfigDict(frozen=True, from_attributes=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, from_attributes=True, populate_by_name=True, defer_build=True)
 
     def data(self) -> dict[str, Any]:
         """It as plain data."""
@@ -387,7 +387,7 @@ class ComparisonReport(Document):
     tokens: Tokens
     reference: ComparedReference
     limits: Limits
-    linear_weights: Count
+    linear_weights: Count = of("weights")
     fp32: Float32Cost
     low_rank: LowRankCost | None
     rows: tuple[ComparedRow, ...]

@@ -13,18 +13,14 @@ from qlora_export.drift.trace import Trace
 
 def probe_lines(entry: Entry) -> list[str]:
     """The lines on one artifact."""
-    found = []
-    if entry.choices is not None:
-        found.append(_choices(entry.choices))
-    if entry.labels is not None:
-        found.append(_choices(entry.labels, "labels"))
-    if entry.generation is not None:
-        found.append(_generation(entry.generation))
-    if entry.trace is not None:
-        found.append(_trace(entry.trace))
-    if entry.onnx is not None:
-        found.append(graph_line(entry.onnx))
-    return found
+    found = (
+        entry.choices and _choices(entry.choices),
+        entry.labels and _choices(entry.labels, "labels"),
+        entry.generation and _generation(entry.generation),
+        entry.trace and _trace(entry.trace),
+        entry.onnx and graph_line(entry.onnx),
+    )
+    return [line for line in found if line]
 
 
 def probe_list(ledger: Ledger) -> list[str]:
