@@ -22,7 +22,7 @@ from qlora_export.report.schemas import SCHEMAS
 from tests.report.full_report import full_report
 
 # Objects whose keys are names of files, layers, artifacts, reasons or quantiles.
-MAPS = {"files", "survival", "fallbacks", "kl_quantiles", "delta_p_quantiles"}
+MAPS = {"artifacts", "files", "survival", "fallbacks", "kl_quantiles", "delta_p_quantiles"}
 # Keys of an artifact that are left out where there is nothing to say.
 MAY_LACK = {
     "calibration", "expected", "limits", "survival", "layers", "sample", "distribution", "beside", "steps", "worst",
