@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace as Facts
 from typing import Any
 
 from rich.console import Console
@@ -33,8 +34,8 @@ def comparison_data(found: Comparison) -> dict[str, Any]:
     choice = recommend(found)
     rows = [_row(row, found) for row in found.rows]
     chosen = {"front": front(points(found)), "recommended": choice.name, "why": choice.why}
-    document = {**vars(found), "reference": found, "fp32": found, "rows": rows, **chosen}
-    return ComparisonReport.model_validate(document).data()
+    facts = Facts(**{**vars(found), **chosen, "reference": found, "fp32": found, "rows": rows})
+    return ComparisonReport.model_validate(facts).data()
 
 
 def _row(row: Row, found: Comparison) -> ComparedRow:

@@ -69,12 +69,8 @@ class WrittenSchema(GenerateJsonSchema):
         """Those of dataclasses with a default are written, too."""
         return True
 
-    def model_schema(self, schema: core_schema.ModelSchema) -> dict[str, Any]:
-        """Nothing else stands in a model."""
-        return {**super().model_schema(schema), "additionalProperties": False}
-
     def dataclass_schema(self, schema: core_schema.DataclassSchema) -> dict[str, Any]:
-        """Nothing else stands in a dataclass."""
+        """Nothing else stands in a dataclass, as in a document."""
         return {**super().dataclass_schema(schema), "additionalProperties": False}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
@@ -89,7 +85,9 @@ class WrittenSchema(GenerateJsonSchema):
 class Document(BaseModel):
     """An object of a document, whose keys are its fields in their order."""
 
-    model_config = ConfigDict(frozen=True, from_attributes=True, populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", from_attributes=True, populate_by_name=True, defer_build=True
+    )
 
     def data(self) -> dict[str, Any]:
         """It as plain data."""
