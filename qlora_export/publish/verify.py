@@ -193,14 +193,14 @@ def _opened(copy: _Copy, wanted: Wanted) -> dict[str, Proof]:
         if name.rsplit("/", 1)[-1] != MANIFEST_NAME:
             continue
         artifact = read_artifact((copy.folder / name).parent)
-        if artifact.manifest["runtime"] in catalog.RUNTIMES:
+        if artifact.runtime in catalog.RUNTIMES:
             found[artifact.name] = _open(copy, artifact, wanted)
     return found
 
 
 def _open(copy: _Copy, artifact: Artifact, wanted: Wanted) -> Proof:
     proof = Proof(len(artifact.manifest["files"]), artifact.bytes)
-    with load_runtime(str(artifact.manifest["runtime"])).open(artifact.path) as session:
+    with catalog.load_runtime(artifact.runtime).open(artifact.path) as session:
         if wanted.text is None:
             return proof
         report = read_report(copy.folder / REPORT_PATH)

@@ -15,7 +15,7 @@ from qlora_export.sources.adapter import open_adapter
 @contextmanager
 def open_artifact(artifact: Artifact, plan: Plan, device: str = "cpu") -> Iterator[Session]:
     """Open it as its consumers would, on a device; raises InputError when it does not load."""
-    runtime = str(artifact.manifest["runtime"])
+    runtime = artifact.runtime
     if runtime == "as-trained":
         from qlora_export.runtimes.as_trained import open_as_trained
 

@@ -25,7 +25,7 @@ def validated(artifact: Artifact, tokens: TokenSet, track: Track, model: Path | 
 
     `model` is the dense folder that a folder without a manifest should be.
     """
-    if artifact.manifest["runtime"] != RUNTIME:
+    if artifact.runtime != RUNTIME:
         return None
     source = source_of(artifact)
     if source is None and model is not None and not artifact.manifest_sha256:
@@ -36,7 +36,7 @@ def validated(artifact: Artifact, tokens: TokenSet, track: Track, model: Path | 
 
 def look_over(artifact: Artifact) -> None:
     """Raise at once, for an artifact of ONNX Runtime, what opening it would raise after everything else is measured."""
-    if artifact.manifest["runtime"] == RUNTIME:
+    if artifact.runtime == RUNTIME:
         open_graph(artifact.path)
 
 
@@ -48,7 +48,7 @@ def source_of(artifact: Artifact) -> Source | None:
         return None
     found = read_artifact(folder)
     same = found.manifest_sha256 == made_from["manifest_sha256"]
-    if not same or found.manifest["runtime"] != TORCH_RUNTIME:
+    if not same or found.runtime != TORCH_RUNTIME:
         return None
     options = artifact.manifest.get("exporter", {}).get("options", {})
     rounded_head = options.get("last_matrix", FLOAT_HEAD) != FLOAT_HEAD

@@ -55,7 +55,7 @@ def _result(facts: CardFacts, item: CardItem, task: str) -> dict[str, Any]:
         unit_of(tokens): int(tokens["count"]),
         "tokens_sha256": str(tokens["sha256"]),
     }
-    here = {"artifact": name, "runtime": str(item.manifest["runtime"]), **tokens_known}
+    here = {"artifact": name, "runtime": item.artifact.runtime, **tokens_known}
     labels = facts.entry(item).get("labels")
     accuracies = (
         ()
