@@ -30,6 +30,11 @@ class Artifact:
     reused: bool = False
 
     @property
+    def runtime(self) -> str:
+        """Name of the runtime that opens it."""
+        return str(self.manifest["runtime"])
+
+    @property
     def bytes(self) -> int:
         """Size of all files together."""
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())

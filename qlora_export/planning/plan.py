@@ -83,9 +83,15 @@ class ArtifactPlan:
         return self.rounding.form
 
     @property
+    def file_bytes(self) -> dict[str, int]:
+        """All files but the manifest, and their sizes."""
+        shards = {shard.file: shard.bytes for shard in self.layout.shards}
+        return shards | {file.name: file.bytes for file in self.carried}
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Names of all files but the manifest, sorted."""
-        return tuple(sorted([shard.file for shard in self.layout.shards] + [file.name for file in self.carried]))
+        return tuple(sorted(self.file_bytes))
 
     @property
     def bytes(self) -> int:

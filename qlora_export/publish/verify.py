@@ -200,7 +200,7 @@ def _opened(copy: _Copy, wanted: Wanted) -> dict[str, Proof]:
 
 def _open(copy: _Copy, artifact: Artifact, wanted: Wanted) -> Proof:
     proof = Proof(len(artifact.manifest["files"]), artifact.bytes)
-    with catalog.load_runtime(artifact.runtime).open(artifact.path) as session:
+    with load_runtime(artifact.runtime).open(artifact.path) as session:
         if wanted.text is None:
             return proof
         report = read_report(copy.folder / REPORT_PATH)

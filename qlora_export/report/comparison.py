@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_export.comparison.choosing import front, points, recommend
-from qlora_export.comparison.costs import LowRankCost, Span
-from qlora_export.comparison.rows import Comparison, Measured, Row
-from qlora_export.contracts import Drift
+from qlora_export.drift.comparison.costs import LowRankCost, Span
+from qlora_export.drift.comparison.pareto import front, points, recommend
+from qlora_export.drift.comparison.rows import Comparison, Measured, Row
+from qlora_export.drift.results import Drift
 from qlora_export.report.documents import ComparedRow, ComparisonReport
 from qlora_export.report.terminal import COLOURS, console_for_result, new_table, size
 from qlora_export.report.tokens import protocol_line, tokens_data

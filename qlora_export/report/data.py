@@ -9,8 +9,8 @@ from types import SimpleNamespace as Facts
 from typing import Any
 
 from qlora_export.errors import ExitCode
-from qlora_export.memory import peak_memory_bytes
-from qlora_export.planning import Plan
+from qlora_export.planning.memory import peak_memory_bytes
+from qlora_export.planning.plan import Plan
 from qlora_export.report.documents import PlanSummary, Report
 from qlora_export.report.html.page import write_page
 from qlora_export.report.markdown import write_markdown

@@ -15,21 +15,23 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema, to_jsonable_python
 
 from qlora_export.catalog import EXPORTERS, FORMATS, RUNTIMES
-from qlora_export.comparison.costs import Arithmetic, LowRankCost
-from qlora_export.contracts import Drift, Onto, Outcome, Provenance, Receipt, Rounding, Sample
-from qlora_export.drift.choices import Choices
+from qlora_export.drift.comparison.costs import Arithmetic, LowRankCost
 from qlora_export.drift.distribution import Distribution
 from qlora_export.drift.documents import DocumentPerplexity, Documents
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.layers import KeptLayer
 from qlora_export.drift.ledger import Noise
+from qlora_export.drift.multiple_choice import Choices
+from qlora_export.drift.onnx.variants import GraphFindings
+from qlora_export.drift.results import Drift, Outcome, Sample
 from qlora_export.drift.statistics import Beside
 from qlora_export.drift.trace import Broken, LayerError
-from qlora_export.drift.ways import GraphFindings
-from qlora_export.drift.worst import Worst
-from qlora_export.predicting import Predicted
-from qlora_export.recipe import Limits
+from qlora_export.drift.worst_tokens import Worst
+from qlora_export.planning.survival_estimate import Predicted
+from qlora_export.recipe.config import Limits
 from qlora_export.report.calibration import calibration_of
+from qlora_export.report.run import Receipt
+from qlora_export.types import Onto, Provenance, Rounding
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS
-from qlora_export.recipe import AUTO, Recipe
+from qlora_export.recipe.config import AUTO, Recipe
 from qlora_export.report.documents import DRAFT, ComparisonReport, PlanSummary, Report
 
 Schema = dict[str, Any]

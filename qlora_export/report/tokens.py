@@ -10,7 +10,7 @@ from typing import Any
 from qlora_export.drift.documents import document_perplexity
 from qlora_export.drift.ledger import Ledger
 from qlora_export.drift.tokens import TokenSet, Unit
-from qlora_export.protocol_names import USUAL
+from qlora_export.recipe.protocols import USUAL
 from qlora_export.report.documents import Tokens
 
 

@@ -14,7 +14,9 @@ from PIL import Image
 from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.errors import EnvironmentProblem, UsageError
 from qlora_export.report.comparison import comparison_data, print_comparison, write_comparison_csv
-from qlora_export.report.comparison_plot import require_plot, write_comparison_plot
+from qlora_export.report.comparison_plot import WIDTHS, plot_shapes, require_plot, write_comparison_plot
+from qlora_export.report.html.chart import Words
+from qlora_export.report.html.comparison_page import comparison_page
 from qlora_export.report.schemas import compare_schema
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from qlora_export.comparison.rows import Comparison
+from qlora_export.drift.comparison.rows import Comparison
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.trace import Broken, LayerError, Trace
 from qlora_export.report.comparison import comparison_data

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_export.comparison.costs import Cost, Span, cost_of, fp32_cost, linear_modules, low_rank_cost
-from qlora_export.comparison.rows import Comparison, Measured
-from qlora_export.planning import make_plan
+from qlora_export.drift.comparison.costs import Cost, Span, cost_of, fp32_cost, linear_modules, low_rank_cost
+from qlora_export.drift.comparison.rows import Comparison, Measured
+from qlora_export.planning.make import make_plan
 from qlora_export.runtimes.loading import load_model
 from tests.helpers.pico import RecipeMaker, save_base
 
