@@ -8,25 +8,24 @@ group is never above that of nearest.
 
 A small float is told by its mantissa bits, the exponent below which its steps stay as they are, and its largest value:
 `nearest(q) = (q + m) - m`, with m = 1.5 * 2^23 steps of q's octave, made from the bits of q's exponent. Integers up to
-127 are such a float, all of whose steps are one. Errors are summed in the order of the columns, in float32 for at most
-128 of them, so they depend neither on the machine nor on the cut into row blocks. Cost: 43 evaluations a weight, in
-vectors over the candidates.
+127 are such a float, all of whose steps are one. Errors are summed by `group_sums.py`. Cost: 44 evaluations a weight,
+in vectors over the candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from qlora_export.quant.floats import Float32
-from qlora_export.quant.mse_scales import FRACTIONS, PIECE, REFITS
+from qlora_export.quant.group_sums import Float64, add_errors, products_of
 from qlora_export.quant.scales import absmax
+from qlora_export.quant.searched_scales import FRACTIONS, REFITS
 
-Float64 = NDArray[np.float64]
 # What a layout can store of scales, elementwise.
 Stored = Callable[[Float32], Float32]
 
@@ -40,14 +39,10 @@ class SmallFloat:
     largest: float
 
     @property
-    def smallest_bits(self) -> np.uint32:
-        """The float32 bits of the power of two that begins the smallest octave."""
-        return np.uint32((self.smallest_exponent + 127) << 23)
-
-    @property
-    def rounder_offset(self) -> np.uint32:
-        """What leads from the bits of an octave to those of 1.5 * 2^23 of its steps."""
-        return np.uint32(((23 - self.mantissa_bits) << 23) + (1 << 22))
+    def levels(self) -> tuple[np.float32, np.uint32, np.uint32]:
+        """The largest value, and bits: of the smallest octave, and from an octave to 1.5 * 2^23 of its steps."""
+        first = np.uint32((self.smallest_exponent + 127) << 23)
+        return np.float32(self.largest), first, np.uint32(((23 - self.mantissa_bits) << 23) + (1 << 22))
 
 
 E4M3 = SmallFloat(3, -6, 448.0)
@@ -62,17 +57,16 @@ def search_float_groups(
 
     `height` rows share a scale; the last block may be short.
     """
-    bits = (np.float32(small.largest), small.smallest_bits, small.rounder_offset)
-    largest = _largest(values, scales.shape[1], height) / bits[0]
+    largest = _largest(values, scales.shape[1], height) / np.float32(small.largest)
     tried = np.concatenate([scales[..., None], stored(largest[..., None] * FRACTIONS)], axis=2)
     errors = np.empty(tried.shape, np.float64)
-    _errors(values, tried, height, *bits, errors)
+    _errors(values, tried, height, small.levels, errors)
     chosen = errors.argmin(axis=2)[..., None]
     best, least = np.take_along_axis(tried, chosen, 2)[..., 0], np.take_along_axis(errors, chosen, 2)[..., 0]
     for _ in range(REFITS):
-        refit = _refit(values, best, height, bits, stored)
+        refit = _refit(values, best, height, small, stored)
         error = np.empty((*best.shape, 1), np.float64)
-        _errors(values, refit[..., None], height, *bits, error)
+        _errors(values, refit[..., None], height, small.levels, error)
         better = error[..., 0] < least
         best, least = np.where(better, refit, best), np.where(better, error[..., 0], least)
     return best
@@ -85,19 +79,18 @@ def _largest(values: Float32, groups: int, height: int) -> Float32:
     return np.maximum.reduceat(of_rows, np.arange(0, len(values), height), axis=0)
 
 
-def _refit(
-    values: Float32, scales: Float32, height: int, bits: tuple[np.float32, np.uint32, np.uint32], stored: Stored
-) -> Float32:
+def _refit(values: Float32, scales: Float32, height: int, small: SmallFloat, stored: Stored) -> Float32:
     """Least squares for the levels that these scales choose."""
     products, squares = np.zeros(scales.shape, np.float64), np.zeros(scales.shape, np.float64)
-    _add_products(values, scales, height, *bits, products, squares)
+    _add_products(values, scales, height, small.levels, products, squares)
     fitted = np.divide(products, squares, out=scales.astype(np.float64), where=squares > 0)
     return stored(fitted.astype(np.float32))
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _nearest(value: np.float32, largest: np.float32, smallest_bits: np.uint32, offset: np.uint32) -> np.float32:
-    clamped = np.float32(min(max(value, -largest), largest))
+def _nearest(place: np.float32, levels: Any) -> np.float32:
+    largest, smallest_bits, offset = levels
+    clamped = np.float32(min(max(place, -largest), largest))
     octave = np.uint32(max(np.uint32(clamped.view(np.uint32) & np.uint32(0x7F800000)), smallest_bits))
     rounder = np.uint32(octave + offset).view(np.float32)
     return np.float32(np.float32(clamped + rounder) - rounder)
@@ -109,50 +102,24 @@ def _reciprocal(scale: np.float32) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _errors(
-    values: Float32,
-    tried: Float32,
-    height: int,
-    largest: np.float32,
-    smallest_bits: np.uint32,
-    offset: np.uint32,
-    errors: Float64,
-) -> None:
+def _errors(values: Float32, tried: Float32, height: int, levels: Any, errors: Float64) -> None:
     """Squared errors [blocks, groups, candidates] of the scales tried, of the same shape."""
     blocks, groups, candidates = tried.shape
     size = values.shape[1] // max(groups, 1)
-    scales, reciprocals = np.empty(candidates, np.float32), np.empty(candidates, np.float32)
-    sums, totals = np.empty(candidates, np.float32), np.empty(candidates, np.float64)
+    reciprocals, sums = np.empty(candidates, np.float32), np.empty(candidates, np.float32)
+    errors[:] = 0
     for block in range(blocks):
         for group in range(groups):
             for candidate in range(candidates):
-                scales[candidate] = tried[block, group, candidate]
-                reciprocals[candidate] = _reciprocal(scales[candidate])
-            totals[:] = 0
+                reciprocals[candidate] = _reciprocal(tried[block, group, candidate])
             for row in range(block * height, min((block + 1) * height, len(values))):
                 part = values[row, group * size : (group + 1) * size]
-                for first in range(0, part.size, PIECE):
-                    sums[:] = 0
-                    for value in part[first : first + PIECE]:
-                        for candidate in range(candidates):
-                            place = _nearest(value * reciprocals[candidate], largest, smallest_bits, offset)
-                            gap = value - place * scales[candidate]
-                            sums[candidate] += gap * gap
-                    for candidate in range(candidates):
-                        totals[candidate] += sums[candidate]
-            errors[block, group] = totals
+                add_errors(part, tried[block, group], reciprocals, _nearest, levels, sums, errors[block, group])
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_products(
-    values: Float32,
-    scales: Float32,
-    height: int,
-    largest: np.float32,
-    smallest_bits: np.uint32,
-    offset: np.uint32,
-    products: Float64,
-    squares: Float64,
+    values: Float32, scales: Float32, height: int, levels: Any, products: Float64, squares: Float64
 ) -> None:
     """`sum x l` and `sum l^2` of every group."""
     groups = scales.shape[1]
@@ -160,11 +127,7 @@ def _add_products(
     for row in range(len(values)):
         block = row // height
         for group in range(groups):
-            reciprocal = _reciprocal(scales[block, group])
-            product, square = np.float64(0), np.float64(0)
-            for value in values[row, group * size : (group + 1) * size]:
-                level = np.float64(_nearest(value * reciprocal, largest, smallest_bits, offset))
-                product += level * np.float64(value)
-                square += level * level
+            part, reciprocal = values[row, group * size : (group + 1) * size], _reciprocal(scales[block, group])
+            product, square = products_of(part, reciprocal, _nearest, levels)
             products[block, group] += product
             squares[block, group] += square

@@ -1,38 +1,38 @@
 """The scale of each group that leaves the smallest squared error of the nearest levels, without data.
 
-    minimise over s   sum_i (x_i - s * level(x_i / s))^2
+    minimise over s   sum_i (x_i - s * level(x_i / s))^2,   s in {s0, f * s1 for f in 0.70, 0.71 ... 1.12, refit, refit}
+    integers:         level(q) = min(max(round(q), -2^(b-1) - zero), 2^(b-1) - 1 - zero)
+    refit             s = sum_i x_i l_i / sum_i l_i^2,   l_i = level(x_i / s) for the best s so far
 
-Candidates are the 43 fractions 0.70, 0.71 ... 1.12 of the scale that brings the largest magnitude to the outermost
-level, then two least-squares refits `s = sum x l / sum l^2` of the best, with `l` the levels it chooses. The scale that
-rounding to nearest has comes first and wins ties, so that the error of a group is never above that of nearest. What is
-stored of a scale, a 16-bit float, is what is tried. With zero points the fractions are those of the scale of nearest,
-and codes count from the zero point. The same search on torch tensors, with weights for the columns, is
-`rounding/scale_search.py`.
+`s0` is the scale that rounding to nearest has: it comes first and wins ties, so a group's error is never above that
+of nearest. `s1` brings the largest magnitude to the outermost level; with zero points it is `s0`, and codes count
+from the zero point. What is stored of a scale, a 16-bit float, is what is tried. The same search on torch tensors, with
+weights for the columns, is `rounding/scale_search.py`.
 
-Errors of all candidates are summed side by side, in the order of the columns, so they do not depend on the width of a
-machine's vectors. Scales are positive: that every reader multiplies by a negative one is not proven
-(`docs/decisions/023-rounding-without-data.md`). Cost: 43 evaluations a weight in vectors and four by one.
+Of the 16 levels of a 4-bit float, a growing fraction moves a value from level to level towards zero, so only the moves
+are summed. Of integers the errors of all candidates are, side by side (`group_sums.py`). Scales are positive: that
+every reader multiplies by a negative one is not proven (`docs/decisions/023-rounding-without-data.md`). Cost: integers,
+44 evaluations a weight in vectors and four by one.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.four_bit import FourBitGrid, fifteen, nearest_number
+from qlora_export.quant.group_sums import PIECE, Float64, add_errors, products_of
 from qlora_export.quant.integers import Grid
 from qlora_export.quant.precision import DROPPED_BITS, ROUNDER, round_any
 from qlora_export.quant.scales import Int8
 
-Float64 = NDArray[np.float64]
 FRACTIONS = np.array([0.70 + 0.01 * step for step in range(43)], np.float32)
 # The fraction that is 1: the scale of nearest.
 UNCHANGED = 30
 REFITS = 2
-# So many columns are summed in float32 before the sum joins the float64 total.
-PIECE = 128
 
 
 def search_blocks(values: Float32, absmax: Float32, block: int, grid: FourBitGrid) -> Float32:
@@ -63,7 +63,7 @@ def _largest(values: Float32) -> np.float32:
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _search_levels(values: Float32, block: int, midpoints: Float32, levels: Float32, best: Float32) -> None:
     """A growing scale moves a value from level to level towards zero: of each move the candidate is known."""
-    reach = max(abs(levels[0]), abs(levels[15]))
+    m, reach = fifteen(midpoints), max(abs(levels[0]), abs(levels[15]))
     products, squares = np.empty(FRACTIONS.size + 1, np.float64), np.empty(FRACTIONS.size + 1, np.float64)
     for index in range(best.size):
         part = values[index * block : (index + 1) * block]
@@ -84,7 +84,7 @@ def _search_levels(values: Float32, block: int, midpoints: Float32, levels: Floa
             if error < least:
                 chosen, least, refit = scale, error, np.float32(products[candidate] / squares[candidate])
         for _ in range(REFITS):
-            product, square = _sums(part, refit, midpoints, levels)
+            product, square = products_of(part, np.float32(1) / refit, _nearest_level, (m, levels))
             error = _error(whole, product, square, refit)
             if not error < least:
                 break
@@ -129,80 +129,88 @@ def _add_moves(
     return whole
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _sums(part: Float32, scale: np.float32, midpoints: Float32, levels: Float32) -> tuple[float, float]:
-    """`sum x l` and `sum l^2`."""
-    m, reciprocal = fifteen(midpoints), np.float32(1) / scale
-    product, square = np.float64(0), np.float64(0)
-    for value in part:
-        held = np.float64(levels[nearest_number(value * reciprocal, m)])
-        product += held * np.float64(value)
-        square += held * held
-    return product, square
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _nearest_level(place: np.float32, levels: Any) -> np.float32:
+    """The nearest of 16 levels, known by the midpoints between them and by themselves."""
+    nearest: np.float32 = levels[1][nearest_number(place, levels[0])]
+    return nearest
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _search_integers(
     values: Float32, zeros: Int8, bits: int, symmetric: bool, dropped: np.uint32, best: Float32
 ) -> None:
-    """Candidates are fractions of the absmax scale, with zero points of that of nearest."""
-    rows, groups = best.shape
-    size = values.shape[1] // max(groups, 1)
+    """Replace the scales of nearest in `best` [rows, groups]; a group of zeros keeps its own."""
+    size = values.shape[1] // max(best.shape[1], 1)
     half = np.float32(1 << (bits - 1))
-    raw, scales, reciprocals = np.empty_like(FRACTIONS), np.empty_like(FRACTIONS), np.empty_like(FRACTIONS)
-    sums, totals = np.empty_like(FRACTIONS), np.empty(FRACTIONS.size, np.float64)
-    for row in range(rows):
-        for group in range(groups):
+    candidates = _scratch(FRACTIONS.size + 1)
+    for row in range(best.shape[0]):
+        for group in range(best.shape[1]):
             part = values[row, group * size : (group + 1) * size]
             largest = _largest(part) / half
             if largest == 0:
                 continue
-            whole = largest if symmetric else best[row, group]
-            low = np.float32(-half - zeros[row, group])
-            high = np.float32(half - 1 - zeros[row, group])
-            for candidate in range(FRACTIONS.size):
-                raw[candidate] = whole * FRACTIONS[candidate]
-                scales[candidate] = round_any(raw[candidate], dropped)
-                reciprocals[candidate] = np.float32(1) / scales[candidate]
-            totals[:] = 0
-            for first in range(0, part.size, PIECE):
-                sums[:] = 0
-                for value in part[first : first + PIECE]:
-                    for candidate in range(FRACTIONS.size):
-                        place = np.float32(value * reciprocals[candidate] + ROUNDER) - ROUNDER
-                        gap = value - min(max(place, low), high) * scales[candidate]
-                        sums[candidate] += gap * gap
-                for candidate in range(FRACTIONS.size):
-                    totals[candidate] += sums[candidate]
-            chosen = best[row, group]
-            least = _error_of_integers(part, chosen, low, high)
-            for candidate in range(FRACTIONS.size):
-                if totals[candidate] < least:
-                    chosen, least = raw[candidate], totals[candidate]
-            for _ in range(REFITS):
-                above, below = np.float64(0), np.float64(0)
-                reciprocal = np.float32(1) / chosen
-                for value in part:
-                    place = np.float32(value * reciprocal + ROUNDER) - ROUNDER
-                    nearest = min(max(place, low), high)
-                    above += np.float64(nearest) * np.float64(value)
-                    below += np.float64(nearest) * np.float64(nearest)
-                if below > 0:
-                    refit = np.float32(above / below)
-                    error = _error_of_integers(part, round_any(refit, dropped), low, high)
-                    if error < least:
-                        chosen, least = refit, error
-            best[row, group] = round_any(chosen, dropped)
+            zero, nearest = zeros[row, group], best[row, group]
+            span = (np.float32(-half - zero), np.float32(half - 1 - zero))
+            chosen, least = _best_fraction(part, nearest, largest if symmetric else nearest, span, dropped, candidates)
+            best[row, group] = round_any(_refit(part, chosen, least, span, dropped), dropped)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _scratch(count: int) -> Any:
+    """Of so many candidates the scales, their reciprocals, float32 sums of errors, and float64 totals."""
+    singles = np.empty((3, count), np.float32)
+    return singles[0], singles[1], singles[2], np.empty(count, np.float64)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _error_of_integers(part: Float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float64:
+def _best_fraction(
+    part: Float32, nearest: np.float32, whole: np.float32, span: Any, dropped: np.uint32, scratch: Any
+) -> tuple[np.float32, float]:
+    """The scale of nearest or the fraction of `whole` with the least error, not yet rounded, and that error."""
+    scales, reciprocals, sums, totals = scratch
+    scales[0] = nearest
+    for number in range(1, scales.size):
+        scales[number] = round_any(whole * FRACTIONS[number - 1], dropped)
+    for number in range(scales.size):
+        reciprocals[number] = np.float32(1) / scales[number]
+    totals[:] = 0
+    add_errors(part, scales, reciprocals, _nearest_integer, span, sums, totals)
+    chosen = 0
+    for number in range(1, totals.size):
+        if totals[number] < totals[chosen]:
+            chosen = number
+    return whole * FRACTIONS[chosen - 1] if chosen else nearest, totals[chosen]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _refit(part: Float32, chosen: np.float32, least: float, span: Any, dropped: np.uint32) -> np.float32:
+    """The scale after least-squares refits that lower its error `least`, not yet rounded."""
+    for _ in range(REFITS):
+        product, square = products_of(part, np.float32(1) / chosen, _nearest_integer, span)
+        if square > 0:
+            refit = np.float32(product / square)
+            error = _error_of_integers(part, round_any(refit, dropped), span)
+            if error < least:
+                chosen, least = refit, error
+    return chosen
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _nearest_integer(place: np.float32, span: Any) -> np.float32:
+    """The nearest of the integers from the first of `span` to the last, ties to even."""
+    nearest: np.float32 = min(max(np.float32(place + ROUNDER) - ROUNDER, span[0]), span[1])
+    return nearest
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _error_of_integers(part: Float32, scale: np.float32, span: Any) -> float:
+    """The squared error of one scale, summed as those of all candidates are."""
     reciprocal, total = np.float32(1) / scale, np.float64(0)
     for first in range(0, part.size, PIECE):
         error = np.float32(0)
         for value in part[first : first + PIECE]:
-            place = np.float32(value * reciprocal + ROUNDER) - ROUNDER
-            gap = value - min(max(place, low), high) * scale
+            gap = value - _nearest_integer(value * reciprocal, span) * scale
             error += gap * gap
         total += error
     return total
