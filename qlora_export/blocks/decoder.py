@@ -19,9 +19,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import initialization
 
-from qlora_export.blocks.live_parameters import Parameters
-from qlora_export.errors import ExportError, Refused
-from qlora_export.planning.plan import Plan
+from qlora_export.calibrate.parameters import Parameters
+from qlora_export.contracts import TORCH_NAMES
+from qlora_export.errors import Refused
+from qlora_export.planning import Plan
 from qlora_export.sources.architecture import live_config
 from qlora_export.sources.live_model import decoder_place
 from qlora_export.types import TORCH_NAMES
@@ -121,16 +122,32 @@ def require_stored(decoder: Decoder, parameters: Parameters, folder: Path) -> No
 
 
 class _Stop(Exception):
-    """The last block was reached."""
+    """The last block was reached, or the model passes something else between blocks than hidden states."""
+
+
+class _Handed(Tensor):  # type: ignore[misc]
+    """Hidden states as a block gives them on: a model takes them as they are, or as the first of a tuple."""
+
+    # What is computed from them is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, int):
+            return super().__getitem__(key)
+        if key:
+            raise _Stop
+        return self
+
+    def __iter__(self) -> Any:
+        raise _Stop
 
 
 class _Recorder(nn.Module):  # type: ignore[misc]
     """Stands in a block's place, keeps how it is called, and hands the hidden states on."""
 
-    def __init__(self, block: Any, as_tuple: bool, last: bool) -> None:
+    def __init__(self, block: Any, last: bool) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that the block is no submodule
-        self._as_tuple = as_tuple
         self._last = last
         self.hidden: Tensor | None = None
         self.call = Call((), {})
@@ -141,31 +158,35 @@ class _Recorder(nn.Module):  # type: ignore[misc]
         except AttributeError:
             return getattr(self._block[0], name)
 
-    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Any:
-        self.hidden = hidden
-        self.call = Call(positional, named)
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        if not positional or not isinstance(positional[0], Tensor):
+            raise _Stop
+        self.hidden = positional[0]
+        self.call = Call(positional[1:], named)
         if self._last:
             raise _Stop
-        return (hidden,) if self._as_tuple else hidden
+        return self.hidden.as_subclass(_Handed)
 
 
 def record(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-    """The hidden states [batch, length, width] that the first block gets for tokens, and how every block is called."""
-    for as_tuple in (False, True):
-        recorders = _run_recorders(decoder, tokens, as_tuple)
-        first = recorders[0].hidden
-        # A recorder hands on what it got: what the next one gets is the same, or something lies between the blocks.
-        if first is not None and all(item.hidden is not None and torch.equal(item.hidden, first) for item in recorders):
-            return first, [_without_cache(item.call) for item in recorders]
+    """The hidden states [batch, length, width] that the first block gets for tokens, and how every block is called.
+
+    Raises Refused where a block gets something else than the one before gives; what the model raises is no answer.
+    """
+    recorders = _run_recorders(decoder, tokens)
+    first = recorders[0].hidden
+    # A recorder hands on what it got: what the next one gets is the same, or something lies between the blocks.
+    if first is not None and all(item.hidden is not None and torch.equal(item.hidden, first) for item in recorders):
+        return first, [_without_cache(item.call) for item in recorders]
     raise Refused(
         f"{type(decoder.model).__name__}: its decoder blocks do not follow one another",
         "calibrated rounding does not know this architecture; round without calibration",
     )
 
 
-def _run_recorders(decoder: Decoder, tokens: Tensor, as_tuple: bool) -> list[_Recorder]:
+def _run_recorders(decoder: Decoder, tokens: Tensor) -> list[_Recorder]:
     blocks = decoder.blocks
-    recorders = [_Recorder(block, as_tuple, number == len(blocks) - 1) for number, block in enumerate(blocks)]
+    recorders = [_Recorder(block, number == len(blocks) - 1) for number, block in enumerate(blocks)]
     owner_name, _, last = decoder.place.rpartition(".")
     owner = decoder.model.get_submodule(owner_name)
     setattr(owner, last, nn.ModuleList(recorders))
@@ -173,11 +194,6 @@ def _run_recorders(decoder: Decoder, tokens: Tensor, as_tuple: bool) -> list[_Re
         decoder.model(input_ids=tokens, use_cache=False)
     except _Stop:
         pass
-    except ExportError:
-        raise
-    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
-        for item in recorders:
-            item.hidden = None
     finally:
         setattr(owner, last, blocks)
     return recorders

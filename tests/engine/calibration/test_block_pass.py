@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.blocks.activations import batches_of
-from qlora_export.blocks.decoder import empty, give, move_buffers, open_decoder, record, require_stored
-from qlora_export.blocks.live_parameters import Parameters
-from qlora_export.engine.calibration import block_pass
-from qlora_export.engine.calibration.block import Stream, Tokens, advance, groups_of
-from qlora_export.engine.calibration.block_pass import BlockRun, CalibrationOptions
+from qlora_export.calibrate import passing
+from qlora_export.calibrate.activations import batches_of
+from qlora_export.calibrate.block import Stream, Tokens, advance, groups_of
+from qlora_export.calibrate.decoder import (
+    Call,
+    Decoder,
+    empty,
+    give,
+    move_buffers,
+    open_decoder,
+    record,
+    require_stored,
+)
+from qlora_export.calibrate.parameters import Parameters
+from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
 from qlora_export.errors import Refused
 from qlora_export.tensors.reading import SourceFiles
 from tests.engine.calibration.models import FAMILIES, live_model, plan_of, save_family, windows_of
@@ -83,30 +93,79 @@ def test_hidden_states_and_parameters_are_those_of_the_live_model(
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_an_architecture_whose_blocks_do_not_follow_one_another_is_refused(tmp_path: Path) -> None:
-    base, adapter = save_family("llama", tmp_path)
-    plan = plan_of(base, adapter, tmp_path / "out", {"format": "nf4", "rounding": "calibrated"})
-    decoder = open_decoder(plan)
+class Rowed(torch.nn.Module):
+    """An embedding and two blocks; how the second is called is the test's."""
 
-    class Twice(torch.nn.Module):
-        """Runs its blocks on halves of the hidden states."""
+    def __init__(self, between: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(9, 8)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+        self.between = between
 
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
+    def forward(self, input_ids: Any, **others: Any) -> Any:
+        """Hand what the first block gives to the second as the test says."""
+        return self.between(self.layers[1], self.layers[0](self.embed_tokens(input_ids)))
 
-        def forward(self, input_ids: Any, **others: Any) -> Any:
-            """Give the second block another width."""
-            hidden = self.model.layers[0](self.model.embed_tokens(input_ids))
-            return self.model.layers[1](hidden[..., :32])
 
-    with SourceFiles() as files, torch.no_grad():
-        parameters = Parameters(plan, decoder.stored_names, files)
-        give(decoder.model.model.embed_tokens, "model.embed_tokens", parameters, torch.device("cpu"))
-        odd = type(decoder)(Twice(decoder.model.model), decoder.place)
-        with pytest.raises(Refused, match=r"Twice: its decoder blocks do not follow one another") as error:
-            record(odd, torch.ones(1, 4, dtype=torch.int64))
+def unpacked(block: Any, given: Any) -> Any:
+    """Of a block that gives two values."""
+    hidden, _ = given
+    return block(hidden)
+
+
+def recorded(between: Callable[[Any, Any], Any], batch: int) -> Any:
+    """What is recorded of such a model, and its blocks put back."""
+    model = Rowed(between)
+    blocks = model.layers
+    try:
+        return model, record(Decoder(model, "layers"), torch.ones(batch, 4, dtype=torch.int64))
+    finally:
+        assert model.layers is blocks
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_model_takes_hidden_states_or_the_first_of_a_tuple(batch: int) -> None:
+    for between in (lambda block, given: block(given, 7, scale=2), lambda block, given: block(given[0], 7, scale=2)):
+        model, (hidden, calls) = recorded(between, batch)
+        assert type(hidden) is torch.Tensor
+        assert torch.equal(hidden, model.embed_tokens(torch.ones(batch, 4, dtype=torch.int64)))
+        assert calls == [Call((), {}), Call((7,), {"scale": 2})]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda block, given: block(given[..., :4]),
+        lambda block, given: block(given * 2),
+        lambda block, given: block(given[0], given[1]),
+        lambda block, given: block((given,)),
+        lambda block, given: block(input=given),
+        lambda block, given: given,
+        unpacked,
+    ],
+    ids=["cut", "scaled", "two values", "a tuple", "by name", "left out", "unpacked"],
+)
+def test_an_architecture_whose_blocks_do_not_follow_one_another_is_refused(
+    between: Callable[[Any, Any], Any], batch: int
+) -> None:
+    with pytest.raises(Refused, match=r"Rowed: its decoder blocks do not follow one another") as error:
+        recorded(between, batch)
     assert "without calibration" in error.value.hint
+
+
+@pytest.mark.parametrize("kind", [AttributeError, IndexError, RuntimeError, TypeError, ValueError])
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_a_bug_in_a_layer_is_no_architecture_to_refuse(
+    kind: type[Exception], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*given: Any) -> Any:
+        raise kind("a bug")
+
+    if place == "before":
+        monkeypatch.setattr(torch.nn.Embedding, "forward", bug)
+    with pytest.raises(kind, match="a bug"):
+        recorded(bug, 2)
 
 
 def test_buffers_move_and_stay_when_weights_go(tmp_path: Path) -> None:
