@@ -28,6 +28,24 @@ NO_YARDSTICKS: Mapping[str, Measurement] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class Findings:
+    """What an artifact showed beside its means; None for what was not looked for.
+
+    `beside` compares it with the artifact that its limits name, `steps` with what it was made from.
+    """
+
+    distribution: Distribution
+    beside: Beside | None = None
+    steps: tuple[Beside, ...] = ()
+    worst: Worst | None = None
+    choices: Choices | None = None
+    labels: Choices | None = None
+    generation: Generation | None = None
+    trace: Trace | None = None
+    onnx: GraphFindings | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """One artifact's line: how it drifted, layer by layer what survived, and what the gate says."""
 
@@ -40,15 +58,7 @@ class Entry:
     verdict: Verdict
     verified: Verified | None
     sample: Sample
-    distribution: Distribution
-    worst: Worst | None = None
-    beside: Beside | None = None
-    choices: Choices | None = None
-    labels: Choices | None = None
-    generation: Generation | None = None
-    trace: Trace | None = None
-    onnx: GraphFindings | None = None
-    steps: tuple[Beside, ...] = ()
+    findings: Findings
 
     @property
     def survival(self) -> Mapping[str, float]:
@@ -128,41 +138,54 @@ def enter(
     yardsticks: Mapping[str, Measurement] = NO_YARDSTICKS,
 ) -> Entry:
     """Judge one measured artifact; `yardsticks` are measurements of the artifacts by name."""
-    artifact, recipe, measured, layers = found.artifact, found.recipe, found.measurement, found.layers
+    measured, limits = found.measurement, _applicable(limits, found, references)
     drift = compare(measured, references.tuned, references.base or references.tuned, tokens)
-    drift = summarised(drift, layers)
-    if not layers and recipe.limits.survival_min is None:
-        limits = limits.model_copy(update={"survival_min": None})
-    if references.base is None:
-        limits = limits.model_copy(update={"gain_kept": None})
-    wanted = limits.no_worse_than.artifact if limits.no_worse_than else artifact.name
-    yardstick = yardsticks.get(wanted) if wanted != artifact.name else None
-    further = beside(measured, yardstick, tokens) if yardstick is not None else None
-    verdict = judge(drift, limits, tokens.count, measured.nonfinite, further, tokens.unit)
+    drift = summarised(drift, found.layers)
+    findings = _findings(found, references, limits, tokens, yardsticks)
+    verdict = judge(drift, limits, tokens.count, measured.nonfinite, findings.beside, tokens.unit)
     if found.onnx is not None:
         verdict = failed_by(verdict, found.onnx.breaches)
     # A folder without a manifest of ours is measured, and never published.
-    passes = verdict.outcome == "pass" and artifact.manifest_sha256
-    verified = verify(artifact, verdict, drift) if passes else None
-    sample = sample_of(measured, references.tuned, tokens)
+    passes = verdict.outcome == "pass" and found.artifact.manifest_sha256
     return Entry(
-        artifact,
-        recipe,
-        measured.runtime,
-        drift,
-        tuple(layers),
-        limits,
-        verdict,
-        verified,
-        sample,
-        distribution_of(measured, references.tuned, tokens),
-        found.worst,
-        further,
-        found.answers.choices,
-        found.labels,
-        found.answers.generation,
-        onnx=found.onnx,
+        artifact=found.artifact,
+        recipe=found.recipe,
+        runtime=measured.runtime,
+        drift=drift,
+        layers=tuple(found.layers),
+        limits=limits,
+        verdict=verdict,
+        verified=verify(found.artifact, verdict, drift) if passes else None,
+        sample=sample_of(measured, references.tuned, tokens),
+        findings=findings,
+    )
+
+
+def _applicable(limits: Limits, found: Measured, references: References) -> Limits:
+    """The limits without those on what cannot be known: of layers, unless stated, and of a model without a base."""
+    if not found.layers and found.recipe.limits.survival_min is None:
+        limits = limits.model_copy(update={"survival_min": None})
+    return limits if references.base is not None else limits.model_copy(update={"gain_kept": None})
+
+
+def _findings(
+    found: Measured,
+    references: References,
+    limits: Limits,
+    tokens: TokenSet,
+    yardsticks: Mapping[str, Measurement],
+) -> Findings:
+    wanted = limits.no_worse_than.artifact if limits.no_worse_than else found.artifact.name
+    yardstick = yardsticks.get(wanted) if wanted != found.artifact.name else None
+    return Findings(
+        distribution_of(found.measurement, references.tuned, tokens),
+        beside=beside(found.measurement, yardstick, tokens) if yardstick is not None else None,
         steps=_steps(found, references, tokens, yardsticks),
+        worst=found.worst,
+        choices=found.answers.choices,
+        labels=found.labels,
+        generation=found.answers.generation,
+        onnx=found.onnx,
     )
 
 

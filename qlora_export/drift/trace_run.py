@@ -44,7 +44,9 @@ def traced_entries(
         traces.update(_traces(able, windows, models, folder, track))
     except (EnvironmentProblem, MemoryError) as error:
         traces |= {entry.artifact.name: Trace((), note=str(error)) for entry in able}
-    return tuple(replace(entry, trace=traces.get(entry.artifact.name)) for entry in entries)
+    return tuple(
+        replace(entry, findings=replace(entry.findings, trace=traces.get(entry.artifact.name))) for entry in entries
+    )
 
 
 def _traces(

@@ -76,3 +76,59 @@ def _tokens(run: Reported) -> dict[str, Any] | None:
     if run.ledger is None or run.facts.drift is None:
         return None
     return {**tokens_data(run.ledger.tokens), "limit": run.facts.drift.tokens}
+
+
+def _reference(run: Reported) -> dict[str, Any] | None:
+    if run.ledger is None:
+        return None
+    return {
+        "model": run.facts.reference,
+        "runtime": "transformers",
+        "activations": "float32",
+        "training_quantization": run.facts.training,
+        "perplexity": run.ledger.reference.perplexity,
+        "perplexity_stderr": run.ledger.reference.perplexity_stderr,
+        "base": asdict(run.ledger.base) if run.ledger.base else None,
+        "merged": asdict(run.ledger.merged) if run.ledger.merged else None,
+        "noise_floor": asdict(run.ledger.noise) if run.ledger.noise else None,
+        "device": run.ledger.device,
+    }
+
+
+def _artifact(artifact: Artifact, entry: Entry | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": artifact.name,
+        "format": artifact.format,
+        "path": str(artifact.path),
+        "bytes": artifact.bytes,
+        "runtime": str(artifact.manifest["runtime"]),
+        "manifest_sha256": artifact.manifest_sha256 or None,
+        "reused": artifact.reused,
+    }
+    if (calibration := calibration_of(artifact.manifest)) is not None:
+        facts["calibration"] = calibration
+    if entry is None:
+        return {**facts, "verdict": "not-measured", "reasons": [], "drift": None}
+    return {
+        **facts,
+        "verdict": entry.verdict.outcome,
+        "expected": entry.recipe.expect,
+        "reasons": list(entry.verdict.reasons),
+        "limits": entry.limits.model_dump(),
+        "drift": asdict(entry.drift),
+        "survival": dict(entry.survival),
+        "layers": [asdict(layer) for layer in entry.layers],
+        "sample": asdict(entry.sample),
+        **findings_of(entry.findings),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -106,7 +106,7 @@ def _steps(ledger: Ledger) -> list[str]:
         f"- `{entry.artifact.name}` after `{step.artifact}`: perplexity x {math.exp(step.ln_ppl_ratio):.5f} "
         f"± {math.exp(step.ln_ppl_ratio) * step.ln_ppl_ratio_stderr:.1g}, mean KL {step.mean_kl:+.2g}"
         for entry in ledger.entries
-        for step in entry.steps
+        for step in entry.findings.steps
     ]
     return ["", "Step by step:", "", *said] if said else []
 

@@ -13,14 +13,18 @@ from qlora_export.drift.trace import Trace
 
 def probe_lines(entry: Entry) -> list[str]:
     """The lines on one artifact."""
-    found = (
-        entry.choices and _choices(entry.choices),
-        entry.labels and _choices(entry.labels, "labels"),
-        entry.generation and _generation(entry.generation),
-        entry.trace and _trace(entry.trace),
-        entry.onnx and graph_line(entry.onnx),
-    )
-    return [line for line in found if line]
+    found, lines = entry.findings, []
+    if found.choices is not None:
+        lines.append(_choices(found.choices))
+    if found.labels is not None:
+        lines.append(_choices(found.labels, "labels"))
+    if found.generation is not None:
+        lines.append(_generation(found.generation))
+    if found.trace is not None:
+        lines.append(_trace(found.trace))
+    if found.onnx is not None:
+        lines.append(graph_line(found.onnx))
+    return lines
 
 
 def probe_list(ledger: Ledger) -> list[str]:

@@ -146,8 +146,8 @@ def test_a_runtime_without_layers_is_left_out_with_a_note(checked: Checks, texts
 
     tokens = run.ledger.tokens
     (found,) = traced_entries([entry], tokens, "always", Models(none, none), texts, RunOptions(texts).track)
-    assert found.trace is not None
-    assert (found.trace.layers, found.trace.note) == ((), "onnxruntime shows no layers")
+    assert found.findings.trace is not None
+    assert (found.findings.trace.layers, found.findings.trace.note) == ((), "onnxruntime shows no layers")
     data = report(replace(run, ledger=replace(run.ledger, entries=(found,))))
     jsonschema.validate(data, report_schema())
     assert data["artifacts"][0]["trace"]["note"] == "onnxruntime shows no layers"
@@ -172,8 +172,8 @@ def test_a_verdict_stands_where_there_is_no_room_for_a_trace(checked: Checks, te
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert found.verdict == run.ledger.entries[0].verdict
-    assert found.trace is not None
-    assert found.trace.note.startswith("no room for what the layers of the reference compute")
+    assert found.findings.trace is not None
+    assert found.findings.trace.note.startswith("no room for what the layers of the reference compute")
 
 
 def test_a_folder_that_no_recipe_made_is_asked_the_same(

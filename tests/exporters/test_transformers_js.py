@@ -103,8 +103,8 @@ def test_it_is_measured_validated_linted_and_published(released: Run) -> None:
     for entry in released.ledger.entries[1:]:
         assert entry.runtime == "onnxruntime"
         assert entry.verdict.outcome == "pass", entry.verdict.reasons
-        assert entry.onnx is not None
-        assert entry.onnx.breaches == ()
+        assert entry.findings.onnx is not None
+        assert entry.findings.onnx.breaches == ()
     assert {receipt.artifact for receipt in released.receipts} == {"bf16", "onnx-fp32", "onnx-int4"}
     assert "onnx/model_q4.onnx_data" in next(r.files for r in released.receipts if r.artifact == "onnx-int4")
 

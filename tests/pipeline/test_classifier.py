@@ -184,8 +184,8 @@ def test_drift_is_that_of_the_label_distributions(measured: tuple[Run, Path]) ->
     assert 0.2 < nf4.drift.survival_min < 1.2
     assert ledger.noise is not None
     assert ledger.noise.tokens == ledger.tokens.count == COUNT
-    assert nf4.trace is not None
-    assert any(layer.name == "score" for layer in nf4.trace.layers)
+    assert nf4.findings.trace is not None
+    assert any(layer.name == "score" for layer in nf4.findings.trace.layers)
 
 
 def test_accuracy_and_perplexity_are_those_of_the_labels(measured: tuple[Run, Path], trained: Trained) -> None:
@@ -197,17 +197,18 @@ def test_accuracy_and_perplexity_are_those_of_the_labels(measured: tuple[Run, Pa
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     found = said_by(model, transformers.AutoTokenizer.from_pretrained(folder), [line["text"] for line in lines])
     entry = run.ledger.entries[1]
-    assert entry.labels is not None
+    assert entry.findings.labels is not None
     # Its layers multiply in bfloat16, ours in float32: a near-tie may fall either way.
-    assert abs(entry.labels.accuracy - (found.argmax(-1) == right).mean()) <= 2 / COUNT
+    assert abs(entry.findings.labels.accuracy - (found.argmax(-1) == right).mean()) <= 2 / COUNT
     assert entry.drift.perplexity == pytest.approx(np.exp(-found[np.arange(COUNT), right].mean()), rel=0.01)
-    flips = [flip for flip in entry.labels.flipped if flip.reference == flip.answer]
-    assert len(flips) == entry.labels.lost
-    assert 1 - entry.drift.same_top1 == pytest.approx(len(entry.labels.flipped) / COUNT)
-    assert {name for flip in entry.labels.flipped for name in (flip.answer, flip.candidate)} <= set(LABELS)
-    assert entry.worst is not None
-    assert not entry.worst.windows
-    assert all({item.token, item.reference_says, item.candidate_says} <= set(LABELS) for item in entry.worst.tokens)
+    flips = [flip for flip in entry.findings.labels.flipped if flip.reference == flip.answer]
+    assert len(flips) == entry.findings.labels.lost
+    assert 1 - entry.drift.same_top1 == pytest.approx(len(entry.findings.labels.flipped) / COUNT)
+    assert {name for flip in entry.findings.labels.flipped for name in (flip.answer, flip.candidate)} <= set(LABELS)
+    assert entry.findings.worst is not None
+    assert not entry.findings.worst.windows
+    worst = entry.findings.worst.tokens
+    assert all({item.token, item.reference_says, item.candidate_says} <= set(LABELS) for item in worst)
 
 
 def test_every_report_speaks_of_labels(measured: tuple[Run, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +343,7 @@ def test_a_folder_is_checked_against_the_model_that_it_should_be(
 
     again = checked(nf4, f"{trained.base}+{trained.adapter}")
     assert again.drift.mean_kl == pytest.approx(run.ledger.entries[1].drift.mean_kl, rel=1e-3)
-    assert again.labels == run.ledger.entries[1].labels
+    assert again.findings.labels == run.ledger.entries[1].findings.labels
     assert checked(bf16, bf16).drift.mean_kl == 0
     with pytest.raises(InputError, match="a language model, and the reference is a classifier"):
         checked(trained.base, bf16)
