@@ -11,21 +11,21 @@ last is written by the seal. A weight that is stored [in, out] moves as a whole,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
+from qlora_export.contracts import DitheringEncoder, DitheringFormat, MergeBase, Piece, TensorEncoder
+from qlora_export.device.accelerator import Accelerator
+from qlora_export.device.kernels import Values
+from qlora_export.engine.merging import Merge, Merges, in_place, open_merge
 from qlora_export.errors import Refused
-from qlora_export.formats.base import DitheringEncoder, DitheringFormat, TensorEncoder
-from qlora_export.merge.base_rows import BaseRows, Rows, require_finite
-from qlora_export.merge.changes import Changes, LowRank
-from qlora_export.planning.plan import ArtifactPlan, Plan, Route, route_parts
-from qlora_export.quant.device import kernels
-from qlora_export.quant.device.accelerator import Accelerator
-from qlora_export.quant.device.kernels import Values
+from qlora_export.merge.base_rows import BaseRows, Rows
+from qlora_export.merge.changes import LowRank
+from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
 from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
@@ -75,6 +75,29 @@ class RowBlock:
     count: int
 
 
+@dataclass(frozen=True)
+class Taker:
+    """A destination that is encoded, and what encodes it."""
+
+    destination: Destination
+    encoder: TensorEncoder | DitheringEncoder
+
+    def encode(self, values: Values, rows: Rows, block: RowBlock) -> None:
+        """Write what becomes of a block's merged values."""
+        route = self.destination.route
+        if route.turned:
+            values = np.ascontiguousarray(values.reshape(route.output.layer_spec.shape).T).reshape(-1)
+        if route.base == "codes":
+            self.write(cast(DitheringEncoder, self.encoder).dither(rows.codes, values, block.first))
+        else:
+            self.write(cast(TensorEncoder, self.encoder).encode(values, block.first))
+
+    def write(self, pieces: Iterable[Piece]) -> None:
+        """Write pieces at their places."""
+        for piece in pieces:
+            self.destination.writer.write(piece)
+
+
 class TensorJob:
     """The work on one stored tensor for all artifacts that are made from it."""
 
@@ -86,32 +109,27 @@ class TensorJob:
         destinations: Sequence[Destination],
         accelerator: Accelerator | None = None,
     ) -> None:
-        self._source = source
         self._files = files
-        self._destinations = destinations
-        self._encoders = [found.open(files) for found in destinations]
-        self._encoded = [
-            found for found, encoder in zip(destinations, self._encoders, strict=True) if encoder is not None
-        ]
+        opened = [(found, found.open(files)) for found in destinations]
+        self._copied = [found for found, encoder in opened if encoder is None]
+        self._takers = [Taker(found, encoder) for found, encoder in opened if encoder is not None]
+        self._merges = _merges_of(self._takers, files)
         self._rows = None
-        self._changes: dict[tuple[str, MergeBase], Changes] = {}
-        for found in self._encoded:
-            output = found.route.output
-            if output.changes and found.merge not in self._changes:
-                self._changes[found.merge] = Changes(output.changes, files, output.layer_spec.columns)
-        onto_trained = {found.merge for found in self._encoded if self._needs_trained(found)}
-        self._merges_in_place = len(onto_trained) == 1
-        if self._encoded:
-            trained = plan.training.quantization.recorded or bool(onto_trained)
-            own = plan.from_adapter(source)
-            self._rows = BaseRows(self._encoded[0].route.output, plan.training, files, own, trained)
-        self._observing = [(merge, changes) for merge, changes in self._changes.items() if changes.observes]
+        if self._merges:
+            own, output = plan.from_adapter(source), next(iter(self._merges.values())).output
+            trained = any(merge.needs_trained for merge in self._merges.values())
+            trained = trained or plan.training.quantization.recorded
+            self._rows = BaseRows(output, plan.training, files, own, trained)
+            if self._rows.base is not None:
+                self._merges = in_place(self._merges)
+        loaded = [(merge.base, merge.changes) for merge in self._merges.values()]
+        self._observing = [(base, changes) for base, changes in loaded if changes is not None and changes.observes]
         if self._observing and self._rows is not None and self._rows.observes:
             raise Refused(
                 f"tensor {source.spec.name}: DoRA on an embedding that was quantised in training cannot be merged",
                 "give the adapter's training quantisation again",
             )
-        if self._rows is not None and self._suits_accelerator(self._rows):
+        if self._rows is not None and _suits_accelerator(self._rows, self._merges.values()):
             self._rows.accelerator = accelerator
         self.blocks = self._blocks()
 
@@ -128,7 +146,7 @@ class TensorJob:
             self._rows.observe(block.first, block.count)
         if self._observing:
             rows = self._rows.take(block.first, block.count)
-            for (_, base), changes in self._observing:
+            for base, changes in self._observing:
                 changes.observe(rows.of(base), block.first)
 
     def settle(self) -> None:
@@ -143,82 +161,50 @@ class TensorJob:
         if self._rows is None:
             return
         with self._working():
-            for found, piece in self._pieces(self._rows.take(block.first, block.count), block):
-                found.writer.write(piece)
-
-    def _pieces(self, rows: Rows, block: RowBlock) -> Iterator[tuple[Destination, Piece]]:
-        """What becomes of a block in every artifact."""
-        merged: dict[tuple[str, MergeBase], Values] = {}
-        for found, encoder in zip(self._destinations, self._encoders, strict=True):
-            if encoder is None:
-                continue
-            if found.merge not in merged:
-                merged[found.merge] = self._merge(rows, found, block)
-            values = merged[found.merge]
-            if found.route.turned:
-                values = np.ascontiguousarray(values.reshape(found.route.output.layer_spec.shape).T).reshape(-1)
-            if found.route.base == "codes":
-                pieces = cast(DitheringEncoder, encoder).dither(rows.codes, values, block.first)
-            else:
-                pieces = cast(TensorEncoder, encoder).encode(values, block.first)
-            for piece in pieces:
-                yield found, piece
+            rows = self._rows.take(block.first, block.count)
+            for key, merge in self._merges.items():
+                values = merge.values(rows, block.first)
+                for taker in self._takers:
+                    if taker.destination.merge == key:
+                        taker.encode(values, rows, block)
 
     def seal(self) -> None:
         """Write what only the whole tensor decides, copy what is carried, and compare the base with the sidecar."""
         if self._rows is not None and self._rows.base is not None:
             self._rows.base.require_recorded()
-        for found, encoder in zip(self._destinations, self._encoders, strict=True):
-            if encoder is None:
-                self._copy(found)
-                continue
-            for piece in encoder.seal():
-                found.writer.write(piece)
-
-    def _suits_accelerator(self, rows: BaseRows) -> bool:
-        """Whether every change has a kernel there; else the processor does it, to the same bytes."""
-        plain = all(isinstance(change, LowRank) for found in self._encoded for change in found.route.output.changes)
-        return plain and rows.has_bits and (rows.observes or bool(self._changes))
+        for taker in self._takers:
+            taker.write(taker.encoder.seal())
+        for found in self._copied:
+            for tensor in found.copied:
+                _copy_tensor(tensor, self._files, found.writer)
 
     def _working(self) -> AbstractContextManager[None]:
         accelerator = self._rows.accelerator if self._rows is not None else None
         return accelerator.working() if accelerator is not None else nullcontext()
 
-    def _needs_trained(self, found: Destination) -> bool:
-        """Whether the values of training are merged into, or decide what is added to others."""
-        changes = self._changes.get(found.merge)
-        looks = found.route.base == "stored" and changes is not None and not changes.adds
-        return looks or found.route.base in ("as-trained", "codes")
-
-    def _merge(self, rows: Rows, found: Destination, block: RowBlock) -> Values:
-        """The rows with every change made; for codes, what the changes add."""
-        changes, base = self._changes.get(found.merge), found.route.base
-        values = rows.of(base)
-        if changes is None:
-            return values
-        if base == "codes" or (base == "stored" and not changes.adds):
-            merged = kernels.copy(rows.trained)
-            changes.apply(merged, block.first)
-            merged -= rows.trained
-            if base == "stored":
-                merged += values
-        else:
-            in_place = self._merges_in_place and rows.owned and base == "as-trained"
-            merged = values if in_place else kernels.copy(values)
-            changes.apply(merged, block.first)
-        return require_finite(merged, found.route.output.layer_spec, str(self._source.stored[0].path), block.first)
-
-    def _copy(self, found: Destination) -> None:
-        for tensor in found.copied:
-            _copy_tensor(tensor, self._files, found.writer)
-
     def _blocks(self) -> tuple[RowBlock, ...]:
         """Whole multiples of rows for the base and for every format."""
         if self._rows is None:
             return ()
-        spec = self._rows.spec
-        multiples = [found.route.form.row_multiple(spec) for found in self._encoded if found.route.form]
+        forms = [taker.destination.route.form for taker in self._takers]
+        multiples = [form.row_multiple(self._rows.spec) for form in forms if form]
         return tuple(RowBlock(rows.start, len(rows)) for rows in self._rows.blocks(*multiples))
+
+
+def _merges_of(takers: Sequence[Taker], files: SourceFiles) -> Merges:
+    """What is merged for them, once for those who receive the same values."""
+    found: Merges = {}
+    for taker in takers:
+        key, route = taker.destination.merge, taker.destination.route
+        if key not in found:
+            found[key] = open_merge(route.output, route.base, files)
+    return found
+
+
+def _suits_accelerator(rows: BaseRows, merges: Iterable[Merge]) -> bool:
+    """Whether every change has a kernel there; else the processor does it, to the same bytes."""
+    changes = [change for merge in merges for change in merge.output.changes]
+    return all(isinstance(change, LowRank) for change in changes) and rows.has_bits and (rows.observes or bool(changes))
 
 
 def _copy_tensor(tensor: StoredTensor, files: SourceFiles, writer: ShardWriter) -> None:

@@ -40,7 +40,7 @@ class Training:
 class Rows:
     """The same rows as stored, as loaded and as trained with, flat, each made when it is asked for.
 
-    Arrays may be shared and are not changed, but for `trained` where it says that it is `owned`.
+    Arrays may be shared and are not changed, but for `trained` where it is made by quantising, by whom alone takes it.
     """
 
     def __init__(self, base: BaseRows, first: int, count: int) -> None:
@@ -82,11 +82,6 @@ class Rows:
         if base == "original":
             return self.original
         return self.stored if base == "stored" else self.trained
-
-    @property
-    def owned(self) -> bool:
-        """Whether `trained` is an array of its own."""
-        return self._base.base is not None
 
 
 class BaseRows:
