@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,6 +99,66 @@ Verb = Callable[["Recipe", "RunOptions"], Outcome]
 VerbAgainst = Callable[[Path, str, dict[str, Any], list[str], "RunOptions"], Outcome]
 
 
+@dataclass(frozen=True)
+class Flags:
+    """What a verb on a recipe is told, in the order of its help."""
+
+    recipe: RecipePath = None
+    base: Base = None
+    adapter: Adapters = None
+    formats: Formats = None
+    onto: OntoName = None
+    training: Training = None
+    text: Text = None
+    protocol: ProtocolName = None
+    choices: ChoicesFile = None
+    prompts: PromptsFile = None
+    calibration: Calibration = None
+    settings: Settings = None
+    out: Out = None
+    workers: Workers = None
+    engine: EngineName = None
+    device: Device = None
+    memory_limit: MemoryLimit = None
+    as_json: Json = False
+    output: Output = None
+    junit_xml: JunitXml = None
+    prove: Prove = None
+    against: Against = None
+
+    @property
+    def of_recipe(self) -> dict[str, Any]:
+        """Those that stand in for a recipe, by their words."""
+        return {
+            "--base": self.base,
+            "--adapter": self.adapter,
+            "--format": self.formats,
+            "--onto": self.onto,
+            "--training-quantization": self.training,
+            "--text": self.text,
+            "--protocol": self.protocol,
+            "--choices": self.choices,
+            "--prompts": self.prompts,
+            "--calibration": self.calibration,
+        }
+
+    @property
+    def all_settings(self) -> list[str]:
+        """The keys that are set, --prove among them."""
+        proves = [] if self.prove is None else [f"publish.prove={str(self.prove).lower()}"]
+        return [*(self.settings or []), *proves]
+
+    def options(self) -> RunOptions:
+        """Where and how the verb runs."""
+        return replace(
+            run_options(self.recipe, self.out, self.workers),
+            memory_limit_bytes=byte_count(self.memory_limit) if self.memory_limit else None,
+            keeps_plan=self.output is not None,
+            engine=engine_name(self.engine),
+            accelerator=accelerator_name(self.device),
+        )
+
+
 def command_of(
     verb: Verb, announces: bool = True, publishes: bool = False, against_verb: VerbAgainst | None = None
 ) -> Callable[..., None]:
@@ -107,77 +167,38 @@ def command_of(
     Where it `publishes`, the proof can be left out. With --against it runs `against_verb`.
     """
 
-    def command(
-        recipe: RecipePath = None,
-        base: Base = None,
-        adapter: Adapters = None,
-        formats: Formats = None,
-        onto: OntoName = None,
-        training: Training = None,
-        text: Text = None,
-        protocol: ProtocolName = None,
-        choices: ChoicesFile = None,
-        prompts: PromptsFile = None,
-        calibration: Calibration = None,
-        settings: Settings = None,
-        out: Out = None,
-        workers: Workers = None,
-        engine: EngineName = None,
-        device: Device = None,
-        memory_limit: MemoryLimit = None,
-        as_json: Json = False,
-        output: Output = None,
-        junit_xml: JunitXml = None,
-        prove: Prove = None,
-        against: Against = None,
-    ) -> None:
-        require_folders(output, junit_xml)
-        flags = {
-            "--base": base,
-            "--adapter": adapter,
-            "--format": formats,
-            "--onto": onto,
-            "--training-quantization": training,
-            "--text": text,
-            "--protocol": protocol,
-            "--choices": choices,
-            "--prompts": prompts,
-            "--calibration": calibration,
-        }
-        if prove is not None:
-            settings = [*(settings or []), f"publish.prove={str(prove).lower()}"]
-        options = replace(
-            run_options(recipe, out, workers),
-            memory_limit_bytes=byte_count(memory_limit) if memory_limit else None,
-            keeps_plan=output is not None,
-            engine=engine_name(engine),
-            accelerator=accelerator_name(device),
-        )
-        run: Callable[[], Outcome]
-        if against is not None and against_verb is not None:
-            folder = _artifact(recipe)
-            options = options if out else replace(options, out=Path("out") / f"check-{folder.resolve().name}")
-            run = partial(against_verb, folder, against, flags, settings or [], options)
-        elif recipe is not None and recipe.suffix == ".json":
-            facts, options = _kept_plan(recipe, flags, settings or [], options)
-            run = partial(verb, facts, options)
-        else:
-            run = partial(verb, recipe_from(recipe, flags, settings or []), options)
+    def command(**given: Any) -> None:
+        flags = Flags(**given)
+        require_folders(flags.output, flags.junit_xml)
+        run, out = _prepared(flags, verb, against_verb)
         try:
             outcome = run()
         except ExportError as error:
-            tell_ci(failure_data(error), options.out, junit_xml)
+            tell_ci(failure_data(error), out, flags.junit_xml)
             raise
         if announces:
-            tell_ci(outcome[0], options.out, junit_xml)
-        finish(outcome, as_json, output)
+            tell_ci(outcome[0], out, flags.junit_xml)
+        finish(outcome, flags.as_json, flags.output)
 
     command.__doc__ = verb.__doc__
     unused = {"prove": not publishes, "against": against_verb is None}
-    signature = inspect.signature(command, eval_str=True)
-    words = [word for name, word in signature.parameters.items() if not unused.get(name)]
-    command.__signature__ = signature.replace(parameters=words)  # type: ignore[attr-defined]
+    words = inspect.signature(Flags, eval_str=True).parameters.values()
+    used = [word for word in words if not unused.get(word.name)]
+    command.__signature__ = inspect.Signature(used)  # type: ignore[attr-defined]
     return command
+
+
+def _prepared(flags: Flags, verb: Verb, against_verb: VerbAgainst | None) -> tuple[Callable[[], Outcome], Path]:
+    """What runs the verb on what the flags name, and its run folder."""
+    options, stated, settings = flags.options(), flags.of_recipe, flags.all_settings
+    if flags.against is not None and against_verb is not None:
+        folder = _artifact(flags.recipe)
+        options = options if flags.out else replace(options, out=Path("out") / f"check-{folder.resolve().name}")
+        return partial(against_verb, folder, flags.against, stated, settings, options), options.out
+    if flags.recipe is not None and flags.recipe.suffix == ".json":
+        facts, options = _kept_plan(flags.recipe, stated, settings, options)
+        return partial(verb, facts, options), options.out
+    return partial(verb, recipe_from(flags.recipe, stated, settings), options), options.out
 
 
 def _artifact(path: Path | None) -> Path:
