@@ -21,6 +21,9 @@ from tests.conftest import LONG_FILES
 from tests.drift.test_gate import PERFECT
 
 PACKAGE = Path(qlora_export.__file__).parent
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS, MOST_POSITIONAL = 400, 60, 8, 8
+# What is larger still, to become less: a file, or a file and a name in it.
+LARGE = {"contracts.py", "planning.py", "recipe.py", "planning.py: Plan(...)"}
 
 
 def calls(name: str) -> Iterator[Path]:
@@ -33,6 +36,27 @@ def called_in(path: Path) -> set[str]:
     """Names that are called in a file."""
     found = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return {function.id for function in found if isinstance(function, ast.Name)}
+
+
+def too_large(source: str, name: str) -> Iterator[str]:
+    """The file, and what is in it, where they ask too much of a reader; typer needs a parameter for every flag."""
+    if source.count("\n") > MOST_LINES:
+        yield name
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            long = (node.end_lineno or 0) - node.lineno >= MOST_FUNCTION_LINES
+            if long or (len(parameters(node.args)) > MOST_PARAMETERS and not name.startswith("cli/")):
+                yield f"{name}: {node.name}"
+        elif isinstance(node, ast.Call) and len(node.args) > MOST_POSITIONAL:
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called.lstrip("_")[:1].isupper():
+                yield f"{name}: {called}(...)"
+
+
+def parameters(stated: ast.arguments) -> list[str]:
+    """Names of all kinds of parameters, but for the object itself."""
+    found = [*stated.posonlyargs, *stated.args, *stated.kwonlyargs, stated.vararg, stated.kwarg]
+    return [one.arg for one in found if one is not None and one.arg not in ("self", "cls")]
 
 
 def test_only_the_gate_makes_a_verified() -> None:
@@ -61,6 +85,30 @@ def test_every_name_in_the_catalog_loads() -> None:
 
 def test_the_long_files_of_the_tests_are_there() -> None:
     assert not [name for name in LONG_FILES if not (PACKAGE.parent / name).is_file()]
+
+
+def test_no_file_and_no_function_asks_too_much_of_a_reader() -> None:
+    """And what is listed as too large still is."""
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert {large for name, source in files.items() for large in too_large(source, name)} == LARGE
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "found"),
+    [
+        ("\n" * 400, "a.py", []),
+        ("\n" * 401, "a.py", ["a.py"]),
+        ("def f():\n" + "    x = 1\n" * 59, "a.py", []),
+        ("def f():\n" + "    x = 1\n" * 60, "a.py", ["a.py: f"]),
+        ("def f(self, a, b, c, d, e, f, *g, **h): ...", "a.py", []),
+        ("def f(a, b, c, d, /, e, f, *g, h, **i): ...", "a.py", ["a.py: f"]),
+        ("def f(a, b, c, d, /, e, f, *g, h, **i): ...", "cli/a.py", []),
+        ("a._Fact(1, 2, 3, 4, 5, 6, 7, 8, nine=9)\nfact(1, 2, 3, 4, 5, 6, 7, 8, 9)", "a.py", []),
+        ("a._Fact(1, 2, 3, 4, 5, 6, 7, 8, 9)", "a.py", ["a.py: _Fact(...)"]),
+    ],
+)
+def test_what_asks_too_much_of_a_reader_is_found(source: str, name: str, found: list[str]) -> None:
+    assert list(too_large(source, name)) == found
 
 
 def test_no_file_is_named_after_nothing() -> None:

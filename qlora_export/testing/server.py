@@ -18,12 +18,12 @@ from qlora_export.testing.attributes import DEFAULT_ATTRIBUTES, is_large
 from qlora_export.testing.messages import Answer, Body, FileSpan, HangUp, Record, Request
 from qlora_export.testing.repository import Repository
 from qlora_export.testing.routes import answer
-from qlora_export.testing.service import Limits, Rules, Service
+from qlora_export.testing.service import Rules, Service
 from qlora_export.testing.storage import BlobStore, FileEntry, read_chunks
 
 
 class HubServer:
-    """A Hub on this machine, serving while its `with` block runs.
+    """A Hub on this machine, serving while its `with` block runs; the keywords after `port` are those of `Rules`.
 
     Without a `token` everybody may write; with one, requests without it may only read what is public and
     `read:TOKEN` may read everything. Contents lie under `root`, by default in a folder that goes when the block ends.
@@ -31,23 +31,11 @@ class HubServer:
     they do not know: those with one of the words of `without` in their path, as in `/whoami-v2` or `/commits/`.
     """
 
-    def __init__(
-        self,
-        root: Path | None = None,
-        *,
-        token: str | None = None,
-        faults: Sequence[str] = (),
-        xet: bool = False,
-        organisations: Sequence[str] = (),
-        limits: Limits | None = None,
-        port: int = 0,
-        prefix: str = "",
-        without: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, root: Path | None = None, *, faults: Sequence[str] = (), port: int = 0, **rules: Any) -> None:
         self.collections: dict[str, list[dict[str, Any]]] = {}
         self.endpoint = ""
         self._root, self._port, self._faults = root, port, tuple(faults)
-        self._rules = Rules(token, tuple(organisations), xet, limits or Limits(), prefix, tuple(without))
+        self._rules = Rules(**rules)
         self._records: list[Record] = []
         self._service: Service | None = None
         self._stack = ExitStack()

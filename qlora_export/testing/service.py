@@ -39,11 +39,11 @@ class Rules:
     """
 
     token: str | None = None
-    organisations: tuple[str, ...] = ()
+    organisations: Sequence[str] = ()
     xet: bool = False
     limits: Limits = field(default_factory=Limits)
     prefix: str = ""
-    without: tuple[str, ...] = ()
+    without: Sequence[str] = ()
 
 
 @dataclass
