@@ -91,6 +91,8 @@ SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN")
 
 # Flags that are keys of a recipe's drift, beside its text.
 DRIFT_FLAGS = ("protocol", "choices", "prompts")
+# Flags that stand in for a recipe.
+RECIPE_FLAGS = ("base", "adapter", "format", "onto", "training_quantization", "text", *DRIFT_FLAGS, "calibration")
 
 # What a verb makes of a recipe: the JSON object, how it prints for people, and its exit code.
 Outcome = tuple[dict[str, Any], Callable[[], None], int]
@@ -106,9 +108,9 @@ class Flags:
     recipe: RecipePath = None
     base: Base = None
     adapter: Adapters = None
-    formats: Formats = None
+    format: Formats = None
     onto: OntoName = None
-    training: Training = None
+    training_quantization: Training = None
     text: Text = None
     protocol: ProtocolName = None
     choices: ChoicesFile = None
@@ -129,18 +131,7 @@ class Flags:
     @property
     def of_recipe(self) -> dict[str, Any]:
         """Those that stand in for a recipe, by their words."""
-        return {
-            "--base": self.base,
-            "--adapter": self.adapter,
-            "--format": self.formats,
-            "--onto": self.onto,
-            "--training-quantization": self.training,
-            "--text": self.text,
-            "--protocol": self.protocol,
-            "--choices": self.choices,
-            "--prompts": self.prompts,
-            "--calibration": self.calibration,
-        }
+        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in RECIPE_FLAGS}
 
     @property
     def all_settings(self) -> list[str]:
