@@ -11,6 +11,7 @@ The last is for changes whose size depends on what they change, as DoRA's: what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -20,6 +21,7 @@ from qlora_export.device.kernels import Values
 from qlora_export.merge.base_rows import Rows, require_finite
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.merged_model import Output
+from qlora_export.planning import Route
 from qlora_export.tensors.reading import SourceFiles
 
 
@@ -63,12 +65,9 @@ class Merge:
         return require_finite(values, self.output.layer_spec, str(self.output.source.stored[0].path), first)
 
 
-# By the name of the output where it is changed, and the base.
-Merges = dict[tuple[str, MergeBase], Merge]
-
-
-def open_merge(output: Output, base: MergeBase, files: SourceFiles) -> Merge:
+def open_merge(route: Route, files: SourceFiles) -> Merge:
     """Load the changes of a tensor; others may take the rows of the base, too."""
+    output, base = route.output, route.base
     if not output.changes:
         return Merge(output, base, None, Merging.AS_THEY_ARE)
     changes = Changes(output.changes, files, output.layer_spec.columns)
@@ -78,9 +77,8 @@ def open_merge(output: Output, base: MergeBase, files: SourceFiles) -> Merge:
     return Merge(output, base, changes, Merging.ADDED_TO_STORED if depends else Merging.ON_A_COPY)
 
 
-def in_place(merges: Merges) -> Merges:
+def in_place(merges: Sequence[Merge]) -> list[Merge]:
     """The same where rows of training are an array of their own: merged into it where only one needs it."""
-    needing = [key for key, merge in merges.items() if merge.needs_trained]
-    if len(needing) != 1 or merges[needing[0]].base != "as-trained" or merges[needing[0]].changes is None:
-        return merges
-    return {**merges, needing[0]: replace(merges[needing[0]], merging=Merging.IN_PLACE)}
+    alone = sum(merge.needs_trained for merge in merges) == 1
+    suit = [alone and merge.base == "as-trained" and merge.changes is not None for merge in merges]
+    return [replace(one, merging=Merging.IN_PLACE) if suits else one for one, suits in zip(merges, suit, strict=True)]

@@ -21,7 +21,7 @@ import numpy as np
 from qlora_export.contracts import DitheringEncoder, DitheringFormat, MergeBase, Piece, TensorEncoder
 from qlora_export.device.accelerator import Accelerator
 from qlora_export.device.kernels import Values
-from qlora_export.engine.merging import Merge, Merges, in_place, open_merge
+from qlora_export.engine.merging import Merge, in_place, open_merge
 from qlora_export.errors import Refused
 from qlora_export.merge.base_rows import BaseRows, Rows
 from qlora_export.merge.changes import LowRank
@@ -113,23 +113,24 @@ class TensorJob:
         opened = [(found, found.open(files)) for found in destinations]
         self._copied = [found for found, encoder in opened if encoder is None]
         self._takers = [Taker(found, encoder) for found, encoder in opened if encoder is not None]
-        self._merges = _merges_of(self._takers, files)
+        groups: dict[tuple[str, MergeBase], list[Taker]] = {}
+        for taker in self._takers:
+            groups.setdefault(taker.destination.merge, []).append(taker)
+        merges = [open_merge(group[0].destination.route, files) for group in groups.values()]
         self._rows = None
-        if self._merges:
-            own, output = plan.from_adapter(source), next(iter(self._merges.values())).output
-            trained = any(merge.needs_trained for merge in self._merges.values())
-            trained = trained or plan.training.quantization.recorded
-            self._rows = BaseRows(output, plan.training, files, own, trained)
-            if self._rows.base is not None:
-                self._merges = in_place(self._merges)
-        loaded = [(merge.base, merge.changes) for merge in self._merges.values()]
+        if merges:
+            trained = plan.training.quantization.recorded or any(merge.needs_trained for merge in merges)
+            self._rows = BaseRows(merges[0].output, plan.training, files, plan.from_adapter(source), trained)
+            merges = in_place(merges) if self._rows.base is not None else merges
+        self._shares = list(zip(merges, groups.values(), strict=True))
+        loaded = [(merge.base, merge.changes) for merge in merges]
         self._observing = [(base, changes) for base, changes in loaded if changes is not None and changes.observes]
         if self._observing and self._rows is not None and self._rows.observes:
             raise Refused(
                 f"tensor {source.spec.name}: DoRA on an embedding that was quantised in training cannot be merged",
                 "give the adapter's training quantisation again",
             )
-        if self._rows is not None and _suits_accelerator(self._rows, self._merges.values()):
+        if self._rows is not None and _suits_accelerator(self._rows, merges):
             self._rows.accelerator = accelerator
         self.blocks = self._blocks()
 
@@ -162,11 +163,10 @@ class TensorJob:
             return
         with self._working():
             rows = self._rows.take(block.first, block.count)
-            for key, merge in self._merges.items():
+            for merge, takers in self._shares:
                 values = merge.values(rows, block.first)
-                for taker in self._takers:
-                    if taker.destination.merge == key:
-                        taker.encode(values, rows, block)
+                for taker in takers:
+                    taker.encode(values, rows, block)
 
     def seal(self) -> None:
         """Write what only the whole tensor decides, copy what is carried, and compare the base with the sidecar."""
@@ -189,16 +189,6 @@ class TensorJob:
         forms = [taker.destination.route.form for taker in self._takers]
         multiples = [form.row_multiple(self._rows.spec) for form in forms if form]
         return tuple(RowBlock(rows.start, len(rows)) for rows in self._rows.blocks(*multiples))
-
-
-def _merges_of(takers: Sequence[Taker], files: SourceFiles) -> Merges:
-    """What is merged for them, once for those who receive the same values."""
-    found: Merges = {}
-    for taker in takers:
-        key, route = taker.destination.merge, taker.destination.route
-        if key not in found:
-            found[key] = open_merge(route.output, route.base, files)
-    return found
 
 
 def _suits_accelerator(rows: BaseRows, merges: Iterable[Merge]) -> bool:
