@@ -19,10 +19,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import initialization
 
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.contracts import TORCH_NAMES
+from qlora_export.blocks.live_parameters import Parameters
 from qlora_export.errors import Refused
-from qlora_export.planning import Plan
+from qlora_export.planning.plan import Plan
 from qlora_export.sources.architecture import live_config
 from qlora_export.sources.live_model import decoder_place
 from qlora_export.types import TORCH_NAMES

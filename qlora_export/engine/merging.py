@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from qlora_export.contracts import MergeBase
-from qlora_export.device import kernels
-from qlora_export.device.kernels import Values
 from qlora_export.merge.base_rows import Rows, require_finite
 from qlora_export.merge.changes import Changes
 from qlora_export.merge.merged_model import Output
-from qlora_export.planning import Route
+from qlora_export.planning.plan import Route
+from qlora_export.quant.device import kernels
+from qlora_export.quant.device.kernels import Values
 from qlora_export.tensors.reading import SourceFiles
+from qlora_export.types import MergeBase
 
 
 class Merging(Enum):

@@ -18,14 +18,14 @@ from typing import cast
 
 import numpy as np
 
-from qlora_export.contracts import DitheringEncoder, DitheringFormat, MergeBase, Piece, TensorEncoder
-from qlora_export.device.accelerator import Accelerator
-from qlora_export.device.kernels import Values
 from qlora_export.engine.merging import Merge, in_place, open_merge
 from qlora_export.errors import Refused
+from qlora_export.formats.base import DitheringEncoder, DitheringFormat, TensorEncoder
 from qlora_export.merge.base_rows import BaseRows, Rows
 from qlora_export.merge.changes import LowRank
-from qlora_export.planning import ArtifactPlan, Plan, Route, route_parts
+from qlora_export.planning.plan import ArtifactPlan, Plan, Route, route_parts
+from qlora_export.quant.device.accelerator import Accelerator
+from qlora_export.quant.device.kernels import Values
 from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles

@@ -23,8 +23,8 @@ import numpy as np
 
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.group_sums import Float64, add_errors, products_of
+from qlora_export.quant.mse_scales import FRACTIONS, REFITS
 from qlora_export.quant.scales import absmax
-from qlora_export.quant.searched_scales import FRACTIONS, REFITS
 
 # What a layout can store of scales, elementwise.
 Stored = Callable[[Float32], Float32]

@@ -75,7 +75,7 @@ def test_a_value_has_the_nearest_level(small: SmallFloat, levels: tuple[float, .
     below, above = np.nextafter(middles, np.float32(-1e9)), np.nextafter(middles, np.float32(1e9))
     given = np.concatenate([order, below, above, np.array([-1e30, 1e30, 0], np.float32)])
     expected = np.concatenate([order, order[:-1], order[1:], order[[0, -1]], np.zeros(1, np.float32)])
-    found = np.array([searched_float_scales._nearest(np.float32(value), small.levels) for value in given])
+    found = np.array([mse_float_scales._nearest(np.float32(value), small.levels) for value in given])
     np.testing.assert_array_equal(found, expected)
 
 

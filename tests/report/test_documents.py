@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -77,7 +77,9 @@ def test_a_document_with_a_key_too_many_or_too_few_is_refused(name: str, checked
 def entry_with(run: Run, **facts: Any) -> dict[str, Any]:
     """What the report says of the first artifact when this is found."""
     assert run.ledger is not None
-    first: Entry = replace(run.ledger.entries[0], **facts)
+    entry = run.ledger.entries[0]
+    shown = {name: facts.pop(name) for name in facts.keys() & {field.name for field in fields(entry.findings)}}
+    first: Entry = replace(entry, findings=replace(entry.findings, **shown), **facts)
     data = report(replace(run, ledger=replace(run.ledger, entries=(first,))))
     assert jsonschema.Draft202012Validator(SCHEMAS["report"]()).is_valid(json.loads(json.dumps(data)))
     found: dict[str, Any] = data["artifacts"][0]

@@ -10,21 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_export.calibrate import passing
-from qlora_export.calibrate.activations import batches_of
-from qlora_export.calibrate.block import Stream, Tokens, advance, groups_of
-from qlora_export.calibrate.decoder import (
-    Call,
-    Decoder,
-    empty,
-    give,
-    move_buffers,
-    open_decoder,
-    record,
-    require_stored,
-)
-from qlora_export.calibrate.parameters import Parameters
-from qlora_export.calibrate.passing import BlockRun, CalibrationOptions
+from qlora_export.blocks.activations import batches_of
+from qlora_export.blocks.decoder import Call, Decoder, empty, give, move_buffers, open_decoder, record, require_stored
+from qlora_export.blocks.live_parameters import Parameters
+from qlora_export.engine.calibration import block_pass
+from qlora_export.engine.calibration.block import Stream, Tokens, advance, groups_of
+from qlora_export.engine.calibration.block_pass import BlockRun, CalibrationOptions
 from qlora_export.errors import Refused
 from qlora_export.tensors.reading import SourceFiles
 from tests.engine.calibration.models import FAMILIES, live_model, plan_of, save_family, windows_of
