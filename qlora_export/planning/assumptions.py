@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_export import catalog
-from qlora_export.formats.base import Format
-from qlora_export.formats.registry import load_format
 from qlora_export.merge.combine import Weighted
 from qlora_export.merge.companion_files import differing_tokenizer_files
-from qlora_export.merge.trained_quantization import TrainingFacts
 from qlora_export.planning.inputs import Inputs
 from qlora_export.recipe.config import Merge, Recipe
-from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.sources.locate import hub_id, identity
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.types import TORCH_NAMES, TrainingQuantization
@@ -40,7 +35,7 @@ def assumptions_of(inputs: Inputs) -> tuple[str, ...]:
         found.append(
             "auto_map is left out of config.json: no remote code is shipped, transformers has the model itself"
         )
-    found += _dense_experts(recipe, checkpoint, facts)
+    found += _dense_experts(inputs)
     return tuple(found)
 
 
@@ -95,16 +90,12 @@ def _training(recipe: Recipe, training: TrainingQuantization) -> list[str]:
     return found
 
 
-def _requantises(form: Format) -> bool:
-    return form.quantises and form.consumes == "merged"
-
-
-def _dense_experts(recipe: Recipe, checkpoint: Checkpoint, facts: TrainingFacts) -> list[str]:
-    merged = {name for name in catalog.FORMATS if _requantises(load_format(name, facts.live))}
-    quantising = [item.name for item in recipe.artifacts if item.format in merged]
+def _dense_experts(inputs: Inputs) -> list[str]:
+    facts, forms = inputs.facts, inputs.formats
+    quantising = [item.recipe.name for item in forms if item.form.quantises and item.form.consumes == "merged"]
     if not facts.experts or not quantising:
         return []
-    weights = [weight for weight in checkpoint.weights.values() if weight.spec.module in facts.experts]
+    weights = [weight for weight in inputs.checkpoint.weights.values() if weight.spec.module in facts.experts]
     size = sum(weight.spec.size * ITEM_BYTES[facts.live.storage_dtype] for weight in weights)
     dense = f"{', '.join(quantising)}: {len(weights)} expert weights stay dense ({size / 1e6:.2f} MB)"
     return [

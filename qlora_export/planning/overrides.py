@@ -7,30 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from qlora_export.errors import UsageError
-from qlora_export.formats.base import Format, RoundingFormat
+from qlora_export.formats.base import Format
 from qlora_export.formats.mixed import mix
-from qlora_export.formats.registry import load_format
-from qlora_export.recipe.config import ArtifactRecipe, Override
-from qlora_export.types import Rounding, TrainingQuantization
-
-
-def overrides_of(item: ArtifactRecipe, modules: Iterable[str]) -> dict[str, Override]:
-    """The override of each module that has one."""
-    found: dict[str, Override] = {}
-    for module in modules:
-        for pattern, override in item.overrides.items():
-            if fnmatch.fnmatchcase(module, pattern):
-                found[module] = override
-                break
-    return found
+from qlora_export.planning.resolve import ResolvedFormat
+from qlora_export.types import Rounding
 
 
 def mixed(
-    item: ArtifactRecipe,
-    main: Format,
-    training: TrainingQuantization,
-    names: Mapping[str, tuple[str, ...]],
-    rounding: Rounding = "nearest",
+    item: ResolvedFormat, main: Format, names: Mapping[str, tuple[str, ...]], rounding: Rounding = "nearest"
 ) -> Format:
     """The artifact's format with its overrides, for modules by stored name with the names that the live model has.
 
@@ -39,24 +23,24 @@ def mixed(
     if not item.overrides:
         return main
     forms: dict[str, Format] = {}
-    for module, override in overrides_of(item, names).items():
-        form = load_format(override.format, training, override.options)
-        if isinstance(form, RoundingFormat) and rounding in form.roundings:
-            form = form.rounded(rounding, training, item.seed)
-        forms[module] = form
+    for module in names:
+        pattern = next((pattern for pattern in item.overrides if fnmatch.fnmatchcase(module, pattern)), None)
+        if pattern is not None:
+            forms[module] = item.rounded(item.overrides[pattern], rounding)
     return cast(Format, mix(main, forms, names))
 
 
-def override_problems(item: ArtifactRecipe, modules: Iterable[str], training: TrainingQuantization) -> list[str]:
+def override_problems(item: ResolvedFormat, modules: Iterable[str]) -> list[str]:
     """What is wrong with the overrides of an artifact."""
-    if not item.overrides:
-        return []
     known = list(modules)
-    unmatched = [pattern for pattern in item.overrides if not fnmatch.filter(known, pattern)]
+    unmatched = [pattern for pattern in item.recipe.overrides if not fnmatch.filter(known, pattern)]
     problems = [f"overrides: {pattern!r} matches no quantised module" for pattern in unmatched]
+    error = item.override_error
     try:
-        main = load_format(item.format, training, item.options)
-        mixed(item, main, training, {module: (module,) for module in known})
-    except UsageError as error:
+        if item.error is None:
+            mixed(item, item.form, {module: (module,) for module in known})
+    except UsageError as found:
+        error = found
+    if error is not None:
         problems.append(f"overrides: {error.message}" + (f" ({error.hint})" if error.hint else ""))
     return problems

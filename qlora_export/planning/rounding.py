@@ -11,17 +11,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_export import catalog
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import CorrectedFormat, Format, RoundingFormat
-from qlora_export.formats.registry import load_format
 from qlora_export.merge.merged_model import Output
-from qlora_export.planning.artifact_checks import encoded_modules
 from qlora_export.planning.inputs import Inputs
 from qlora_export.planning.overrides import mixed
+from qlora_export.planning.resolve import ResolvedFormat
 from qlora_export.planning.rounding_checks import CALIBRATED, usual_rounding
 from qlora_export.planning.survival_estimate import Predicted, Question, predict
-from qlora_export.recipe.config import ArtifactRecipe
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.types import MergeBase, Rounding
 
@@ -96,72 +93,63 @@ class RoundingChoice:
 
 def choose_roundings(inputs: Inputs) -> dict[str, RoundingChoice]:
     """The choice for every artifact that a format makes, by name."""
-    items = [item for item in inputs.recipe.artifacts if item.format in catalog.FORMATS]
-    asked = {item.name: _asked(inputs, item) for item in items}
+    asked = [(item, _asked(inputs, item)) for item in inputs.formats]
     questions: dict[str, Question] = {}
-    for item in items:
-        questions |= _questions(inputs, item, asked[item.name])
+    for item, choice in asked:
+        questions |= _questions(inputs, item, choice)
     outputs = [output for output in inputs.model.changed.values() if not _from_adapter(inputs, output)]
     answers = predict(questions, outputs, inputs.facts.stored) if questions else {}
-    return {item.name: _chosen(inputs, item, asked[item.name], answers) for item in items}
+    return {item.recipe.name: _chosen(inputs, item, choice, answers) for item, choice in asked}
 
 
-def _asked(inputs: Inputs, item: ArtifactRecipe) -> RoundingChoice:
-    form = load_format(item.format, inputs.training, item.options)
+def _asked(inputs: Inputs, item: ResolvedFormat) -> RoundingChoice:
+    form, stated = item.form, item.recipe.rounding
     if not form.quantises or form.consumes == "base":
-        return RoundingChoice(form, item.rounding, None)
-    rounding = usual_rounding(inputs.recipe, item, inputs.facts, inputs.model)
+        return RoundingChoice(form, stated, None)
+    rounding = usual_rounding(inputs, item)
     if isinstance(form, CorrectedFormat):
-        return RoundingChoice(_corrected(inputs, item, form), item.rounding, rounding)
-    if isinstance(form, RoundingFormat) and rounding in form.roundings:
-        form = form.rounded(rounding, inputs.training, item.seed)
-    return RoundingChoice(_mixed(inputs, item, form, rounding), item.rounding, rounding)
-
-
-def _mixed(inputs: Inputs, item: ArtifactRecipe, form: Format, rounding: Rounding) -> Format:
-    """The format with the artifact's overrides."""
-    modules = encoded_modules(item, inputs.facts) if item.overrides else frozenset()
+        return RoundingChoice(_corrected(inputs, item, form), stated, rounding)
+    modules = inputs.encoded(item) if item.overrides else frozenset()
     names = {module: tuple(sorted(inputs.names.both_names({module}))) for module in sorted(modules)}
-    return mixed(item, form, inputs.training, names, rounding)
+    return RoundingChoice(mixed(item, item.rounded(form, rounding), names, rounding), stated, rounding)
 
 
-def _corrected(inputs: Inputs, item: ArtifactRecipe, form: CorrectedFormat) -> Format:
+def _corrected(inputs: Inputs, item: ResolvedFormat, form: CorrectedFormat) -> Format:
     """The format with a correction for every layer that it encodes and the live model has."""
-    found = inputs.names.live_modules(encoded_modules(item, inputs.facts))
+    found = inputs.names.live_modules(inputs.encoded(item))
     layers = {live: inputs.model.outputs[f"{module}.weight"].layer_spec for live, module in found.items()}
     try:
         return form.corrected(layers)
     except UsageError as error:
-        raise UsageError(f"artifact {item.name}: {error.message}", error.hint) from None
+        raise UsageError(f"artifact {item.recipe.name}: {error.message}", error.hint) from None
 
 
-def _questions(inputs: Inputs, item: ArtifactRecipe, choice: RoundingChoice) -> dict[str, Question]:
+def _questions(inputs: Inputs, item: ResolvedFormat, choice: RoundingChoice) -> dict[str, Question]:
     """About the artifact itself by its name; about nearest in its place, where it may be dithered."""
     if inputs.adapter is None or choice.chosen is None or choice.chosen in CALIBRATED:
         return {}
-    modules: AbstractSet[str] = encoded_modules(item, inputs.facts)
+    name, modules = item.recipe.name, inputs.encoded(item)
     if choice.chosen != "dithered":
-        return {item.name: Question(choice.form, inputs.onto(item), modules)}
-    nearest = load_format(item.format, inputs.training, item.options)
-    questions = {_beside(item): Question(nearest, "as-trained", modules)}
+        return {name: Question(choice.form, inputs.onto(item.recipe), modules)}
+    questions = {_beside(name): Question(item.form, "as-trained", modules)}
     if not _stored_codes(inputs, modules):
-        questions[item.name] = Question(choice.form, "stored", modules)
+        questions[name] = Question(choice.form, "stored", modules)
     return questions
 
 
 def _chosen(
-    inputs: Inputs, item: ArtifactRecipe, choice: RoundingChoice, answers: Mapping[str, Predicted]
+    inputs: Inputs, item: ResolvedFormat, choice: RoundingChoice, answers: Mapping[str, Predicted]
 ) -> RoundingChoice:
-    nearest, predicted = answers.get(_beside(item)), answers.get(item.name)
+    name = item.recipe.name
+    nearest, predicted = answers.get(_beside(name)), answers.get(name)
     if nearest is not None and nearest.median >= SURVIVES:
-        form = load_format(item.format, inputs.training, item.options)
-        return RoundingChoice(form, item.rounding, "nearest", None, nearest, nearest)
-    by_chance = choice.chosen == "dithered" and _stored_codes(inputs, encoded_modules(item, inputs.facts))
-    return replace(choice, seed=item.seed if by_chance else None, predicted=predicted, nearest=nearest)
+        return RoundingChoice(item.form, choice.stated, "nearest", None, nearest, nearest)
+    by_chance = choice.chosen == "dithered" and _stored_codes(inputs, inputs.encoded(item))
+    return replace(choice, seed=item.recipe.seed if by_chance else None, predicted=predicted, nearest=nearest)
 
 
-def _beside(item: ArtifactRecipe) -> str:
-    return f"{item.name} to nearest"
+def _beside(name: str) -> str:
+    return f"{name} to nearest"
 
 
 def _stored_codes(inputs: Inputs, modules: AbstractSet[str]) -> bool:
