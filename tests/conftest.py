@@ -27,7 +27,11 @@ from tests import processes, room_times, sampling
 
 if TYPE_CHECKING:
     from qlora_export.recipe.config import Recipe
+    from tests.helpers.hostile import Pairs
     from tests.helpers.pico import RecipeMaker
+
+# Its asserts show the values that differ, as those of tests do.
+pytest.register_assert_rewrite("tests.helpers.hostile")
 
 hypothesis.settings.register_profile("all-cases", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("sampled", hypothesis.settings.get_profile("all-cases"), max_examples=25)
@@ -53,7 +57,6 @@ LONG_FILES = (
     "tests/tools/test_tools.py",
     "tests/exporters/test_transformers_js.py",
     "tests/formats/test_architectures.py",
-    "tests/test_hostile.py",
     "tests/exporters/test_onnx_classifier.py",
     "tests/merge/test_oracle.py",
 )
@@ -158,6 +161,14 @@ def pico_recipe(pico_base: Path, pico_adapter: Path) -> RecipeMaker:
         return make_recipe(data, Path(), "test")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory, pico_base: Path, pico_adapter: Path) -> Pairs:
+    """A sound base and a sound adapter by name, each made once, whose copies tests break."""
+    from tests.helpers.hostile import sound_pairs
+
+    return sound_pairs(tmp_path_factory.mktemp("pairs"), pico_base, pico_adapter)
 
 
 @pytest.fixture
