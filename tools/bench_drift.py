@@ -37,14 +37,16 @@ from quality_models import DEMO, scaled_adapter
 
 from qlora_export.drift.gate import deciding_tokens, judge
 from qlora_export.drift.measure import keep_reference, measure, measure_reference
+from qlora_export.drift.probes import NO_PROBES
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
 from qlora_export.drift.results import Drift, Measurement
 from qlora_export.drift.statistics import compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExportError
 from qlora_export.pipeline.check_folder import Question, check_against
-from qlora_export.pipeline.measure import drift_text, drift_tokens, measure_references, reference_key
-from qlora_export.pipeline.options import RunOptions, untracked
+from qlora_export.pipeline.measure import texts_of
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.recipe.config import Limits, Recipe
@@ -130,9 +132,10 @@ def demo(folder: Path, count: int | None) -> Iterator[tuple[TokenSet, Measuremen
     """The embedded demo: its tokens, the reference, and what measures its adapter with a delta of another size."""
     recipe = recipe_of(DEMO / "adapter", tokens=count)
     plan = make_plan(recipe, folder)
-    tokens = drift_tokens(plan, (), drift_text(recipe))
-    with open_reference(ReferenceStore(folder, 0), reference_key(plan, workers=2), tokens) as kept:
-        reference = measure_references(plan, kept, untracked).tuned
+    model, options = trained_model(plan), RunOptions(folder, workers=2)
+    tokens = model.tokens(texts_of(recipe).drift, model.tokenizer(), recipe.drift)
+    with open_reference(ReferenceStore(folder, 0), model.key(options), tokens) as kept:
+        reference = model.measure(kept, NO_PROBES, options).tuned
 
         def scaled(scale: float) -> Measurement:
             adapter = scaled_adapter(DEMO / "adapter", scale, folder / f"adapter-{scale:g}")

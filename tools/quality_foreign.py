@@ -11,11 +11,12 @@ from quality_models import QualityModel, calibration_ids
 
 from qlora_export import Run
 from qlora_export.drift.measure import measure
+from qlora_export.drift.probes import NO_PROBES
 from qlora_export.drift.reference_store import ReferenceStore, open_reference
 from qlora_export.drift.results import Drift
 from qlora_export.drift.statistics import compare
-from qlora_export.pipeline.measure import measure_references, reference_key
-from qlora_export.pipeline.options import untracked
+from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.runtimes.registry import load_runtime
 
 REFERENCE_BYTES = 8_000_000_000
@@ -40,16 +41,16 @@ def peer_folder(python: Path, merged: Path, model: QualityModel, sequences: int,
 
 def measure_folder(folder: Path, run: Run) -> Drift:
     """The drift of a folder that we did not make, on the tokens of a run and against the same reference."""
-    plan, ledger = run.plan, run.ledger
+    model, ledger = trained_model(run.plan), run.ledger
     if ledger is None:
         raise ValueError("nothing to compare with")
 
     def progress(done: int, total: int) -> None:
         del done, total
 
-    store = ReferenceStore(folder.parent, REFERENCE_BYTES)
-    with open_reference(store, reference_key(plan, workers=2), ledger.tokens) as reference:
-        references = measure_references(plan, reference, untracked)
+    store, options = ReferenceStore(folder.parent, REFERENCE_BYTES), RunOptions(folder, workers=2)
+    with open_reference(store, model.key(options), ledger.tokens) as reference:
+        references = model.measure(reference, NO_PROBES, options)
         with load_runtime("transformers").open(folder) as session:
             measured = measure(folder.name, "transformers", session, reference.rows, progress)
     return compare(measured, references.tuned, references.base or references.tuned, ledger.tokens)

@@ -46,14 +46,6 @@ def tokens_of(recipe: Recipe, tokenizer: Tokenizer) -> CalibrationTokens:
     return calibration_tokens(recipe.calibration, texts, tokenizer)
 
 
-def tokenizer_folder(plan: Plan) -> Path:
-    """Whose tokenizer the artifacts will have: the adapter's, where it came with one."""
-    adapter = plan.adapter
-    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
-        return adapter.folder
-    return plan.checkpoint.folder
-
-
 def calibration_options(recipe: Recipe, out: Path, device: str) -> CalibrationOptions:
     """The recipe's method, on a device."""
     from qlora_export.engine.calibration.block_pass import CalibrationOptions

@@ -18,33 +18,22 @@ from qlora_export.drift.comparison.costs import cost_of, fp32_cost, linear_modul
 from qlora_export.drift.comparison.rows import Comparison, Measured, Row, by_size
 from qlora_export.drift.comparison.speed import Speed, speed_of
 from qlora_export.drift.ledger import Entry, References, make_ledger
-from qlora_export.drift.probes import NO_TEXTS
+from qlora_export.drift.probes import NO_PROBES, NO_TEXTS
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
-from qlora_export.drift.window_sizes import protocol_of
 from qlora_export.engine.build import locked
 from qlora_export.engine.trial_folders import COMPARISON_TRIAL, make_room
 from qlora_export.errors import ExportError
-from qlora_export.exporters.registry import load_exporter
-from qlora_export.pipeline.measure import (
-    drift_text,
-    drift_tokens,
-    judged,
-    limits_of,
-    measure_artifact,
-    measure_references,
-    reference_key,
-    reference_store,
-    require_measurable,
-)
+from qlora_export.pipeline.measure import Texts, judged, limits_of, planned_candidate, reference_store, texts_of
 from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
+from qlora_export.planning.resolve import ResolvedExport, resolve
 from qlora_export.planning.rounding_checks import CALIBRATED
 from qlora_export.recipe.config import Recipe
-from qlora_export.runtimes.open import open_artifact
-from qlora_export.sources.text import DriftText
+from qlora_export.types import TrainingQuantization
 
 BASELINE = "fp32"
 AS_TRAINED = "merge.onto is auto: formats without a merge base of their own are compared as-trained"
@@ -66,17 +55,17 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
     when none can be measured.
     """
     found = candidates(formats, recipe)
-    text = drift_text(recipe)
+    texts = texts_of(recipe)
     recipe, notes = _for_trial(recipe)
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         trial = _Trial(recipe, replace(options, out=options.out / COMPARISON_TRIAL))
-        built = trial.build(found, text)
+        built = trial.build(found, texts)
         plan = built[0].plan
-        tokens = drift_tokens(plan, [item.artifact for item in built], text)
-        key = reference_key(plan, options.workers, options.device)
-        with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
-            references = measure_references(plan, reference, options.track, device=options.device)
+        model = trained_model(plan)
+        tokens = model.tokens(texts.drift, model.tokenizer([item.artifact for item in built]), recipe.drift)
+        with open_reference(reference_store(recipe, options), model.key(options), tokens) as reference:
+            references = model.measure(reference, NO_PROBES, options)
             entries = dict(trial.measure(built, references, reference.rows))
     if not entries:
         raise next(iter(trial.failures.values()))
@@ -116,9 +105,9 @@ class _Trial:
         """The plan of some candidates."""
         return make_plan(_recipe_of(self.recipe, items), self.options.out)
 
-    def build(self, items: Sequence[Candidate], text: DriftText) -> list[_Built]:
+    def build(self, items: Sequence[Candidate], texts: Texts) -> list[_Built]:
         """Everything that can be built and measured, in as few passes over the base as there are ways to build."""
-        planned = [item for item in items if self._plans(item, text)]
+        planned = [item for item in items if self._plans(item, texts)]
         if not planned:
             raise next(iter(self.failures.values()))
         built = [found for group in _groups(planned) for found in self._build_together(group)]
@@ -126,11 +115,11 @@ class _Trial:
             raise next(iter(self.failures.values()))
         return built
 
-    def _plans(self, item: Candidate, text: DriftText) -> bool:
+    def _plans(self, item: Candidate, texts: Texts) -> bool:
         try:
             plan = self.plan([item])
             require_reference(plan)
-            require_measurable(protocol_of(plan), text, NO_TEXTS)
+            replace(texts, asked=NO_TEXTS).require_measurable(trained_model(plan).protocol(self.recipe.drift))
         except ExportError as error:
             self.failures[item] = error
             return False
@@ -159,10 +148,10 @@ class _Trial:
         """What each artifact measures, and how fast it runs."""
         for item in built:
             recipe = item.candidate.artifact(self.recipe)
+            candidate = planned_candidate(item.plan, item.artifact, recipe, self.options.device)
             try:
-                with open_artifact(item.artifact, item.plan, self.options.device) as opened:
-                    track = self.options.track
-                    measured = measure_artifact(item.plan, item.artifact, recipe, opened, rows, track)
+                with candidate.open() as opened:
+                    measured = candidate.measured(opened, rows, self.options.track)
                     speed = speed_of(opened, rows.tokens)
             except ExportError as error:
                 self.failures[item.candidate] = error
@@ -184,14 +173,15 @@ def _recipe_of(recipe: Recipe, items: Sequence[Candidate]) -> Recipe:
     made = [item.artifact(recipe) for item in items]
     for item in items:
         if item.format in catalog.EXPORTERS:
-            source = _source(item).artifact(recipe)
+            source = _source(item, recipe).artifact(recipe)
             made = [source, *(artifact for artifact in made if artifact.name != source.name)]
     return recipe.model_copy(update={"artifacts": tuple(made)})
 
 
-def _source(item: Candidate) -> Candidate:
+def _source(item: Candidate, recipe: Recipe) -> Candidate:
     """What an exporter starts from."""
-    takes = load_exporter(item.format, {}, item.rounding).takes
+    found = resolve(item.artifact(recipe), TrainingQuantization())
+    takes = found.exporter.takes if isinstance(found, ResolvedExport) else "dense"
     return Candidate("bf16" if takes in ("dense", "adapter") else takes, item.rounding, item.onto)
 
 

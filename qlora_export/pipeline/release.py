@@ -13,17 +13,9 @@ from typing import Any
 
 from qlora_export import engine
 from qlora_export.drift.gate import recall
-from qlora_export.drift.label_answers import compare_labels
-from qlora_export.drift.ledger import Entry, Ledger, Measured, References, make_ledger
-from qlora_export.drift.onnx.artifacts import validated
-from qlora_export.drift.probes import Probes, ProbeTexts, ask
+from qlora_export.drift.ledger import Ledger
 from qlora_export.drift.reference import require_reference
-from qlora_export.drift.reference_store import Reference, open_reference
 from qlora_export.drift.results import Verified
-from qlora_export.drift.tokens import TokenSet
-from qlora_export.drift.trace_run import Models, traced_entries
-from qlora_export.drift.window_sizes import protocol_of
-from qlora_export.drift.worst_tokens import worst_of
 from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
 from qlora_export.pipeline.auto_format import settle_formats
@@ -33,26 +25,12 @@ from qlora_export.pipeline.calibrate import (
     calibration_options,
     forget,
     to_calibrate,
-    tokenizer_folder,
     tokens_of,
 )
 from qlora_export.pipeline.lock import require_pinned, require_pinned_bytes
-from qlora_export.pipeline.measure import (
-    drift_text,
-    drift_tokens,
-    judged,
-    measure_artifact,
-    measure_references,
-    open_trained,
-    probe_texts,
-    probes_of,
-    reference_key,
-    reference_store,
-    require_in_vocabulary,
-    require_measurable,
-    tokenizer_of,
-)
+from qlora_export.pipeline.measure import Evaluation, ledger_of, planned_candidate, texts_of
 from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.publish.base import Account, Publisher
@@ -63,7 +41,6 @@ from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.report.data import REPORT_NAME, report, write_report
 from qlora_export.report.recorded import read_report, recorded_entry, recorded_sample
 from qlora_export.report.run import Receipt, Run
-from qlora_export.runtimes.open import open_artifact
 from qlora_export.sources.locate import hub_id_of_base
 
 
@@ -114,10 +91,9 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def _calibrated(plan: Plan, items: Sequence[ArtifactPlan], options: RunOptions) -> Plan:
     """Decide what is rounded by calibration, alone in the run folder."""
-    from qlora_export.runtimes.tokenizer import FolderTokenizer
-
-    tokens = tokens_of(plan.recipe, FolderTokenizer(tokenizer_folder(plan)))
-    require_in_vocabulary([max(window) for window in tokens.windows], plan)
+    model = trained_model(plan)
+    tokens = tokens_of(plan.recipe, model.tokenizer())
+    model.require_row(max(max(window) for window in tokens.windows))
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         chosen = calibration_options(plan.recipe, options.out, options.device)
@@ -130,41 +106,23 @@ def check(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
-    text, asked = drift_text(recipe), probe_texts(recipe)
+    texts = texts_of(recipe)
 
     def measurable(plan: Plan) -> None:
-        require_measurable(protocol_of(plan), text, asked)
-        _require_readable(plan, asked)
+        model = trained_model(plan)
+        texts.require_measurable(model.protocol(recipe.drift))
+        if texts.asked.questions or texts.asked.prompts:
+            model.probes(texts.asked, model.tokenizer())
         require(plan)
 
     run = _build(recipe, options, measurable)
-    tokens = drift_tokens(run.plan, run.artifacts, text)
-    probes = probes_of(run.plan, asked, tokenizer_of(run.plan, run.artifacts))
-    key = {**reference_key(run.plan, options.workers, options.device), **probes.key}
-    with open_reference(reference_store(recipe, options.out), key, tokens) as reference:
-        references = measure_references(run.plan, reference, options.track, probes, options.device)
-        measured = _measure_artifacts(run, references, reference, probes, options)
-    entries = judged(recipe, measured, references, tokens)
-    entries = _traced(run, entries, tokens, options)
-    return Run(run.plan, run.artifacts, make_ledger(tokens, references, entries, options.device))
-
-
-def _require_readable(plan: Plan, asked: ProbeTexts) -> None:
-    """Raise InputError for a question or prompt that the model cannot read, before anything is built."""
-    from qlora_export.runtimes.tokenizer import FolderTokenizer
-
-    if asked.questions or asked.prompts:
-        probes_of(plan, asked, FolderTokenizer(tokenizer_folder(plan)))
-
-
-def _traced(run: Run, entries: Sequence[Entry], tokens: TokenSet, options: RunOptions) -> tuple[Entry, ...]:
-    """The entries, with the layers of those compared one by one that the recipe asks it of."""
-    drift = run.plan.recipe.drift
-    models = Models(
-        lambda: open_trained(run.plan, options.device),
-        lambda entry: open_artifact(entry.artifact, run.plan, options.device),
-    )
-    return traced_entries(entries, tokens, drift.trace if drift else "never", models, options.out, options.track)
+    model = trained_model(run.plan)
+    tokenizer = model.tokenizer(run.artifacts)
+    tokens = model.tokens(texts.drift, tokenizer, run.plan.recipe.drift)
+    asked = Evaluation(tokens, model.probes(texts.asked, tokenizer), tokenizer.decode)
+    pairs = zip(run.artifacts, run.plan.recipe.artifacts, strict=True)
+    candidates = [planned_candidate(run.plan, *pair, options.device) for pair in pairs]
+    return replace(run, ledger=ledger_of(model, candidates, asked, run.plan.recipe, options))
 
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
@@ -247,26 +205,12 @@ def _proven(
 ) -> list[Receipt]:
     """The receipts with the proof of each: fetched, compared, opened, and its sample repeated."""
     recipe = run.plan.recipe
-    tokens = drift_tokens(run.plan, run.artifacts, drift_text(recipe)) if recipe.drift else None
+    model = trained_model(run.plan)
+    tokenizer = model.tokenizer(run.artifacts)
+    tokens = model.tokens(texts_of(recipe).drift, tokenizer, recipe.drift) if recipe.drift else None
     proven = []
     for receipt in receipts:
         sample = recorded_sample(recorded, receipt.artifact)
         with options.track(f"prove {receipt.artifact}"), publisher.fetch(receipt) as fetched:
             proven.append(replace(receipt, proof=prove(receipt, fetched, run.plan, sample, tokens)))
     return proven
-
-
-def _measure_artifacts(
-    run: Run, references: References, reference: Reference, probes: Probes, options: RunOptions
-) -> list[Measured]:
-    decode, rows = tokenizer_of(run.plan, run.artifacts).decode, reference.rows
-    found = []
-    for recipe, artifact in zip(run.plan.recipe.artifacts, run.artifacts, strict=True):
-        with open_artifact(artifact, run.plan, options.device) as session:
-            measured = measure_artifact(run.plan, artifact, recipe, session, rows, options.track)
-            answers = ask(session, probes, reference.columns, decode, options.track)
-        compared = (measured.measurement, references.tuned, rows.tokens, decode)
-        worst, labels = worst_of(*compared), compare_labels(*compared)
-        onnx = validated(artifact, rows.tokens, options.track)
-        found.append(replace(measured, worst=worst, answers=answers, labels=labels, onnx=onnx))
-    return found

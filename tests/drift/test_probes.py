@@ -16,8 +16,8 @@ from qlora_export.drift.ledger import Entry
 from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.errors import InputError
 from qlora_export.pipeline.check_folder import Question, check_against
-from qlora_export.pipeline.measure import open_trained
 from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.pipeline.release import check
 from qlora_export.publish.public_report import public_recipe, public_report
 from qlora_export.recipe.config import Recipe
@@ -111,7 +111,7 @@ def test_the_references_answers_are_kept_and_a_changed_file_is_asked_anew(
     first = report(checked(BFLOAT, **PROBES)[0])
     kept = {path.name for path in (texts / "out/references").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr("qlora_export.pipeline.measure.ask_reference", None)
+        patched.setattr("qlora_export.pipeline.reference_model.ask_reference", None)
         assert report(checked(BFLOAT, **PROBES)[0])["artifacts"][0]["choices"] == first["artifacts"][0]["choices"]
     questions = texts / "questions.jsonl"
     questions.write_text(questions.read_text().replace("late", "soon"))
@@ -163,7 +163,7 @@ def test_a_verdict_stands_where_there_is_no_room_for_a_trace(checked: Checks, te
     """A file may be no larger than what one layer gives."""
     run, _ = checked(BFLOAT)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    models = Models(lambda: open_trained(run.plan), lambda entry: open_artifact(entry.artifact, run.plan))
+    models = Models(trained_model(run.plan).open, lambda entry: open_artifact(entry.artifact, run.plan))
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
         (found,) = traced_entries(

@@ -111,7 +111,7 @@ def test_a_reference_is_run_once_for_several_artifacts(
 ) -> None:
     first = check(merged / "int8", merged / "fp32")
     assert len(kept_references(tmp_path / "out")) == 1
-    monkeypatch.setattr("qlora_export.pipeline.measure.measure_model", None)
+    monkeypatch.setattr("qlora_export.pipeline.reference_model.measure_model", None)
     second = check(merged / "bf16", merged / "fp32")
     assert first.ledger is not None
     assert second.ledger is not None

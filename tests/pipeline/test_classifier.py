@@ -23,8 +23,9 @@ from qlora_export.drift.window_sizes import SizedProtocol, recorded_protocol
 from qlora_export.errors import ExportError, InputError, Refused, UsageError
 from qlora_export.pipeline.check_folder import Question, check_against
 from qlora_export.pipeline.compare import compare
-from qlora_export.pipeline.measure import drift_text, drift_tokens
+from qlora_export.pipeline.measure import texts_of
 from qlora_export.pipeline.options import RunOptions
+from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.pipeline.release import check as run_check
 from qlora_export.pipeline.release import release as run_release
 from qlora_export.planning.make import make_plan
@@ -143,7 +144,8 @@ def test_it_says_what_peft_says(trained: Trained, tmp_path: Path) -> None:
     recipe = Trained(trained.base, adapter, trained.text).recipe("bf16", "fp32")
     plan = make_plan(recipe.model_copy(update={"training_quantization": "none"}), tmp_path)
     assert plan.adapter is not None
-    tokens = drift_tokens(plan, (), drift_text(recipe))
+    reference = trained_model(plan)
+    tokens = reference.tokens(texts_of(recipe).drift, reference.tokenizer(), recipe.drift)
     session = open_as_trained(plan.checkpoint, plan.adapter, plan.live_training).tuned()
     auto = transformers.AutoModelForSequenceClassification
     model = peft.PeftModel.from_pretrained(auto.from_pretrained(trained.base, num_labels=3).float(), adapter).eval()
