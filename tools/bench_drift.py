@@ -43,7 +43,7 @@ from qlora_export.drift.results import Drift, Measurement
 from qlora_export.drift.statistics import compare
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExportError
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.measure import texts_of
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.reference_model import trained_model
@@ -215,7 +215,7 @@ def defects(folder: Path, tokens: int) -> dict[str, str | float]:
         copy = shutil.copytree(sound, folder / name)
         (copy / "manifest.json").unlink()
         change(copy)
-        question = Question(str(copy), str(sound))
+        question = CheckRequest(str(copy), str(sound))
         try:
             run = check_against(question, {"text": HOLDOUT}, settings, RunOptions(folder / "checks"))
         except ExportError as error:

@@ -17,7 +17,7 @@ from qlora_export.merge.trained_base import TrainedBase
 from qlora_export.planning.plan import Plan
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.four_bit import GRIDS, NF4, FourBitGrid
-from qlora_export.sources.architecture import Home
+from qlora_export.sources.architecture import StoredPlace
 from qlora_export.sources.weights import FourBitWeight, Weight
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.types import Onto, StoredScales, TensorSpec
@@ -93,7 +93,7 @@ class Parameters:
             return np.ascontiguousarray(values.T)
         return values.reshape(output.spec.shape)
 
-    def _packed(self, homes: tuple[Home, ...]) -> Float32:
+    def _packed(self, homes: tuple[StoredPlace, ...]) -> Float32:
         """Experts that are stored one by one, the parts of each below one another."""
         windows = [home.window for home in homes if home.window is not None]
         experts = 1 + max(window.expert for window in windows)

@@ -32,7 +32,7 @@ def check_against(
     artifact: Path, against: str, flags: dict[str, Any], settings: list[str], options: RunOptions
 ) -> Outcome:
     """Measure the drift of a folder from a model."""
-    from qlora_export.pipeline.check_folder import Question
+    from qlora_export.pipeline.check_folder import CheckRequest
     from qlora_export.pipeline.check_folder import check_against as check_folder
 
     unknown = [name for name, value in flags.items() if value and name not in AGAINST_FLAGS]
@@ -41,7 +41,7 @@ def check_against(
     drift = drift_from(flags)
     if drift is None:
         raise UsageError("--against without a text to measure on", "add --text FILE: .jsonl, .parquet or .txt")
-    question = Question(str(artifact), against, flags["--base"], flags["--training-quantization"])
+    question = CheckRequest(str(artifact), against, flags["--base"], flags["--training-quantization"])
     return _reported(check_folder(question, drift, settings, options), options.out)
 
 

@@ -45,11 +45,16 @@ def _of_recipe(path: Path, out: Path, workers: int | None, hub: bool) -> list[Ch
     from qlora_export.pipeline.doctor.hub import hub_checks
     from qlora_export.pipeline.doctor.libraries import library_checks
     from qlora_export.pipeline.doctor.machine import machine_checks, usable_threads
-    from qlora_export.pipeline.doctor.recipe_checks import extras_of, recipe_checks, repositories_of, settled
+    from qlora_export.pipeline.doctor.recipe_checks import (
+        extras_of,
+        recipe_checks,
+        repositories_of,
+        with_resolved_formats,
+    )
     from qlora_export.recipe.load import load_recipe
 
     recipe = load_recipe(path)
-    repositories = repositories_of(settled(recipe, out))
+    repositories = repositories_of(with_resolved_formats(recipe, out))
     libraries = library_checks(extras_of(recipe))
     of_recipe, needs = recipe_checks(recipe, out, workers or usable_threads())
     asked = hub_checks(repositories) if hub or repositories else []

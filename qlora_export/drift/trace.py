@@ -63,7 +63,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Found:
+class TracedError:
     """A layer of the candidate, its error and its gain."""
 
     layer: TracedLayer
@@ -107,7 +107,7 @@ def trace(session: TracedSession, windows: Windows, recording: Recording) -> Tra
     return Trace(tuple(LayerError(item.layer.name, item.error) for item in outer), broken_among([*outer, *inner]))
 
 
-def broken_among(found: Sequence[Found]) -> Broken | None:
+def broken_among(found: Sequence[TracedError]) -> Broken | None:
     """The layer furthest beyond its limit, if any is."""
     suspects = [suspect for item in found for suspect in _suspicions(item, found)]
     held = {item.layer.block for _, item, _ in suspects if not item.is_block}
@@ -115,7 +115,7 @@ def broken_among(found: Sequence[Found]) -> Broken | None:
     return max(chosen, key=lambda pair: pair[0])[1] if chosen else None
 
 
-def _suspicions(item: Found, found: Sequence[Found]) -> Iterator[tuple[float, Found, Broken]]:
+def _suspicions(item: TracedError, found: Sequence[TracedError]) -> Iterator[tuple[float, TracedError, Broken]]:
     """By error and by gain: how many times the limit it is, and what would be said of it."""
     peers = _peers(item, found)
     lone = not peers and item.layer.block is not None
@@ -133,7 +133,7 @@ def _suspicions(item: Found, found: Sequence[Found]) -> Iterator[tuple[float, Fo
         yield off / limit, item, Broken(item.layer.name, off, spread)
 
 
-def _peers(item: Found, found: Sequence[Found]) -> list[Found]:
+def _peers(item: TracedError, found: Sequence[TracedError]) -> list[TracedError]:
     """The same layer in other blocks, or where those are few all others of its kind."""
     alike = [other for other in found if other.layer.kind == item.layer.kind and other is not item]
     same = [other for other in alike if other.place is not None and other.place == item.place]
@@ -142,14 +142,14 @@ def _peers(item: Found, found: Sequence[Found]) -> list[Found]:
 
 def _found(
     session: TracedSession, windows: Windows, recording: Recording, layers: Sequence[TracedLayer]
-) -> list[Found]:
+) -> list[TracedError]:
     """What these layers make of the reference's inputs, in the order that they run."""
     by_name = {layer.name: layer for layer in layers}
     differences: dict[str, Difference] = {}
     for number, window in enumerate(windows):
         run = _Run(recording, number, by_name, differences)
-        session.trace(window, list(by_name), run.see, run.give)
-    return [Found(by_name[name], item.error, item.gain) for name, item in differences.items()]
+        session.trace(window, list(by_name), run.on_layer, run.replaced_input)
+    return [TracedError(by_name[name], item.error, item.gain) for name, item in differences.items()]
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class _Run:
     differences: dict[str, Difference]
     calls: Counter[str] = field(default_factory=Counter)
 
-    def give(self, name: str) -> Float32 | None:
+    def replaced_input(self, name: str) -> Float32 | None:
         return self.recording.inputs(self.window, name, self.calls[name])
 
-    def see(self, name: str, inputs: Float32 | None, outputs: Float32) -> None:
+    def on_layer(self, name: str, inputs: Float32 | None, outputs: Float32) -> None:
         call = self.calls[name]
         self.calls[name] += 1
         reference = self.recording.outputs(self.window, name, call)

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from qlora_export.engine.durable_progress import Checkpoints
-from qlora_export.engine.gc_pause import few_collections
+from qlora_export.engine.gc_pause import gc_pause
 from qlora_export.engine.options import BuildOptions
 from qlora_export.engine.partial_folder import PartialFolder
 from qlora_export.engine.ray.cluster import run_on_ray
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.spare_workers import Vacancies
-from qlora_export.engine.work_items import Workshop, destinations_of, file_of, subjects_of
+from qlora_export.engine.spare_workers import SpareWorkers
+from qlora_export.engine.work_items import Workshop, destinations_of, file_of, work_items_of
 from qlora_export.engine.workers import StagedJob, WorkerPool
 from qlora_export.planning.plan import Plan, route_parts
 from qlora_export.quant.device.accelerator import Accelerator
@@ -39,14 +39,14 @@ def run_pass(
     """Run all jobs; raises the first error, after which only journalled tensors count."""
     work = Pass(plan, folders, options, digests, files)
     with (
-        few_collections(),
+        gc_pause(),
         Checkpoints(folders, options.checkpoint_bytes, work.is_listed, work.drops) as checkpoints,
     ):
         finished = partial(work.finished, checkpoints)
         if options.engine == "ray":
             run_on_ray(plan, work.subjects, folders, options, digests, finished)
         else:
-            vacancies = Vacancies(options.spares)
+            vacancies = SpareWorkers(options.spares)
             files.before_wait = digests.before_wait = vacancies.lend
             WorkerPool(options.workers, finished, vacancies).run(work.openers())
         with ThreadPoolExecutor(options.threads) as pool:
@@ -78,7 +78,7 @@ class Pass:
         self._done = sum(weight_bytes(source) for source in done)
         for source in done:
             self._mark(source)
-        self.subjects = subjects_of(plan, [source for source in plan.sources if source.spec.name not in written])
+        self.subjects = work_items_of(plan, [source for source in plan.sources if source.spec.name not in written])
         self._files_of = {source.spec.name: self._source_files(source) for source in plan.sources}
         self._left = Counter(file_of(subject) for subject in self.subjects)
 

@@ -17,7 +17,7 @@ from qlora_export.engine.manifest import manifest_bytes, origin
 from qlora_export.engine.partial_folder import remove_partial, sync_folder, write_file
 from qlora_export.errors import UsageError
 from qlora_export.exporters.base import FinishingExporter
-from qlora_export.merge.companion_files import COMPANION_NAME, TOKENIZER_NAME, CarriedFile
+from qlora_export.merge.companion_files import COMPANION_NAME, TOKENIZER_NAME, CompanionFile
 from qlora_export.planning.plan import ExportPlan, Plan
 from qlora_export.sources.checkpoint import require_contained
 
@@ -76,7 +76,7 @@ def _carry(folder: Path, partial: Path) -> None:
     """Bring along, byte for byte, what belongs to the weights whatever their kind."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name)):
-            write_file(partial, CarriedFile(path.name, require_contained(path)))
+            write_file(partial, CompanionFile(path.name, require_contained(path)))
 
 
 def _finish(plan: Plan, item: ExportPlan, source: Artifact | None, partial: Path) -> None:
@@ -102,5 +102,5 @@ def _finish(plan: Plan, item: ExportPlan, source: Artifact | None, partial: Path
         **found,
         "files": facts,
     }
-    write_file(partial, CarriedFile(MANIFEST_NAME, content=manifest_bytes(manifest)))
+    write_file(partial, CompanionFile(MANIFEST_NAME, content=manifest_bytes(manifest)))
     sync_folder(partial)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def few_collections() -> Iterator[None]:
+def gc_pause() -> Iterator[None]:
     """Spare the collector whatever is there already."""
     gc.freeze()
     try:

@@ -14,7 +14,7 @@ from qlora_export.artifact import MANIFEST_NAME, file_facts
 from qlora_export.engine.journal import JOURNAL_NAME, Journal, marked
 from qlora_export.engine.manifest import make_manifest
 from qlora_export.errors import UsageError
-from qlora_export.merge.companion_files import CarriedFile
+from qlora_export.merge.companion_files import CompanionFile
 from qlora_export.planning.plan import ArtifactPlan, Plan
 from qlora_export.tensors.writing import ShardWriter
 
@@ -45,7 +45,7 @@ class PartialFolder:
         weights = self.writer.facts()
         facts = {name: weights.get(name) or file_facts(self.path / name) for name in self.item.files}
         self.writer.close()
-        write_file(self.path, CarriedFile(MANIFEST_NAME, content=make_manifest(plan, self.item, sources, facts)))
+        write_file(self.path, CompanionFile(MANIFEST_NAME, content=make_manifest(plan, self.item, sources, facts)))
         for place in {self.path, *(self.path.joinpath(name).parent for name in facts)}:
             sync_folder(place)
         self.path.rename(self._final)
@@ -70,7 +70,7 @@ class PartialFolder:
         return True
 
 
-def write_file(folder: Path, file: CarriedFile) -> None:
+def write_file(folder: Path, file: CompanionFile) -> None:
     """Write one file below the folder and bring it to the disk; never through a link."""
     path = folder / file.name
     path.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 
 
-class Vacancies:
+class SpareWorkers:
     """Places that are free, `most` at the same time, until it is closed."""
 
     def __init__(self, most: int) -> None:

@@ -16,12 +16,12 @@ from qlora_export.sources.weights import Weight
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.tensors.writing import ShardWriter
 
-Subject = Path | Weight
+WorkItem = Path | Weight
 # By the identity of the source: two weights may have one name, of which the adapter brings the other.
 Destinations = Mapping[int, Sequence[Destination]]
 
 
-def subjects_of(plan: Plan, missing: Iterable[Weight]) -> list[Subject]:
+def work_items_of(plan: Plan, missing: Iterable[Weight]) -> list[WorkItem]:
     """Every file of the base before the weights that begin in it; the adapter's own weights last."""
     groups: dict[Path, list[Weight]] = {path: [] for path in plan.checkpoint.files}
     for source in missing:
@@ -30,7 +30,7 @@ def subjects_of(plan: Plan, missing: Iterable[Weight]) -> list[Subject]:
     return [subject for path, group in groups.items() for subject in ([path] * (path in base) + group)]
 
 
-def file_of(subject: Subject) -> Path:
+def file_of(subject: WorkItem) -> Path:
     """The file that a subject begins in, or is."""
     return subject if isinstance(subject, Path) else subject.stored[0].path
 
@@ -54,7 +54,7 @@ class Workshop:
     digests: SourceDigests
     accelerator: Accelerator | None = None
 
-    def opener(self, subject: Subject) -> Callable[[], StagedJob]:
+    def opener(self, subject: WorkItem) -> Callable[[], StagedJob]:
         """What opens the job of a subject."""
         if isinstance(subject, Path):
             return partial(HashJob, self.digests, subject)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from qlora_export.engine.spare_workers import Vacancies
+from qlora_export.engine.spare_workers import SpareWorkers
 from qlora_export.engine.tensor_job import RowBlock
 
 
@@ -66,10 +66,10 @@ class WorkerPool:
     Spare threads do tasks while workers wait for the disk, as many as there may be `vacancies`.
     """
 
-    def __init__(self, workers: int, finished: Callable[[int], None], vacancies: Vacancies | None = None) -> None:
+    def __init__(self, workers: int, finished: Callable[[int], None], vacancies: SpareWorkers | None = None) -> None:
         self._workers = workers
         self._finished = finished
-        self._vacancies = vacancies or Vacancies(0)
+        self._vacancies = vacancies or SpareWorkers(0)
         self._tasks: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._open = 0

@@ -35,7 +35,7 @@ STALE_KEYS = ("quantization_config", "_name_or_path", "auto_map", "_commit_hash"
 
 
 @dataclass(frozen=True)
-class CarriedFile:
+class CompanionFile:
     """A file of the artifact that is no weight file of ours: its relative name, and a source path or its content."""
 
     name: str
@@ -55,30 +55,30 @@ class CarriedFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def carried_files(
+def companion_files(
     checkpoint: Checkpoint, adapter: Adapter | None, form: Format, config: bytes
-) -> tuple[CarriedFile, ...]:
+) -> tuple[CompanionFile, ...]:
     """All files beside the weights, sorted by name."""
-    files = {"config.json": CarriedFile("config.json", content=config)}
+    files = {"config.json": CompanionFile("config.json", content=config)}
     for path in checkpoint.folder.iterdir():
         if TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name):
-            files[path.name] = CarriedFile(path.name, require_contained(path))
+            files[path.name] = CompanionFile(path.name, require_contained(path))
     for path in adapter.folder.iterdir() if adapter else ():
         if TOKENIZER_NAME.fullmatch(path.name):
-            files[path.name] = CarriedFile(path.name, require_contained(path))
+            files[path.name] = CompanionFile(path.name, require_contained(path))
     if adapter and form.keeps_adapter:
         for file in _kept_adapter(adapter):
             files[file.name] = file
     if isinstance(form, CorrectedFormat):
         settings = json.dumps(form.adapter_config(), indent=2).encode() + b"\n"
-        files[ADAPTER_CONFIG] = CarriedFile(ADAPTER_CONFIG, content=settings)
+        files[ADAPTER_CONFIG] = CompanionFile(ADAPTER_CONFIG, content=settings)
     return tuple(files[name] for name in sorted(files))
 
 
 def beside_sha256(folder: Path) -> dict[str, str]:
     """Digests of what travels beside the weights of a folder: tokenizer, licence, sidecar."""
     return {
-        path.name: CarriedFile(path.name, path).sha256()
+        path.name: CompanionFile(path.name, path).sha256()
         for path in sorted(folder.iterdir())
         if path.is_file()
         and (TOKENIZER_NAME.fullmatch(path.name) or COMPANION_NAME.fullmatch(path.name) or path.name == SIDECAR_NAME)
@@ -131,15 +131,15 @@ def _cleaned(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return cleaned
 
 
-def _kept_adapter(adapter: Adapter) -> list[CarriedFile]:
+def _kept_adapter(adapter: Adapter) -> list[CompanionFile]:
     """The adapter as it is, but for the path of its base, which is now the folder above."""
     config = {**adapter.config, "base_model_name_or_path": ".."}
     files = [
-        CarriedFile(ADAPTER_CONFIG, content=json.dumps(config, indent=2).encode() + b"\n"),
-        *(CarriedFile(f"{ADAPTER_FOLDER}/{path.name}", path) for path in adapter.files),
+        CompanionFile(ADAPTER_CONFIG, content=json.dumps(config, indent=2).encode() + b"\n"),
+        *(CompanionFile(f"{ADAPTER_FOLDER}/{path.name}", path) for path in adapter.files),
     ]
     if (index := adapter.folder / SHARD_INDEX_NAME).exists() and len(adapter.files) > 1:
-        files.append(CarriedFile(f"{ADAPTER_FOLDER}/{SHARD_INDEX_NAME}", index))
+        files.append(CompanionFile(f"{ADAPTER_FOLDER}/{SHARD_INDEX_NAME}", index))
     if adapter.training.recorded:
-        files.append(CarriedFile(f"{ADAPTER_FOLDER}/{SIDECAR_NAME}", adapter.folder / SIDECAR_NAME))
+        files.append(CompanionFile(f"{ADAPTER_FOLDER}/{SIDECAR_NAME}", adapter.folder / SIDECAR_NAME))
     return files

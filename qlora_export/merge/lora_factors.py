@@ -8,16 +8,16 @@ import numpy as np
 
 from qlora_export.merge.adapter_keys import NESTED, PREFIX, ModuleTensors
 from qlora_export.merge.changes import AddedVector, Change, Experts, LowRank, Magnitude, ReplacedRows
-from qlora_export.merge.match_state import DISAGREE, OTHER_BASE, SAVE_AGAIN, Draft
+from qlora_export.merge.match_state import DISAGREE, OTHER_BASE, SAVE_AGAIN, MatchState
 from qlora_export.merge.module_names import EMBEDDING_LIKE
 from qlora_export.sources.adapter import CONFIG_NAME
-from qlora_export.sources.architecture import Home
+from qlora_export.sources.architecture import StoredPlace
 from qlora_export.tensors.header import StoredTensor
 
 Pair = tuple[StoredTensor, StoredTensor]
 
 
-def match_linear(draft: Draft, item: ModuleTensors) -> None:
+def match_linear(draft: MatchState, item: ModuleTensors) -> None:
     """Factors of a linear layer, with magnitude and bias."""
     pair = _pair(draft, item, "lora_", item.module)
     if pair is None:
@@ -46,7 +46,7 @@ def match_linear(draft: Draft, item: ModuleTensors) -> None:
         _match_bias(draft, item, bias, shape[0])
 
 
-def _match_bias(draft: Draft, item: ModuleTensors, bias: StoredTensor, rows: int) -> None:
+def _match_bias(draft: MatchState, item: ModuleTensors, bias: StoredTensor, rows: int) -> None:
     if draft.shape(f"{item.module}.bias") is None:
         draft.problem(
             f"tensor {bias.spec.name} is a trained bias, the base has no {item.module}.bias to add it to",
@@ -57,14 +57,14 @@ def _match_bias(draft: Draft, item: ModuleTensors, bias: StoredTensor, rows: int
         draft.changes.setdefault(f"{item.module}.bias", []).append(change)
 
 
-def _require_magnitude(draft: Draft, item: ModuleTensors) -> None:
+def _require_magnitude(draft: MatchState, item: ModuleTensors) -> None:
     stated, there = bool(draft.adapter.config.get("use_dora")), item.part("lora_magnitude_vector") is not None
     if stated != there:
         what = "is missing, use_dora is set" if stated else "is there, use_dora is not set"
         draft.problem(f"tensor {PREFIX}{item.module}.lora_magnitude_vector {what}", DISAGREE)
 
 
-def match_embedding(draft: Draft, item: ModuleTensors) -> None:
+def match_embedding(draft: MatchState, item: ModuleTensors) -> None:
     """Factors of an embedding, with magnitude."""
     pair = _pair(draft, item, "lora_embedding_", item.module)
     if pair is None:
@@ -84,7 +84,7 @@ def match_embedding(draft: Draft, item: ModuleTensors) -> None:
     draft.changes.setdefault(f"{item.module}.weight", []).extend(changes)
 
 
-def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
+def match_tokens(draft: MatchState, module: str, rows: StoredTensor) -> None:
     """Rows of an embedding that were trained whole."""
     if draft.names.tie_contradicts_bytes:
         message = f"tensor {rows.spec.name} was trained on a pair that config.json ties and the bytes do not"
@@ -103,7 +103,7 @@ def match_tokens(draft: Draft, module: str, rows: StoredTensor) -> None:
     draft.changes.setdefault(f"{module}.weight", []).append(ReplacedRows(rows, tuple(indices)))
 
 
-def _token_indices(draft: Draft, module: str) -> Sequence[int]:
+def _token_indices(draft: MatchState, module: str) -> Sequence[int]:
     """The indices that the config states for a module; for a tied head that it does not name, the embedding's."""
     stated = draft.adapter.config.get("trainable_token_indices") or []
     if not isinstance(stated, dict):
@@ -113,7 +113,7 @@ def _token_indices(draft: Draft, module: str) -> Sequence[int]:
     return found[0] if found else []
 
 
-def match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
+def match_parameter(draft: MatchState, item: ModuleTensors, last: str) -> None:
     """Factors of a parameter: a matrix, or [experts, out, in], packed in the file or unpacked."""
     live = draft.names.architecture.module(item.module)
     parameter = f"{live}.{last}"
@@ -129,7 +129,7 @@ def match_parameter(draft: Draft, item: ModuleTensors, last: str) -> None:
         _no_home(draft, pair[0], parameter)
 
 
-def _match_matrix(draft: Draft, parameter: str, shape: tuple[int, ...], pair: Pair) -> None:
+def _match_matrix(draft: MatchState, parameter: str, shape: tuple[int, ...], pair: Pair) -> None:
     """A parameter that is a matrix, its product as it is stored; the layer of a Conv1D sees its transpose."""
     turned = any(home.tensor in draft.names.input_major for home in draft.names.parameter(parameter))
     rank, stored = draft.adapter.rank(parameter), shape[::-1] if turned else shape
@@ -138,7 +138,7 @@ def _match_matrix(draft: Draft, parameter: str, shape: tuple[int, ...], pair: Pa
         draft.changes.setdefault(parameter, []).append(change)
 
 
-def _match_experts(draft: Draft, parameter: str, homes: Sequence[Home], pair: Pair) -> None:
+def _match_experts(draft: MatchState, parameter: str, homes: Sequence[StoredPlace], pair: Pair) -> None:
     rank, scale = draft.adapter.rank(parameter), draft.adapter.scale(parameter)
     shape = _packed_shape(draft, homes)
     if len(shape) != 3:
@@ -152,7 +152,7 @@ def _match_experts(draft: Draft, parameter: str, homes: Sequence[Home], pair: Pa
             draft.stored_changes.setdefault(home.tensor, []).append(LowRank(*pair, scale, experts=lay))
 
 
-def _packed_shape(draft: Draft, homes: Sequence[Home]) -> tuple[int, ...]:
+def _packed_shape(draft: MatchState, homes: Sequence[StoredPlace]) -> tuple[int, ...]:
     """The shape of a parameter, [experts, out, in] where it is stored expert by expert."""
     shape = draft.names.checkpoint.weights[homes[0].tensor].spec.shape
     windows = [home.window for home in homes if home.window is not None]
@@ -165,7 +165,7 @@ def _packed_shape(draft: Draft, homes: Sequence[Home]) -> tuple[int, ...]:
     )
 
 
-def _no_home(draft: Draft, tensor: StoredTensor, parameter: str) -> None:
+def _no_home(draft: MatchState, tensor: StoredTensor, parameter: str) -> None:
     name, hint = tensor.spec.name, OTHER_BASE
     if not draft.names.direct:
         module, _, last = parameter.rpartition(".")
@@ -177,7 +177,7 @@ def _no_home(draft: Draft, tensor: StoredTensor, parameter: str) -> None:
     draft.problem(f"tensor {name} has no home: the base has no {parameter}", hint)
 
 
-def _pair(draft: Draft, item: ModuleTensors, kind: str, scaled: str) -> Pair | None:
+def _pair(draft: MatchState, item: ModuleTensors, kind: str, scaled: str) -> Pair | None:
     """Both factors, or None when one is missing, which is noted; `scaled` is whose scale they have."""
     suffix = "" if kind == "lora_embedding_" else ".weight"
     a, b = item.part(f"{kind}A{suffix}"), item.part(f"{kind}B{suffix}")

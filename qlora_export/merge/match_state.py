@@ -19,7 +19,7 @@ DISAGREE = "adapter_config.json and tensors do not agree"
 
 
 @dataclass
-class Draft:
+class MatchState:
     """Changes and replacements by the live name of the parameter, changes of experts by their stored names.
 
     `accounted` names tensors that need no home: equal copies of others.

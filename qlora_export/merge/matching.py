@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from qlora_export.errors import ExportError, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, sort_tensors
 from qlora_export.merge.lora_factors import match_embedding, match_linear, match_parameter, match_tokens
-from qlora_export.merge.match_state import DISAGREE, SAVE_AGAIN, Draft
+from qlora_export.merge.match_state import DISAGREE, SAVE_AGAIN, MatchState
 from qlora_export.merge.merged_model import MergedModel
 from qlora_export.merge.module_names import Names, names_of
 from qlora_export.merge.target_modules import match_config, parameter_names
-from qlora_export.merge.tied_embeddings import settle_model
+from qlora_export.merge.tied_embeddings import finish_model
 from qlora_export.sources.adapter import Adapter
 from qlora_export.sources.architecture import CLASSIFIER_HEADS
 from qlora_export.sources.checkpoint import Checkpoint
@@ -34,11 +34,11 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
     found = sort_tensors(adapter.tensors)
     modules = [item.module for item in found.modules] + list(adapter.training.modules)
     names = names_of(checkpoint, adapter.classifier, [*(f"{module}.weight" for module in modules), *found.whole])
-    draft = Draft(adapter, names)
+    draft = MatchState(adapter, names)
     try:
         _match_all(draft, found)
         if not draft.problems:
-            model = settle_model(draft)
+            model = finish_model(draft)
             _require_all_used(draft, found, model)
             if not draft.problems:
                 return Match(model, names, ())
@@ -47,7 +47,7 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
     return Match(MergedModel({}), names, tuple(draft.problems))
 
 
-def _match_all(draft: Draft, found: AdapterTensors) -> None:
+def _match_all(draft: MatchState, found: AdapterTensors) -> None:
     if not found.modules and not found.whole:
         draft.problem("no tensor at all", SAVE_AGAIN)
     for tensor in draft.adapter.tensors.values():
@@ -76,7 +76,7 @@ def _match_all(draft: Draft, found: AdapterTensors) -> None:
         match_config(draft, found, parameters)
 
 
-def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
+def _settle_doubles(draft: MatchState, found: AdapterTensors) -> None:
     """Two tensors of one name may be copies of each other; two spellings of one module may not be."""
     for first, second in found.doubled:
         if same_values(first, second):
@@ -91,7 +91,7 @@ def _settle_doubles(draft: Draft, found: AdapterTensors) -> None:
         live[key] = item.module
 
 
-def _require_all_used(draft: Draft, found: AdapterTensors, model: MergedModel) -> None:
+def _require_all_used(draft: MatchState, found: AdapterTensors, model: MergedModel) -> None:
     """Note every tensor that has no part in the merged model."""
     used = {id(tensor) for output in model.outputs.values() for change in output.changes for tensor in change.tensors}
     used |= {id(tensor) for output in model.outputs.values() for tensor in output.source.stored}
@@ -100,7 +100,7 @@ def _require_all_used(draft: Draft, found: AdapterTensors, model: MergedModel) -
             draft.problem(f"tensor {tensor.spec.name} has no home: nothing in the merged model uses it", DISAGREE)
 
 
-def _replace(draft: Draft, parameter: str, tensor: StoredTensor) -> None:
+def _replace(draft: MatchState, parameter: str, tensor: StoredTensor) -> None:
     """A tensor that was saved whole takes the place of the base's; a classifier's head may be new."""
     names = draft.names
     module = parameter.rpartition(".")[0]

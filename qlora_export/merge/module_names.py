@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora_export.errors import ExportError
-from qlora_export.sources.architecture import CLASSIFIER_HEADS, Architecture, Home, read_architecture
+from qlora_export.sources.architecture import CLASSIFIER_HEADS, Architecture, StoredPlace, read_architecture
 from qlora_export.sources.checkpoint import Checkpoint
 from qlora_export.tensors.dtypes import FLOATS
 from qlora_export.tensors.reading import same_values
@@ -61,10 +61,10 @@ class Names:
         """Whether every parameter is stored under its own name."""
         return all(name in self.checkpoint.weights for name in self.parameters)
 
-    def parameter(self, name: str) -> tuple[Home, ...]:
+    def parameter(self, name: str) -> tuple[StoredPlace, ...]:
         """Where a parameter of the live model is stored; empty when nowhere."""
         if self.direct:
-            return (Home(name),) if name in self.checkpoint.weights else ()
+            return (StoredPlace(name),) if name in self.checkpoint.weights else ()
         module, _, last = name.rpartition(".")
         live = self.architecture.module(module)
         return self.architecture.homes.get(f"{live}.{last}", ())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from qlora_export.errors import ExitCode, Problem
 from qlora_export.merge.adapter_keys import AdapterTensors, ModuleTensors, factor_modules
-from qlora_export.merge.match_state import Draft
+from qlora_export.merge.match_state import MatchState
 from qlora_export.merge.module_names import EXPERT
 
 LAYER_NUMBER = r".*?\.[^.]*\.(\d+)\."
@@ -19,7 +19,7 @@ INCOMPLETE = "the adapter is incomplete, or was trained on another base: save it
 IGNORED = "peft ignores it: adapter_config.json and tensors do not agree"
 
 
-def match_config(draft: Draft, found: AdapterTensors, parameters: Mapping[tuple[str, int], str]) -> None:
+def match_config(draft: MatchState, found: AdapterTensors, parameters: Mapping[tuple[str, int], str]) -> None:
     """Note what was targeted and has no tensors, and what has tensors and was not targeted.
 
     `parameters` are those of `parameter_names`.
@@ -40,7 +40,7 @@ def match_config(draft: Draft, found: AdapterTensors, parameters: Mapping[tuple[
         draft.problems.append(Problem(ExitCode.BAD_INPUT, message, INCOMPLETE))
 
 
-def parameter_names(draft: Draft, found: AdapterTensors) -> dict[tuple[str, int], str]:
+def parameter_names(draft: MatchState, found: AdapterTensors) -> dict[tuple[str, int], str]:
     """The parameter of every module wrapped by target_parameters; PEFT nests them in the module's own order."""
     targets = draft.adapter.config.get("target_parameters") or []
     names: dict[tuple[str, int], str] = {}
@@ -51,7 +51,7 @@ def parameter_names(draft: Draft, found: AdapterTensors) -> dict[tuple[str, int]
     return names
 
 
-def _matched_parameters(draft: Draft, live: str) -> list[str]:
+def _matched_parameters(draft: MatchState, live: str) -> list[str]:
     """The parameters of a module that target_parameters names."""
     targets = draft.adapter.config.get("target_parameters") or []
     order = draft.names.architecture.order.get(live, ())
@@ -62,7 +62,7 @@ def _first(item: ModuleTensors) -> str:
     return next(iter(item.parts.values())).spec.name
 
 
-def _targeted(draft: Draft, module: str) -> bool:
+def _targeted(draft: MatchState, module: str) -> bool:
     """PEFT's rule: target_modules without exclude_modules, in the layers of layers_to_transform."""
     config = draft.adapter.config
     targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
@@ -84,7 +84,7 @@ def _named(targets: str | list[str], module: str) -> bool:
     return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
-def _without_factors(draft: Draft, linear: list[ModuleTensors]) -> Iterator[str]:
+def _without_factors(draft: MatchState, linear: list[ModuleTensors]) -> Iterator[str]:
     """Targeted matrices without factors; experts that are packed in the live model are targeted as parameters."""
     targets = draft.adapter.config.get("target_modules") or []
     adapted = {draft.names.live_module(item.module) for item in linear}
@@ -97,7 +97,7 @@ def _without_factors(draft: Draft, linear: list[ModuleTensors]) -> Iterator[str]
             yield module
 
 
-def _without_parameters(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+def _without_parameters(draft: MatchState, found: AdapterTensors) -> Iterator[str]:
     """Parameters that target_parameters names without factors."""
     targets = draft.adapter.config.get("target_parameters") or []
     if not targets:
@@ -117,7 +117,7 @@ def _without_parameters(draft: Draft, found: AdapterTensors) -> Iterator[str]:
                 yield f"{live}.{matched[len(matched) - 1 - depth]} (target_parameters)"
 
 
-def _unsaved(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+def _unsaved(draft: MatchState, found: AdapterTensors) -> Iterator[str]:
     """Parameters of modules that modules_to_save names, and a classifier's head, that were not saved."""
     there = {*found.whole, *(f"{item.module}.weight" for item in found.modules if "base_layer.weight" in item.parts)}
     there = {_live(draft, name) for name in there}
@@ -132,7 +132,7 @@ def _unsaved(draft: Draft, found: AdapterTensors) -> Iterator[str]:
         yield from (f"{name}, the classifier's head" for name in sorted(untied - there))
 
 
-def _live(draft: Draft, parameter: str) -> str:
+def _live(draft: MatchState, parameter: str) -> str:
     module, _, last = parameter.rpartition(".")
     return f"{draft.names.live_module(module)}.{last}"
 
@@ -142,7 +142,7 @@ def _is_in(module: str, target: str) -> bool:
     return f".{module}.".find(f".{target}.") >= 0
 
 
-def _without_biases(draft: Draft, linear: list[ModuleTensors], found: AdapterTensors) -> Iterator[str]:
+def _without_biases(draft: MatchState, linear: list[ModuleTensors], found: AdapterTensors) -> Iterator[str]:
     """Biases that `bias` and `lora_bias` say were trained."""
     config = draft.adapter.config
     if config.get("lora_bias"):
@@ -158,13 +158,13 @@ def _without_biases(draft: Draft, linear: list[ModuleTensors], found: AdapterTen
     yield from (f"{name} (bias)" for name in expected if name not in trained)
 
 
-def _is_vector(draft: Draft, parameter: str) -> bool:
+def _is_vector(draft: MatchState, parameter: str) -> bool:
     """Whether a stored `bias` is one; the attention masks that old checkpoints hold are called so too."""
     shape = draft.stored_shape(parameter)
     return shape is not None and len(shape) == 1
 
 
-def _without_tokens(draft: Draft, found: AdapterTensors) -> Iterator[str]:
+def _without_tokens(draft: MatchState, found: AdapterTensors) -> Iterator[str]:
     """Modules whose rows trainable_token_indices says were trained; a tied head has those of its embedding."""
     stated = draft.adapter.config.get("trainable_token_indices")
     there = [item.module for item in found.modules if "token_adapter.trainable_tokens_delta" in item.parts]

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_export.errors import InputError, Refused
 from qlora_export.merge.changes import Change, LowRank, ReplacedRows
-from qlora_export.merge.match_state import Draft, transposed_values
+from qlora_export.merge.match_state import MatchState, transposed_values
 from qlora_export.merge.merged_model import MergedModel, Output, stated_tie
 from qlora_export.merge.module_names import HEAD, Names
 from qlora_export.sources.adapter import Adapter
@@ -24,7 +24,7 @@ from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import same_values
 
 
-def settle_model(draft: Draft) -> MergedModel:
+def finish_model(draft: MatchState) -> MergedModel:
     """The merged model that a matched draft describes; raises InputError where its parts contradict each other."""
     names, adapter = draft.names, draft.adapter
     live = {name: list(items) for name, items in draft.changes.items()}
@@ -84,7 +84,7 @@ def _touches_vocabulary(names: Names, touched: set[str]) -> bool:
 class TiedPair:
     """An embedding and the head that shares its weight; `live` and `sources` are changed in place."""
 
-    def __init__(self, draft: Draft, live: dict[str, list[Change]], sources: dict[str, Weight]) -> None:
+    def __init__(self, draft: MatchState, live: dict[str, list[Change]], sources: dict[str, Weight]) -> None:
         self._draft, self._live, self._sources = draft, live, sources
         names = draft.names
         self._embedding, self._head = f"{names.embedding}.weight", f"{names.head}.weight"

@@ -58,7 +58,7 @@ class TrainedBase:
             if self._recorded is not None:
                 self._absmax_sha256 = hashlib.sha256(self._absmax.tobytes()).hexdigest()
             return
-        offset = nested_offset(self._absmax, self._recorded)
+        offset = double_quant_offset(self._absmax, self._recorded)
         codes, nested_absmax = double_quant.encode(self._absmax, offset, self._training.exact_nested)
         self._scales = double_quant.decode(codes, nested_absmax, offset)
         self._second_level = (float(offset), nested_absmax)
@@ -97,7 +97,7 @@ class TrainedBase:
         return per_block[first : first - (-len(values) // self._training.block_size)]
 
 
-def nested_offset(absmax: Float32, recorded: TrainedModule | None) -> np.float32:
+def double_quant_offset(absmax: Float32, recorded: TrainedModule | None) -> np.float32:
     """The mean that double quantisation subtracts: the recorded one, since it depends on torch's threads, or ours."""
     if recorded is not None and recorded.nested_offset is not None:
         return np.float32(recorded.nested_offset)

@@ -34,7 +34,7 @@ class _Choice:
     why: str
 
 
-def settle_formats(recipe: Recipe, out: Path) -> Recipe:
+def resolve_auto_formats(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with a format for every `auto`; as it is where there is none. Raises UsageError for its options.
 
     Opens the adapter and the base, by their headers, where the answer depends on how the base was trained.

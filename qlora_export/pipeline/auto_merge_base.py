@@ -33,26 +33,26 @@ Measure = Callable[[Recipe, Path], Ledger | None]
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedMergeBase:
     """A recipe whose merge base is one of two, and the sentence that says why."""
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
 
 
-def settle(recipe: Recipe, out: Path, measure: Measure) -> Settled:
+def resolve_merge_base(recipe: Recipe, out: Path, measure: Measure) -> ResolvedMergeBase:
     """Settle `auto`; any other recipe is returned as it is. Raises UsageError without an adapter or a text."""
     if recipe.merge.onto != "auto":
-        return Settled(recipe)
+        return ResolvedMergeBase(recipe)
     require_evidence(recipe)
     base = make_plan(_on(recipe, "as-trained"), out)
     if base.live_training.provenance == "base" or base.live_training.quant_type == "none":
-        return Settled(_on(recipe, "as-trained"), ("merge.onto auto: there is one base only, as stored",))
+        return ResolvedMergeBase(_on(recipe, "as-trained"), ("merge.onto auto: there is one base only, as stored",))
     decision = _decided(recipe, base, out, measure)
     chosen: Onto = "original" if decision["chosen"] == "original" else "as-trained"
     numbers = ", ".join(f"{name} {kl:.3g}" for name, kl in decision["mean_kl_nats"].items())
     note = f"merge.onto auto: {chosen}, by mean KL in nats on {decision['tokens']} tokens: {numbers}"
-    return Settled(_on(recipe, chosen), (note,))
+    return ResolvedMergeBase(_on(recipe, chosen), (note,))
 
 
 def require_evidence(recipe: Recipe) -> None:

@@ -73,7 +73,7 @@ def calibrated(
     return replace(plan, artifacts=tuple(changed))
 
 
-def forget(plan: Plan, out: Path) -> None:
+def remove_decided_layers(plan: Plan, out: Path) -> None:
     """Remove what was kept for artifacts that are built now; where another run is at work, its own end does."""
     if not any(item.rounding.chosen in CALIBRATED for item in plan.artifacts):
         return

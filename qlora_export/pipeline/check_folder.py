@@ -30,7 +30,7 @@ from qlora_export.recipe.config import DriftRecipe, Recipe
 from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.base import Session
-from qlora_export.runtimes.detect import CONFIG, recognised
+from qlora_export.runtimes.detect import CONFIG, detect_artifact
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
@@ -46,7 +46,7 @@ BASE_HINT = "name the base that the adapter was trained on: --base FOLDER"
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckRequest:
     """What is checked against what: folders or Hub ids.
 
     `base` is that of a candidate which is an adapter, `training` how a base was quantised where no sidecar tells.
@@ -59,13 +59,13 @@ class Question:
 
 
 def check_against(
-    question: Question, drift: Mapping[str, Any], settings: Sequence[str], options: RunOptions
+    question: CheckRequest, drift: Mapping[str, Any], settings: Sequence[str], options: RunOptions
 ) -> Checked:
     """Measure one folder and judge it; `drift` is a recipe's section of that name, `settings` are KEY=VALUE of it.
 
     Raises InputError for a folder that does not load, or whose tokenizer is another one.
     """
-    artifact = recognised(_folder(question.artifact))
+    artifact = detect_artifact(_folder(question.artifact))
     look_over(artifact)
     base, adapter = _parts(question.against)
     recipe = _recipe(_folder(base), adapter, question.training, artifact.name, drift, settings)
@@ -175,7 +175,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 @contextmanager
-def _opening(candidate: Artifact, model: ReferenceModel, question: Question, options: RunOptions) -> Iterator[Session]:
+def _opening(
+    candidate: Artifact, model: ReferenceModel, question: CheckRequest, options: RunOptions
+) -> Iterator[Session]:
     """The candidate in its runtime."""
     if candidate.runtime != "as-trained":
         with load_runtime(candidate.runtime).open(candidate.path, options.device) as session:
@@ -192,7 +194,7 @@ def _opening(candidate: Artifact, model: ReferenceModel, question: Question, opt
     yield open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, rows, options.device).tuned()
 
 
-def _base_of(candidate: Artifact, model: ReferenceModel, question: Question) -> Path:
+def _base_of(candidate: Artifact, model: ReferenceModel, question: CheckRequest) -> Path:
     """The base that an adapter is opened on: as stated, else that of the reference's adapter, else as it names it."""
     if question.base is not None:
         return _folder(question.base)

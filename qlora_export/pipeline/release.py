@@ -18,12 +18,12 @@ from qlora_export.drift.reference import require_reference
 from qlora_export.drift.results import Verified
 from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
-from qlora_export.pipeline.auto_format import settle_formats
-from qlora_export.pipeline.auto_merge_base import require_evidence, settle
+from qlora_export.pipeline.auto_format import resolve_auto_formats
+from qlora_export.pipeline.auto_merge_base import require_evidence, resolve_merge_base
 from qlora_export.pipeline.calibrate import (
     calibrated,
     calibration_options,
-    forget,
+    remove_decided_layers,
     to_calibrate,
     tokens_of,
 )
@@ -47,7 +47,7 @@ from qlora_export.sources.locate import hub_id_of_base
 def plan(recipe: Recipe, options: RunOptions) -> Run:
     """Plan only; where the merge base is `auto`, as if it were as-trained."""
     require_evidence(recipe)
-    return Run(make_plan(settle_formats(recipe, options.out), options.out))
+    return Run(make_plan(resolve_auto_formats(recipe, options.out), options.out))
 
 
 def build(recipe: Recipe, options: RunOptions) -> Run:
@@ -61,7 +61,7 @@ def _trial(options: RunOptions, recipe: Recipe, out: Path) -> Ledger | None:
 
 def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None]) -> Run:
     """Settle the merge base, plan, make sure of what is needed later, and build."""
-    settled = settle(settle_formats(recipe, options.out), options.out, partial(_trial, options))
+    settled = resolve_merge_base(resolve_auto_formats(recipe, options.out), options.out, partial(_trial, options))
     recipe = settled.recipe
     plan = make_plan(recipe, options.out, settled.notes)
     if options.pinned is not None:
@@ -79,7 +79,7 @@ def _build(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
             accelerator=options.accelerator,
         )
         built = engine.build(plan, options.out, limits)
-    forget(plan, options.out)
+    remove_decided_layers(plan, options.out)
     made = {artifact.name: artifact for artifact in built}
     for item in plan.exports:
         with options.track(f"export {item.name}"):
@@ -127,7 +127,7 @@ def _check(recipe: Recipe, options: RunOptions, require: Callable[[Plan], None])
 
 def release(recipe: Recipe, options: RunOptions) -> Run:
     """Check, then publish what passed; nothing at all when an artifact failed that may not be withheld."""
-    recipe = settle_formats(recipe, options.out)
+    recipe = resolve_auto_formats(recipe, options.out)
     publisher = _ready_publisher(recipe, options)
 
     def require(plan: Plan) -> None:
@@ -149,10 +149,10 @@ def release(recipe: Recipe, options: RunOptions) -> Run:
 
 def publish(recipe: Recipe, options: RunOptions) -> Run:
     """Publish what an earlier check of this recipe measured and passed; builds and measures nothing."""
-    recipe = settle_formats(recipe, options.out)
+    recipe = resolve_auto_formats(recipe, options.out)
     publisher = _ready_publisher(recipe, options)
     recorded = read_report(options.out / REPORT_NAME)
-    settled = settle(recipe, options.out, partial(_trial, options))
+    settled = resolve_merge_base(recipe, options.out, partial(_trial, options))
     plan = make_plan(settled.recipe, options.out, settled.notes)
     publisher.require_account(_account(plan, recorded))
     artifacts = tuple(engine.finished(plan, options.out))

@@ -16,7 +16,7 @@ from typing import Any
 from qlora_export._version import __version__
 from qlora_export.errors import PlanRefused, Problem
 from qlora_export.formats.base import Format, MixedFormat
-from qlora_export.merge.companion_files import CarriedFile, carried_files, edited_config
+from qlora_export.merge.companion_files import CompanionFile, companion_files, edited_config
 from qlora_export.merge.matching import match_adapter
 from qlora_export.merge.merged_model import unmerged_model
 from qlora_export.merge.module_names import names_of
@@ -136,9 +136,9 @@ def _plan_artifact(inputs: Inputs, resolved: ResolvedFormat, rounding: RoundingC
     matrices = {spec.module for spec in (output.spec for output in model.outputs.values()) if len(spec.shape) == 2}
     kept = tuple(sorted({"lm_head"} | inputs.names.both_names(matrices - encoded))) if form.quantises else ()
     config = edited_config(checkpoint.config, form, kept, model.settings)
-    carried = carried_files(checkpoint, inputs.adapter, form, config)
+    carried = companion_files(checkpoint, inputs.adapter, form, config)
     if (index := layout.index()) is not None:
-        carried += (CarriedFile(INDEX_NAME, content=index),)
+        carried += (CompanionFile(INDEX_NAME, content=index),)
     onto: Onto = "as-trained" if form.keeps_adapter else inputs.onto(item)
     plan = ArtifactPlan(item, rounding, onto, routes, layout, carried, "")
     return replace(plan, digest=_digest(plan, inputs))
@@ -172,5 +172,5 @@ def _calibration(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.calibration is None:
         return None
     paths = {part.text: recipe.path(part.text) for part in recipe.calibration.parts}
-    digests = {text: CarriedFile(text, source=path).sha256() for text, path in paths.items() if path.is_file()}
+    digests = {text: CompanionFile(text, source=path).sha256() for text, path in paths.items() if path.is_file()}
     return {**recipe.calibration.model_dump(), "sha256": digests}

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_export.exporters.base import Exporter
 from qlora_export.formats.base import Format
 from qlora_export.merge.base_rows import Training
-from qlora_export.merge.companion_files import CarriedFile, merged_config
+from qlora_export.merge.companion_files import CompanionFile, merged_config
 from qlora_export.merge.merged_model import MergedModel, Output
 from qlora_export.planning.open_sources import Sources
 from qlora_export.planning.rounding import RoundingChoice
@@ -68,7 +68,7 @@ class ArtifactPlan:
     onto: Onto
     routes: Mapping[str, Route]
     layout: Layout
-    carried: tuple[CarriedFile, ...]
+    carried: tuple[CompanionFile, ...]
     digest: str
     made: Made = field(default_factory=Made)
 

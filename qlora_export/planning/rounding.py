@@ -18,7 +18,7 @@ from qlora_export.planning.inputs import Inputs
 from qlora_export.planning.overrides import mixed
 from qlora_export.planning.resolve import ResolvedFormat
 from qlora_export.planning.rounding_checks import CALIBRATED, usual_rounding
-from qlora_export.planning.survival_estimate import Predicted, Question, predict
+from qlora_export.planning.survival_estimate import Predicted, SurvivalQuery, predict
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.types import MergeBase, Rounding
 
@@ -94,7 +94,7 @@ class RoundingChoice:
 def choose_roundings(inputs: Inputs) -> dict[str, RoundingChoice]:
     """The choice for every artifact that a format makes, by name."""
     asked = [(item, _asked(inputs, item)) for item in inputs.formats]
-    questions: dict[str, Question] = {}
+    questions: dict[str, SurvivalQuery] = {}
     for item, choice in asked:
         questions |= _questions(inputs, item, choice)
     outputs = [output for output in inputs.model.changed.values() if not _from_adapter(inputs, output)]
@@ -124,16 +124,16 @@ def _corrected(inputs: Inputs, item: ResolvedFormat, form: CorrectedFormat) -> F
         raise UsageError(f"artifact {item.recipe.name}: {error.message}", error.hint) from None
 
 
-def _questions(inputs: Inputs, item: ResolvedFormat, choice: RoundingChoice) -> dict[str, Question]:
+def _questions(inputs: Inputs, item: ResolvedFormat, choice: RoundingChoice) -> dict[str, SurvivalQuery]:
     """About the artifact itself by its name; about nearest in its place, where it may be dithered."""
     if inputs.adapter is None or choice.chosen is None or choice.chosen in CALIBRATED:
         return {}
     name, modules = item.recipe.name, inputs.encoded(item)
     if choice.chosen != "dithered":
-        return {name: Question(choice.form, inputs.onto(item.recipe), modules)}
-    questions = {_beside(name): Question(item.form, "as-trained", modules)}
+        return {name: SurvivalQuery(choice.form, inputs.onto(item.recipe), modules)}
+    questions = {_beside(name): SurvivalQuery(item.form, "as-trained", modules)}
     if not _stored_codes(inputs, modules):
-        questions[name] = Question(choice.form, "stored", modules)
+        questions[name] = SurvivalQuery(choice.form, "stored", modules)
     return questions
 
 

@@ -31,7 +31,7 @@ PLACES = 4
 
 
 @dataclass(frozen=True)
-class Question:
+class SurvivalQuery:
     """A form that encodes these modules merged onto a base."""
 
     form: Format
@@ -57,7 +57,9 @@ class Predicted:
         return min(self.survival, key=lambda name: self.survival[name])
 
 
-def predict(questions: Mapping[str, Question], outputs: Sequence[Output], training: Training) -> dict[str, Predicted]:
+def predict(
+    questions: Mapping[str, SurvivalQuery], outputs: Sequence[Output], training: Training
+) -> dict[str, Predicted]:
     """Answers to the questions that speak of at least one of the outputs, which have changes other than zero."""
     quantization = replace(training.quantization, double_quant=False, modules={})
     sampled = Training(quantization, training.quantised)
@@ -76,7 +78,7 @@ def predict(questions: Mapping[str, Question], outputs: Sequence[Output], traini
 
 
 def _answers(
-    asked: Mapping[str, Question], output: Output, training: Training, files: SourceFiles
+    asked: Mapping[str, SurvivalQuery], output: Output, training: Training, files: SourceFiles
 ) -> Iterator[tuple[str, tuple[float, float]]]:
     spec = output.layer_spec
     changes = Changes(output.changes, files, spec.columns)

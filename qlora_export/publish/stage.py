@@ -37,8 +37,8 @@ from qlora_export.publish.hub.job import (
     PROVENANCE_PATH,
     REPORT_PATH,
     SIGNATURE_PATH,
-    Found,
-    Seen,
+    PublishedRevision,
+    TargetState,
 )
 from qlora_export.publish.lint import lint
 from qlora_export.publish.model_signature import sign, signature_holds
@@ -58,7 +58,7 @@ class Publication:
     """What is to be published at one place, and what is there already."""
 
     place: Place
-    seen: Seen
+    seen: TargetState
     verified: Sequence[Verified]
     recipe: Recipe
     account: Account
@@ -95,7 +95,7 @@ class Publication:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def held(self) -> Found | None:
+    def held(self) -> PublishedRevision | None:
         """The revision on the Hub that already has this invocation."""
         for found in self.seen.candidates:
             if invocation_of(found.texts.get(PROVENANCE_PATH, "").encode()) == self.invocation:
@@ -179,7 +179,7 @@ def _write_documents(folder: Path, publication: Publication, files: FileFacts) -
     _sign(folder, publication, held, files)
 
 
-def _report(publication: Publication, held: Found | None) -> dict[str, Any]:
+def _report(publication: Publication, held: PublishedRevision | None) -> dict[str, Any]:
     """The report to publish: the one on the Hub where it is of this invocation, else this run's."""
     if held is not None:
         try:
@@ -191,7 +191,7 @@ def _report(publication: Publication, held: Found | None) -> dict[str, Any]:
     return public_report(publication.account.report)
 
 
-def _card(publication: Publication, held: Found | None, report: Mapping[str, Any]) -> str:
+def _card(publication: Publication, held: PublishedRevision | None, report: Mapping[str, Any]) -> str:
     target = publication.place.target
     there = held or next((item for item in publication.seen.candidates if item.revision == target.branch), None)
     items = tuple(
@@ -210,7 +210,7 @@ def _card(publication: Publication, held: Found | None, report: Mapping[str, Any
     return make_card(facts, there.texts.get(CARD_PATH) if there else None)
 
 
-def _sign(folder: Path, publication: Publication, held: Found | None, files: FileFacts) -> None:
+def _sign(folder: Path, publication: Publication, held: PublishedRevision | None, files: FileFacts) -> None:
     """Sign what lies there; a signature that the Hub holds and that still fits is kept, since each is another one."""
     signer = signer_of(publication.recipe)
     if signer is None:

@@ -7,7 +7,7 @@ import math
 from qlora_export.drift.generation import Generation
 from qlora_export.drift.ledger import Entry, Ledger
 from qlora_export.drift.multiple_choice import Choices
-from qlora_export.drift.onnx.variants import GraphFindings, RunWay
+from qlora_export.drift.onnx.variants import GraphFindings, VariantDistances
 from qlora_export.drift.trace import Trace
 
 
@@ -70,7 +70,7 @@ def graph_line(found: GraphFindings) -> str:
     return f"ONNX in {found.weights}: {', '.join(parts)}"
 
 
-def _agreement(found: GraphFindings, same: list[RunWay]) -> str:
+def _agreement(found: GraphFindings, same: list[VariantDistances]) -> str:
     if found.breaches:
         return f"fails {len(found.breaches)} of its comparisons"
     largest = max((way.from_prefill.mean_kl for way in same if way.from_prefill), default=0.0)

@@ -65,10 +65,10 @@ class TracedLayer:
 
 # Told a layer, its inputs [rows, columns] where they are floating-point, and its outputs [rows, width]; and what knows
 # inputs to put in their place.
-See = Callable[[str, Float32 | None, Float32], None]
+LayerCallback = Callable[[str, Float32 | None, Float32], None]
 
 
-Give = Callable[[str], Float32 | None]
+InputOverride = Callable[[str], Float32 | None]
 
 
 @runtime_checkable
@@ -79,8 +79,14 @@ class TracedSession(Session, Protocol):
         """The decoder blocks, and every innermost module with values of its own."""
         ...
 
-    def trace(self, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None = None) -> None:
-        """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
+    def trace(
+        self,
+        tokens: Sequence[int],
+        names: Sequence[str],
+        on_layer: LayerCallback,
+        replaced_input: InputOverride | None = None,
+    ) -> None:
+        """Run a window and hand `on_layer` what these layers get and give; `replaced_input` may have other inputs."""
         ...
 
 

@@ -22,7 +22,7 @@ GGUF = ".gguf"
 HINT = "give a folder of transformers, of ONNX Runtime GenAI, of a PEFT adapter, an artifact of ours, or a GGUF file"
 
 
-def recognised(path: Path) -> Artifact:
+def detect_artifact(path: Path) -> Artifact:
     """The folder as an artifact: by our manifest where it has one, else by its files; raises InputError for others."""
     if path.suffix == GGUF and path.is_file():
         facts = {"runtime": "gguf", "files": {path.name: {"bytes": path.stat().st_size}}}

@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import Tensor
 
-from qlora_export.runtimes.base import Give, See, TracedLayer
+from qlora_export.runtimes.base import InputOverride, LayerCallback, TracedLayer
 from qlora_export.sources.live_model import decoder_place
 
 
@@ -36,10 +36,16 @@ def traced_layers(model: Any) -> tuple[TracedLayer, ...]:
     return tuple(found)
 
 
-def run_traced(model: Any, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None) -> None:
-    """Run a window, and `see` what each of these layers gets and gives; `give` has inputs to put in their place."""
+def run_traced(
+    model: Any,
+    tokens: Sequence[int],
+    names: Sequence[str],
+    on_layer: LayerCallback,
+    replaced_input: InputOverride | None,
+) -> None:
+    """Run a window and hand `on_layer` what each layer gets and gives; `replaced_input` may have other inputs."""
     live = _live(model)
-    with _hooked([(name, live.get_submodule(name)) for name in names], see, give), torch.no_grad():
+    with _hooked([(name, live.get_submodule(name)) for name in names], on_layer, replaced_input), torch.no_grad():
         model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
 
 
@@ -69,11 +75,13 @@ def _values(module: Any, in_block: bool, recurse: bool) -> int:
 
 
 @contextmanager
-def _hooked(modules: Sequence[tuple[str, Any]], see: See, give: Give | None) -> Iterator[None]:
+def _hooked(
+    modules: Sequence[tuple[str, Any]], on_layer: LayerCallback, replaced_input: InputOverride | None
+) -> Iterator[None]:
     handles = []
     try:
         for name, module in modules:
-            before, after = _hooks(name, see, give)
+            before, after = _hooks(name, on_layer, replaced_input)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         yield
@@ -82,14 +90,16 @@ def _hooked(modules: Sequence[tuple[str, Any]], see: See, give: Give | None) -> 
             handle.remove()
 
 
-def _hooks(name: str, see: See, give: Give | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _hooks(
+    name: str, on_layer: LayerCallback, replaced_input: InputOverride | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What happens before and after a layer runs, which it may do several times."""
     seen: list[Tensor | None] = []
 
     def before(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
         key, inputs = _first(positional, named)
         seen.append(None if inputs is None else inputs.detach().clone())
-        other = None if give is None or inputs is None else give(name)
+        other = None if replaced_input is None or inputs is None else replaced_input(name)
         if key is None or inputs is None or other is None or other.size != inputs.numel():
             return None
         chosen = torch.from_numpy(other.copy()).to(inputs.device, inputs.dtype).reshape(inputs.shape)
@@ -100,7 +110,7 @@ def _hooks(name: str, see: See, give: Give | None) -> tuple[Callable[..., Any], 
     def after(module: Any, positional: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
         inputs, given = seen.pop(), _joined(outputs)
         if given is not None:
-            see(name, None if inputs is None else _rows(inputs), _rows(given))
+            on_layer(name, None if inputs is None else _rows(inputs), _rows(given))
 
     return before, after
 

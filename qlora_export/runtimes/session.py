@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qlora_export.runtimes.base import Give, See, TracedLayer
+from qlora_export.runtimes.base import InputOverride, LayerCallback, TracedLayer
 from qlora_export.runtimes.layer_trace import run_traced, traced_layers
 from qlora_export.runtimes.loading import first_line
 from qlora_export.types import Float32
@@ -87,10 +87,16 @@ class ModelSession:
         """The decoder blocks, and every innermost module with values of its own."""
         return traced_layers(self._model)
 
-    def trace(self, tokens: Sequence[int], names: Sequence[str], see: See, give: Give | None = None) -> None:
-        """Run a window, and `see` what these layers get and give, on the inputs that `give` has for them, if any."""
+    def trace(
+        self,
+        tokens: Sequence[int],
+        names: Sequence[str],
+        on_layer: LayerCallback,
+        replaced_input: InputOverride | None = None,
+    ) -> None:
+        """Run a window and hand `on_layer` what these layers get and give; `replaced_input` may have other inputs."""
         with out_of_memory(), computing(self._dtype):
-            run_traced(self._model, tokens, names, see, give)
+            run_traced(self._model, tokens, names, on_layer, replaced_input)
 
 
 def _index(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

@@ -30,7 +30,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Home:
+class StoredPlace:
     """A stored tensor that holds a parameter, or the window of it."""
 
     tensor: str
@@ -47,7 +47,7 @@ class Architecture:
     """
 
     parameters: Mapping[str, tuple[int, ...]]
-    homes: Mapping[str, tuple[Home, ...]]
+    homes: Mapping[str, tuple[StoredPlace, ...]]
     rearranged: Mapping[str, str]
     modules: AbstractSet[str]
     linear: AbstractSet[str]
@@ -170,7 +170,7 @@ def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any
     def rename(name: str) -> str:
         return str(rename_source_key(name, renamings, [], prefix, parameters)[0])
 
-    single: dict[str, tuple[Home, ...]] = {}
+    single: dict[str, tuple[StoredPlace, ...]] = {}
     gathered: dict[str, dict[str, list[str]]] = {}
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     for name in sorted(checkpoint.weights, key=dot_natural_key):
@@ -178,7 +178,7 @@ def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any
         if live not in parameters and name in parameters:
             live, pattern = rename_source_key(name, [], [], prefix, parameters)
         if pattern is None:
-            single[live] = (Home(name),)
+            single[live] = (StoredPlace(name),)
         else:
             gathered.setdefault(live, {}).setdefault(pattern, []).append(name)
     rearranged = {}
@@ -196,7 +196,7 @@ def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any
     return single, rearranged, rename
 
 
-def _expert_homes(checkpoint: Checkpoint, live: str, experts: int, patterns: list[list[str]]) -> Iterable[Home]:
+def _expert_homes(checkpoint: Checkpoint, live: str, experts: int, patterns: list[list[str]]) -> Iterable[StoredPlace]:
     """Homes of a packed parameter: experts in order, the patterns one below the other in each expert."""
     first = 0
     for names in patterns:
@@ -208,5 +208,5 @@ def _expert_homes(checkpoint: Checkpoint, live: str, experts: int, patterns: lis
             )
         rows = checkpoint.weights[names[0]].spec.shape[0]
         for expert, name in enumerate(names):
-            yield Home(name, Window(expert, first, rows))
+            yield StoredPlace(name, Window(expert, first, rows))
         first += rows

@@ -15,7 +15,7 @@ import pytest
 from qlora_export.drift.ledger import Entry
 from qlora_export.drift.trace_run import Models, traced_entries
 from qlora_export.errors import InputError
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.reference_model import trained_model
 from qlora_export.pipeline.release import check
@@ -182,7 +182,7 @@ def test_a_folder_that_no_recipe_made_is_asked_the_same(
     name = "model.layers.1.input_layernorm"
     edit_tensors(base_copy / "model.safetensors", lambda tensors: tensors[f"{name}.weight"].mul_(1.2))
     drift = {"text": str(pico_text), "choices": str(texts / "questions.jsonl"), "prompts": str(pico_text)}
-    question = Question(str(base_copy), str(pico_base))
+    question = CheckRequest(str(base_copy), str(pico_base))
     run = check_against(question, drift, ["drift.generate_tokens=4"], RunOptions(texts / "out", workers=1))
     (found,) = report(run)["artifacts"]
     assert found["verdict"] == "fail"

@@ -12,7 +12,7 @@ import torch
 
 from qlora_export.drift.layer_difference import Difference
 from qlora_export.drift.recording import Recording
-from qlora_export.drift.trace import Found, Trace, broken_among, record, trace
+from qlora_export.drift.trace import Trace, TracedError, broken_among, record, trace
 from qlora_export.pipeline import release as pipeline
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.recipe.load import make_recipe
@@ -214,10 +214,10 @@ def test_every_architecture_is_itself(name: str, tmp_path: Path) -> None:
     assert max(layer.error for layer in found.layers) < 1e-5
 
 
-def layers_of(*errors: float, gains: tuple[float, ...] = (), kind: str = "Linear") -> list[Found]:
+def layers_of(*errors: float, gains: tuple[float, ...] = (), kind: str = "Linear") -> list[TracedError]:
     gains = gains or (1.0,) * len(errors)
     return [
-        Found(TracedLayer(f"b.{number}.q", kind, f"b.{number}"), error, gain)
+        TracedError(TracedLayer(f"b.{number}.q", kind, f"b.{number}"), error, gain)
         for number, (error, gain) in enumerate(zip(errors, gains, strict=True))
     ]
 
@@ -241,8 +241,8 @@ def test_a_single_layer_in_few_bits_is_no_broken_one() -> None:
 
 
 def test_a_block_is_named_where_none_of_its_layers_is() -> None:
-    blocks = [Found(TracedLayer(f"b.{number}", "Block", f"b.{number}"), 0.1, 1.0) for number in range(3)]
-    broken = Found(TracedLayer("b.3", "Block", "b.3"), 0.9, 1.0)
+    blocks = [TracedError(TracedLayer(f"b.{number}", "Block", f"b.{number}"), 0.1, 1.0) for number in range(3)]
+    broken = TracedError(TracedLayer("b.3", "Block", "b.3"), 0.9, 1.0)
     sound = layers_of(0.1, 0.1, 0.1, 0.1)
     named = broken_among([*blocks, broken, *sound])
     assert named is not None

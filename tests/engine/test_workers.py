@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from qlora_export.engine.spare_workers import Vacancies
+from qlora_export.engine.spare_workers import SpareWorkers
 from qlora_export.engine.tensor_job import RowBlock
 from qlora_export.engine.workers import StagedJob, WorkerPool
 
@@ -83,7 +83,7 @@ def test_few_jobs_are_open_at_a_time() -> None:
 
 
 def test_a_place_is_used_while_its_worker_waits_for_the_disk() -> None:
-    vacancies = Vacancies(1)
+    vacancies = SpareWorkers(1)
     elsewhere = threading.Event()
     threads: set[int] = set()
 
@@ -109,12 +109,12 @@ def test_nobody_helps_where_nobody_waits() -> None:
             threads.add(threading.get_ident())
             super().encode(block)
 
-    WorkerPool(1, lambda number: None, Vacancies(3)).run([partial(Busy, 50, True, []) for _ in range(5)])
+    WorkerPool(1, lambda number: None, SpareWorkers(3)).run([partial(Busy, 50, True, []) for _ in range(5)])
     assert len(threads) == 1
 
 
 def test_places_are_not_saved_up() -> None:
-    vacancies = Vacancies(2)
+    vacancies = SpareWorkers(2)
     for _ in range(10):
         vacancies.lend()
     assert vacancies.take()
@@ -124,7 +124,7 @@ def test_places_are_not_saved_up() -> None:
 
 
 def test_an_error_of_a_spare_thread_is_raised() -> None:
-    vacancies = Vacancies(1)
+    vacancies = SpareWorkers(1)
     failed = threading.Event()
 
     class Failing(Counting):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qlora_export.artifact import read_artifact
 from qlora_export.drift.onnx.artifacts import validated
 from qlora_export.drift.onnx.validation import Source, validate
-from qlora_export.drift.onnx.variants import GraphFindings, RunWay
+from qlora_export.drift.onnx.variants import GraphFindings, VariantDistances
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import InputError, PlanRefused
 from qlora_export.exporters.onnx.built import BuiltExporter
@@ -103,7 +103,7 @@ def made(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "run"
 
 
-def in_every_way(found: GraphFindings, most: float) -> RunWay:
+def in_every_way(found: GraphFindings, most: float) -> VariantDistances:
     """Prefill, of a graph that agrees with it and with its source in every other way."""
     assert found.breaches == ()
     prefill, *others = found.ways

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qlora_export.errors import InputError, PlanRefused, UsageError
-from qlora_export.pipeline.auto_format import settle_formats
-from qlora_export.pipeline.doctor.recipe_checks import settled
+from qlora_export.pipeline.auto_format import resolve_auto_formats
+from qlora_export.pipeline.doctor.recipe_checks import with_resolved_formats
 from qlora_export.pipeline.lock import pinned_recipe, pins, require_pinned
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import build, plan
@@ -17,7 +17,7 @@ from tests.helpers.pico import RecipeMaker
 
 
 def chosen(recipe: Recipe, out: Path) -> tuple[str, str, str | None, str]:
-    item = settle_formats(recipe, out).artifacts[0]
+    item = resolve_auto_formats(recipe, out).artifacts[0]
     return item.name, item.format, item.rounding, item.why
 
 
@@ -52,7 +52,7 @@ def test_a_name_and_a_reason_of_its_own_are_kept(pico_recipe: RecipeMaker, tmp_p
     name, form, _, why = chosen(pico_recipe(stated), tmp_path)
     assert (name, form) == ("small", "int8")
     assert why == "for laptops; format auto: int8: 8 bits a weight are allowed"
-    both = settle_formats(pico_recipe(auto(bits=8), "int8"), tmp_path)
+    both = resolve_auto_formats(pico_recipe(auto(bits=8), "int8"), tmp_path)
     assert [(item.name, item.format) for item in both.artifacts] == [("auto", "int8"), ("int8", "int8")]
 
 
@@ -98,8 +98,8 @@ def test_sources_that_do_not_open_are_told_by_the_plan(pico_recipe: RecipeMaker,
 
 
 def test_doctor_settles_what_needs_no_hub(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
-    assert settled(pico_recipe(auto(bits=8)), tmp_path).artifacts[0].format == "int8"
+    assert with_resolved_formats(pico_recipe(auto(bits=8)), tmp_path).artifacts[0].format == "int8"
     remote = pico_recipe(auto(bits=8), base="acme/base")
-    assert settled(remote, tmp_path) is remote
+    assert with_resolved_formats(remote, tmp_path) is remote
     wrong = pico_recipe(auto(bits=5))
-    assert settled(wrong, tmp_path) is wrong
+    assert with_resolved_formats(wrong, tmp_path) is wrong

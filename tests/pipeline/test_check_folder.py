@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qlora_export.drift.reference_store import kept_references
 from qlora_export.errors import ExitCode, InputError, UsageError
 from qlora_export.pipeline import check_folder
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import build
 from qlora_export.report.data import exit_code, report
@@ -34,7 +34,7 @@ def check(pico_text: Path, tmp_path: Path) -> Check:
     """Check a folder against a model on the pico text."""
 
     def run(artifact: Path, against: Path | str, settings: list[str] | None = None, **facts: Any) -> Checked:
-        question = Question(str(artifact), str(against), **facts)
+        question = CheckRequest(str(artifact), str(against), **facts)
         drift = {"text": str(pico_text)}
         return check_against(question, drift, FREE if settings is None else settings, RunOptions(tmp_path / "out"))
 

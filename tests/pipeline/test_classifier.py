@@ -21,7 +21,7 @@ from qlora_export.drift.classification import labelled_tokens
 from qlora_export.drift.protocols import token_set
 from qlora_export.drift.window_sizes import SizedProtocol, recorded_protocol
 from qlora_export.errors import ExportError, InputError, Refused, UsageError
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.compare import compare
 from qlora_export.pipeline.measure import texts_of
 from qlora_export.pipeline.options import RunOptions
@@ -338,7 +338,7 @@ def test_a_folder_is_checked_against_the_model_that_it_should_be(
 
     def checked(artifact: Path, against: Path | str) -> Any:
         found = check_against(
-            Question(str(artifact), str(against)), {"text": str(trained.text)}, [], RunOptions(tmp_path)
+            CheckRequest(str(artifact), str(against)), {"text": str(trained.text)}, [], RunOptions(tmp_path)
         )
         assert found.ledger is not None
         return found.ledger.entries[0]

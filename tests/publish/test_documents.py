@@ -25,7 +25,14 @@ from qlora_export.pipeline.options import RunOptions
 from qlora_export.publish.base import Account
 from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.hub.destination import places_of
-from qlora_export.publish.hub.job import BOM_PATH, CHECKSUMS_PATH, PROVENANCE_PATH, REPORT_PATH, Found, Seen
+from qlora_export.publish.hub.job import (
+    BOM_PATH,
+    CHECKSUMS_PATH,
+    PROVENANCE_PATH,
+    REPORT_PATH,
+    PublishedRevision,
+    TargetState,
+)
 from qlora_export.publish.provenance import invocation_of
 from qlora_export.publish.stage import Publication, _link_artifacts, stage
 from qlora_export.publish.staged_folder import Staged
@@ -63,7 +70,7 @@ def publication(
         place = next(place for place in places_of(recipe.publish, recipe.artifacts) if name in place.prefixes)  # type: ignore[arg-type]
         artifact: Artifact = next(artifact for artifact in run.artifacts if artifact.name == name)
         verified = recall(artifact, recorded_entry(recorded, name) or {})
-        return Publication(place, Seen(place.target, None), [verified], recipe, Account(recorded, "acme/base"))
+        return Publication(place, TargetState(place.target, None), [verified], recipe, Account(recorded, "acme/base"))
 
     return make
 
@@ -156,7 +163,7 @@ def test_what_the_hub_holds_is_kept(publication: Callable[[str], Publication], t
     texts = {name: (lies.folder / name).read_text() for name in ("README.md", PROVENANCE_PATH, REPORT_PATH)}
     measured = json.loads(json.dumps(first.account.report))
     measured["artifacts"][0]["drift"]["mean_kl"] += 1e-9
-    seen = Seen(first.place.target, "0" * 40, (Found("main", "0" * 40, texts),))
+    seen = TargetState(first.place.target, "0" * 40, (PublishedRevision("main", "0" * 40, texts),))
     again = replace(first, seen=seen, account=replace(first.account, report=measured))
     assert dict(stage(again, tmp_path / "again").files) == dict(lies.files)
     other = replace(again, account=replace(again.account, base_license="apache-2.0"))

@@ -22,7 +22,7 @@ BLOCK = re.compile(r"\.(\d+)\.")
 OutputsOf = Callable[[str], Sequence[Float32]]
 
 
-def first_departing(layers: Sequence[Layer], ours: OutputsOf, theirs: OutputsOf, weights: str) -> str | None:
+def first_differing(layers: Sequence[Layer], ours: OutputsOf, theirs: OutputsOf, weights: str) -> str | None:
     """The name of the first layer whose values differ; None where that of the last one does not."""
     limit = DEPARTS.get(weights, DEPARTS_ROUNDED)
 

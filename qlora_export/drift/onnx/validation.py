@@ -18,8 +18,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from qlora_export.drift.onnx.first_difference import first_departing, in_torch
-from qlora_export.drift.onnx.variants import SAME_INTEGERS_KL, SAME_MODEL_KL, Distance, GraphFindings, RunWay, distance
+from qlora_export.drift.onnx.first_difference import first_differing, in_torch
+from qlora_export.drift.onnx.variants import (
+    SAME_INTEGERS_KL,
+    SAME_MODEL_KL,
+    Distance,
+    GraphFindings,
+    VariantDistances,
+    distance,
+)
 from qlora_export.drift.recording import Recording
 from qlora_export.drift.tokens import TokenSet
 from qlora_export.runtimes.base import Session, TracedSession
@@ -29,7 +36,7 @@ from qlora_export.runtimes.onnx.graph_copy import accuracy_level, layers_of, sto
 from qlora_export.runtimes.onnx.process import Worker, running
 from qlora_export.types import Float32
 
-WORKER = "qlora_export.runtimes.onnx.ways_worker"
+WORKER = "qlora_export.runtimes.onnx.variants_worker"
 WINDOW_TOKENS = (96, 48, 16)
 DECODED_TOKENS = 8
 FLOATS = ("float32", "float16")
@@ -48,7 +55,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """How a graph is run; at its own accuracy where none is named, perhaps with the `adapter` of the file beside it."""
 
     name: str
@@ -59,15 +66,15 @@ class Way:
     adapter: bool = False
 
 
-PREFILL = Way("prefill")
+PREFILL = Variant("prefill")
 SAME_GRAPH = (
-    Way("decoding with the cache", decoded=DECODED_TOKENS),
-    Way("a batch of three, padded", batched=True),
-    Way("decoding a batch of three, padded", decoded=DECODED_TOKENS, batched=True),
-    Way("prefill without graph optimisation", optimised=False),
-    Way("decoding without graph optimisation", decoded=DECODED_TOKENS, optimised=False),
+    Variant("decoding with the cache", decoded=DECODED_TOKENS),
+    Variant("a batch of three, padded", batched=True),
+    Variant("decoding a batch of three, padded", decoded=DECODED_TOKENS, batched=True),
+    Variant("prefill without graph optimisation", optimised=False),
+    Variant("decoding without graph optimisation", decoded=DECODED_TOKENS, optimised=False),
 )
-FROM_FILE = Way("prefill with the adapter's file", adapter=True)
+FROM_FILE = Variant("prefill with the adapter's file", adapter=True)
 
 
 def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFindings:
@@ -113,12 +120,12 @@ class _Runs:
     has_adapter: bool
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def ways(self) -> tuple[Variant, ...]:
         """Those beside prefill that the graph should agree in; a classifier decodes nothing."""
         same = tuple(way for way in SAME_GRAPH if not (way.decoded and self.is_classifier))
         return (*same, FROM_FILE) if self.has_adapter else same
 
-    def rows(self, way: Way, output: str = LOGITS) -> list[Float32]:
+    def rows(self, way: Variant, output: str = LOGITS) -> list[Float32]:
         """An array for each window."""
         request = {
             "windows": [list(window) for window in self.windows],
@@ -148,7 +155,7 @@ def _source_limit(model: object, source: Source | None) -> float | None:
 
 def _ways(
     runs: _Runs, in_source: list[Float32] | None, source_limit: float | None, shipped: int | None
-) -> list[RunWay]:
+) -> list[VariantDistances]:
     """Prefill, the other ways of the same graph, and its other accuracies."""
     prefill = runs.rows(PREFILL)
     rounds = shipped not in (None, *EXACT_LEVELS)
@@ -160,23 +167,23 @@ def _ways(
     rounding = [way.from_prefill.mean_kl for way in others if way.from_prefill] if rounds else []
     limit = max([SAME_MODEL_KL, *rounding[:1]])
     same = [_way(runs, way, prefill, in_source, limit) for way in runs.ways]
-    return [RunWay(PREFILL.name, None, apart), *same, *others]
+    return [VariantDistances(PREFILL.name, None, apart), *same, *others]
 
 
-def _other_levels(shipped: int | None) -> list[Way]:
+def _other_levels(shipped: int | None) -> list[Variant]:
     """The ways of integer products that were not shipped."""
     levels = [] if shipped is None else [level for level in LEVELS if level != shipped]
-    return [Way(f"accuracy_level {level}", accuracy_level=level) for level in levels]
+    return [Variant(f"accuracy_level {level}", accuracy_level=level) for level in levels]
 
 
 def _way(
     runs: _Runs,
-    way: Way,
+    way: Variant,
     prefill: list[Float32],
     in_source: list[Float32] | None,
     limit: float | None,
     source_limit: float | None = None,
-) -> RunWay:
+) -> VariantDistances:
     """One way beside prefill and source; of a way that decodes only what was decoded."""
     rows = runs.rows(way)
     decoded = min(way.decoded, *(len(window) - 1 for window in rows))
@@ -184,7 +191,9 @@ def _way(
     def apart(first: list[Float32], limit: float | None) -> Distance:
         return distance([window[-decoded:] for window in first], [window[-decoded:] for window in rows], limit)
 
-    return RunWay(way.name, apart(prefill, limit), None if in_source is None else apart(in_source, source_limit))
+    return VariantDistances(
+        way.name, apart(prefill, limit), None if in_source is None else apart(in_source, source_limit)
+    )
 
 
 @dataclass(frozen=True)
@@ -197,14 +206,14 @@ class _Search:
     weights: str
     folder: Path
 
-    def between_ways(self, way: Way) -> str | None:
+    def between_ways(self, way: Variant) -> str | None:
         """The first layer that a way computes otherwise than prefill."""
         layers = layers_of(self.model)
-        return first_departing(
+        return first_differing(
             layers, lambda name: self.runs.rows(way, name), lambda name: self.runs.rows(PREFILL, name), self.weights
         )
 
-    def from_source(self, way: Way) -> str | None:
+    def from_source(self, way: Variant) -> str | None:
         """The first layer that a way computes otherwise than the source; None where torch shows no layers."""
         if self.source is None:
             return None
@@ -217,7 +226,7 @@ class _Search:
                 found = (recording.outputs(number, names[output], 0) for number in range(count))
                 return [rows for rows in found if rows is not None]
 
-            return first_departing(layers, lambda name: self.runs.rows(way, name), theirs, self.weights)
+            return first_differing(layers, lambda name: self.runs.rows(way, name), theirs, self.weights)
 
     def _record(self, source: Source, recording: Recording) -> dict[str, str]:
         """Keep what the layers in torch give that the graph has too; their names by the graph's."""

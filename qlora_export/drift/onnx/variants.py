@@ -46,7 +46,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class RunWay:
+class VariantDistances:
     """A way, and how far it is from prefill and from the source's model in torch; None where that is not compared."""
 
     name: str
@@ -66,7 +66,7 @@ class GraphFindings:
     accuracy_level: int | None
     window_tokens: tuple[int, ...]
     source: str | None
-    ways: tuple[RunWay, ...]
+    ways: tuple[VariantDistances, ...]
     departs: str | None
     breaches: tuple[str, ...]
 

@@ -19,7 +19,7 @@ from qlora_export.blocks.decoder import Call, Decoder, copy_of, empty, give, mov
 from qlora_export.blocks.live_parameters import Parameters
 from qlora_export.engine.calibration.block import Stream, Tokens, advance, round_block
 from qlora_export.engine.calibration.hessian import InputStatistics
-from qlora_export.engine.calibration.layers_to_round import Subject, raw_parts, subjects_of
+from qlora_export.engine.calibration.layers_to_round import LayerToRound, layers_of_block, raw_parts
 from qlora_export.engine.calibration.round_layer import Parts, round_layer, served
 from qlora_export.engine.calibration.scale_tuning import Tuning
 from qlora_export.engine.calibration.store import BlockStore, KeptBlock
@@ -56,7 +56,7 @@ class BlockRun:
         self._calls: list[list[Call]] = []
         self._hidden: tuple[Activations, Activations] | None = None
         self.subjects = {
-            number: subjects_of(block, f"{decoder.place}.{number}", item, parameters)
+            number: layers_of_block(block, f"{decoder.place}.{number}", item, parameters)
             for number, block in enumerate(decoder.blocks)
         }
         self._done = 0
@@ -99,7 +99,7 @@ class BlockRun:
         return kept
 
     def _decide(
-        self, trained: Stream, rounded: Stream, tokens: Tokens, subjects: Mapping[str, Subject]
+        self, trained: Stream, rounded: Stream, tokens: Tokens, subjects: Mapping[str, LayerToRound]
     ) -> tuple[Parts, dict[str, dict[str, Any]]]:
         parts: Parts = {}
         facts: dict[str, dict[str, Any]] = {}
@@ -119,7 +119,7 @@ class BlockRun:
         round_block(trained, rounded, tokens, list(subjects), round_one)
         return parts, facts
 
-    def _take(self, kept: KeptBlock, rounded: Stream, subjects: Mapping[str, Subject]) -> None:
+    def _take(self, kept: KeptBlock, rounded: Stream, subjects: Mapping[str, LayerToRound]) -> None:
         """Give the rounded block what was decided before."""
         for name, subject in subjects.items():
             self._step()

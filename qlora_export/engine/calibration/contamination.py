@@ -30,7 +30,7 @@ SHOWN_WORDS = 10
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Contamination:
     """What one calibration text shares with the drift text: how many, and the first with its place in both."""
 
     name: str
@@ -57,7 +57,7 @@ def require_apart(texts: Sequence[CalibrationText], drift: Sequence[Entry], drif
     Both texts are sound by themselves, so this is no mistake of the recipe: to go on would be unsafe, since the gate
     would pass what it should not.
     """
-    found = [overlap for overlap in (overlap_of(text, drift) for text in texts) if overlap is not None]
+    found = [overlap for overlap in (contamination_of(text, drift) for text in texts) if overlap is not None]
     if found:
         raise Refused(
             "calibration on the text that drift is measured on: "
@@ -66,13 +66,13 @@ def require_apart(texts: Sequence[CalibrationText], drift: Sequence[Entry], drif
         )
 
 
-def overlap_of(text: CalibrationText, drift: Sequence[Entry]) -> Overlap | None:
+def contamination_of(text: CalibrationText, drift: Sequence[Entry]) -> Contamination | None:
     """What a calibration text has in common with the drift text."""
     both_are_chats = not any(isinstance(entry.content, str) for entry in (*text.entries, *drift))
     return _same_chats(text, drift) if both_are_chats else _same_passages(text, drift)
 
 
-def _same_chats(text: CalibrationText, drift: Sequence[Entry]) -> Overlap | None:
+def _same_chats(text: CalibrationText, drift: Sequence[Entry]) -> Contamination | None:
     places: dict[tuple[str, ...], str] = {}
     for entry in drift:
         for key in _chat_keys(entry):
@@ -82,7 +82,7 @@ def _same_chats(text: CalibrationText, drift: Sequence[Entry]) -> Overlap | None
         return None
     first, key = shared[0]
     count = len({id(entry) for entry, _ in shared})
-    return Overlap(text.name, "chats", count, len(text.entries), first.place, places[key], _start(first))
+    return Contamination(text.name, "chats", count, len(text.entries), first.place, places[key], _start(first))
 
 
 def _chat_keys(entry: Entry) -> Iterator[tuple[str, ...]]:
@@ -104,7 +104,7 @@ def _start(entry: Entry) -> str:
     return entry.content if isinstance(entry.content, str) else said(entry.content)[0]["content"]
 
 
-def _same_passages(text: CalibrationText, drift: Sequence[Entry]) -> Overlap | None:
+def _same_passages(text: CalibrationText, drift: Sequence[Entry]) -> Contamination | None:
     ours, theirs = passages_of(text.entries), passages_of(drift)
     found = {
         **_shared_runs(_runs(text.entries, ours), _runs(drift, theirs), theirs),
@@ -115,7 +115,7 @@ def _same_passages(text: CalibrationText, drift: Sequence[Entry]) -> Overlap | N
     first = min(found)
     kind = "paragraphs" if isinstance(text.entries[0].content, str) else "messages"
     passage = ours[first]
-    return Overlap(text.name, kind, len(found), len(ours), passage.place, found[first].place, passage.text)
+    return Contamination(text.name, kind, len(found), len(ours), passage.place, found[first].place, passage.text)
 
 
 def _runs(entries: Sequence[Entry], passages: Sequence[Passage]) -> Runs:

@@ -19,7 +19,7 @@ from qlora_export.types import Float32, TensorSpec
 
 
 @dataclass(frozen=True)
-class Subject:
+class LayerToRound:
     """A linear layer to round: its name within the block, its stored name, its format, and the layer [out, in].
 
     A `turned` layer is stored [in, out], and so is its live parameter.
@@ -36,18 +36,18 @@ class Subject:
         return torch.from_numpy(np.ascontiguousarray(values.T if self.turned else values)).to(device, copy=True)
 
 
-def subjects_of(block: Any, prefix: str, item: ArtifactPlan, parameters: Parameters) -> dict[str, Subject]:
+def layers_of_block(block: Any, prefix: str, item: ArtifactPlan, parameters: Parameters) -> dict[str, LayerToRound]:
     """The layers of a block, whose name in the model is `prefix`, by their names within it."""
     found = {}
     for name, _ in block.named_modules():
         stored = parameters.stored(f"{prefix}.{name}.weight")
         route = item.routes.get(stored) if stored is not None else None
         if stored is not None and route is not None and isinstance(route.form, GridFormat) and route.form.quantises:
-            found[name] = Subject(name, stored, route.form, route.spec, route.output.transposed)
+            found[name] = LayerToRound(name, stored, route.form, route.spec, route.output.transposed)
     return found
 
 
-def raw_parts(kept: KeptBlock, subject: Subject) -> Parts | None:
+def raw_parts(kept: KeptBlock, subject: LayerToRound) -> Parts | None:
     """The bytes that were decided for a layer; None when it was left to its format."""
     names = [part.name for part in subject.form.parts(subject.spec)]
     if not all(name in kept.parts for name in names):

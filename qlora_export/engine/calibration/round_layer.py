@@ -16,11 +16,11 @@ from qlora_export.formats.served_weight import served_rows
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.rounding.coordinate_descent import row_objective
 from qlora_export.quant.rounding.grid import (
+    DoubleQuantScales,
     Grid,
-    NestedScales,
     ScaleRule,
     e4m3_scales,
-    fitted_nested_scales,
+    fitted_double_quant_scales,
     power_of_two_scales,
     sixteen_bit_scales,
 )
@@ -72,7 +72,7 @@ def round_layer(
 
 def assembled(form: GridFormat, spec: TensorSpec, grid: Grid, codes: Tensor, scales: Tensor) -> Parts:
     """The bytes of every part, from codes [rows, columns] and scales [blocks, groups] on a grid."""
-    nested = grid.rule if isinstance(grid.rule, NestedScales) else None
+    nested = grid.rule if isinstance(grid.rule, DoubleQuantScales) else None
     chosen = Chosen(
         codes.to(torch.uint8).cpu().numpy(),
         np.ascontiguousarray(scales.cpu().numpy()),
@@ -95,7 +95,7 @@ def stored_grid(level_grid: LevelGrid, chosen: Chosen) -> Grid:
     """The grid that stored parts lie on, with the second level they have."""
     if chosen.nested_absmax is None:
         return _grid(level_grid, _rule(level_grid))
-    return _grid(level_grid, NestedScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
+    return _grid(level_grid, DoubleQuantScales(chosen.offset, torch.from_numpy(np.array(chosen.nested_absmax))))
 
 
 def _require_encodable(form: GridFormat, found: LayerValues) -> None:
@@ -140,9 +140,9 @@ def _starts(level_grid: LevelGrid, found: LayerValues, device: torch.device) -> 
         known = torch.from_numpy(stored.scales).to(device).reshape(found.spec.rows, -1)
     if level_grid.scales != "nested":
         return [(_grid(level_grid, _rule(level_grid)), known)]
-    starts: list[Start] = [lambda scales: _grid(level_grid, fitted_nested_scales(scales))]
+    starts: list[Start] = [lambda scales: _grid(level_grid, fitted_double_quant_scales(scales))]
     if stored is not None and stored.nested_absmax is not None:
-        rule = NestedScales(stored.offset, torch.from_numpy(stored.nested_absmax).to(device))
+        rule = DoubleQuantScales(stored.offset, torch.from_numpy(stored.nested_absmax).to(device))
         starts.insert(0, (_grid(level_grid, rule), known))
     return starts
 

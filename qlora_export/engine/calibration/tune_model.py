@@ -12,7 +12,7 @@ from qlora_export.blocks.activations import Batch, batches_of
 from qlora_export.blocks.decoder import Decoder, give
 from qlora_export.blocks.live_parameters import Parameters
 from qlora_export.engine.calibration.block_pass import CalibrationOptions
-from qlora_export.engine.calibration.layers_to_round import Subject, raw_parts
+from qlora_export.engine.calibration.layers_to_round import LayerToRound, raw_parts
 from qlora_export.engine.calibration.round_layer import Parts, assembled, stored_grid
 from qlora_export.engine.calibration.scale_tuning import TunedLayer, tune
 from qlora_export.engine.calibration.store import KeptBlock
@@ -25,7 +25,7 @@ Facts = dict[str, dict[str, Any]]
 def tuned(
     decoder: Decoder,
     parameters: Parameters,
-    blocks: Mapping[int, Mapping[str, Subject]],
+    blocks: Mapping[int, Mapping[str, LayerToRound]],
     kept: KeptBlock,
     tokens: CalibrationTokens,
     options: CalibrationOptions,
@@ -66,7 +66,7 @@ def _trained_model(decoder: Decoder, parameters: Parameters, device: torch.devic
     return model.to(device)
 
 
-def _tuned_layer(subject: Subject, raw: Parts, compute_dtype: str, device: torch.device) -> TunedLayer:
+def _tuned_layer(subject: LayerToRound, raw: Parts, compute_dtype: str, device: torch.device) -> TunedLayer:
     chosen, level_grid = subject.form.chosen(subject.spec, raw), subject.form.grid(subject.spec)
     if level_grid is None:
         raise ValueError(f"{subject.stored}: decided without a grid")

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_export.artifact import FileFacts
-from qlora_export.engine.gc_pause import few_collections
+from qlora_export.engine.gc_pause import gc_pause
 from qlora_export.engine.journal import marked
 from qlora_export.engine.manifest import versions
 from qlora_export.engine.ray.batches import Batch
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.work_items import Subject, Workshop, destinations_of
+from qlora_export.engine.work_items import WorkItem, Workshop, destinations_of
 from qlora_export.engine.workers import WorkerPool
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.planning.plan import Plan
@@ -41,14 +41,14 @@ class Assignment:
     """
 
     plan: Plan
-    subjects: Sequence[Subject]
+    subjects: Sequence[WorkItem]
     folders: Mapping[str, Path]
     mark: str
     sizes: Mapping[Path, int]
     working_folder: Path
 
 
-def assign(plan: Plan, subjects: Sequence[Subject], folders: Mapping[str, Path], mark: str) -> Assignment:
+def assign(plan: Plan, subjects: Sequence[WorkItem], folders: Mapping[str, Path], mark: str) -> Assignment:
     """The assignment of all workers of a run."""
     sizes = {path.absolute(): path.stat().st_size for path in _source_files(plan)}
     places = {name: folder.absolute() for name, folder in folders.items()}
@@ -88,7 +88,7 @@ class BatchWorker:
         digests = SourceDigests(())
         workshop = Workshop(self._plan, self._destinations, self._files, digests)
         chosen = [self._subjects[number] for number in batch]
-        with few_collections():
+        with gc_pause():
             WorkerPool(1, lambda number: None).run([workshop.opener(subject) for subject in chosen])
         if not all(isinstance(subject, Path) for subject in chosen):
             for writer in self._writers:

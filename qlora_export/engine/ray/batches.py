@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_export.engine.work_items import Subject
+from qlora_export.engine.work_items import WorkItem
 from qlora_export.sources.weights import weight_bytes
 
 # So many for each worker, where a model is small, keep all of them at work until the end.
@@ -14,7 +14,7 @@ BATCHES_EACH = 8
 Batch = tuple[int, ...]
 
 
-def cut(subjects: Sequence[Subject], most_bytes: int, workers: int) -> list[Batch]:
+def cut(subjects: Sequence[WorkItem], most_bytes: int, workers: int) -> list[Batch]:
     """Numbers of subjects, in order: a file alone, and weights until they are about `most_bytes` of the source."""
     sizes = [0 if isinstance(subject, Path) else weight_bytes(subject) for subject in subjects]
     enough = min(most_bytes, sum(sizes) // (BATCHES_EACH * workers))

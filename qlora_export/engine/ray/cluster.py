@@ -22,7 +22,7 @@ from qlora_export.engine.partial_folder import PartialFolder
 from qlora_export.engine.ray.batch_worker import assign
 from qlora_export.engine.ray.batches import Batch, cut
 from qlora_export.engine.source_digests import SourceDigests
-from qlora_export.engine.work_items import Subject
+from qlora_export.engine.work_items import WorkItem
 from qlora_export.errors import EnvironmentProblem
 from qlora_export.planning.plan import Plan
 
@@ -41,7 +41,7 @@ def require_ray() -> None:
 
 def run_on_ray(
     plan: Plan,
-    subjects: Sequence[Subject],
+    subjects: Sequence[WorkItem],
     folders: Sequence[PartialFolder],
     options: BuildOptions,
     digests: SourceDigests,

@@ -31,7 +31,7 @@ DEATHS_ALLOWED = 3
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """What a worker was asked: to make a batch, or, without one, to open."""
 
     worker: Any
@@ -47,7 +47,7 @@ class Crew:
         self._workers = workers
         self._queue = deque(batches)
         self._idle: list[Any] = []
-        self._asked: dict[Any, Question] = {}
+        self._asked: dict[Any, Request] = {}
         self._deaths: Counter[Batch | None] = Counter()
         self._heard = time.monotonic()
 
@@ -80,10 +80,10 @@ class Crew:
         """Give every idle worker a batch, and hire as many as there is work for."""
         while self._queue and self._idle:
             worker, batch = self._idle.pop(), self._queue.popleft()
-            self._asked[worker.make.remote(batch)] = Question(worker, batch)
+            self._asked[worker.make.remote(batch)] = Request(worker, batch)
         while len(self._asked) + len(self._idle) < min(self._workers, self._left):
             worker = self._hire(*self._arguments)
-            self._asked[worker.open.remote()] = Question(worker, None)
+            self._asked[worker.open.remote()] = Request(worker, None)
 
     def _take(self, answer: Any, made: Callable[[Batch, FileFacts], None]) -> None:
         question = self._asked.pop(answer)
@@ -103,7 +103,7 @@ class Crew:
         else:
             made(question.batch, value)
 
-    def _bury(self, question: Question, error: RayError) -> None:
+    def _bury(self, question: Request, error: RayError) -> None:
         """Give the batch of a dead worker to another; raises EnvironmentProblem where too many died of it."""
         with suppress(RayError):
             ray.kill(question.worker)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_export.errors import ExportError, PlanRefused
-from qlora_export.pipeline.auto_format import settle_formats
+from qlora_export.pipeline.auto_format import resolve_auto_formats
 from qlora_export.pipeline.doctor.checks import Check
 from qlora_export.pipeline.doctor.machine import Needs
 from qlora_export.planning.make import make_plan
@@ -25,7 +25,7 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
         found.append(Check("sources", "ok", f"{', '.join(remote)} on the Hub: `qlora-export plan` looks at them"))
         return found, Needs()
     try:
-        plan = make_plan(settle_formats(recipe, out), out)
+        plan = make_plan(resolve_auto_formats(recipe, out), out)
     except PlanRefused as error:
         message = "; ".join(problem.message for problem in error.problems)
         return [*found, Check("sources", "fail", message, error.hint.replace("\n", " "))], Needs()
@@ -35,12 +35,12 @@ def recipe_checks(recipe: Recipe, out: Path, workers: int) -> tuple[list[Check],
     return found, Needs(plan.bytes, peak_memory_bytes(plan, workers))
 
 
-def settled(recipe: Recipe, out: Path) -> Recipe:
+def with_resolved_formats(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with a format for every `auto`; as it is where only the Hub, or nothing, can tell."""
     if any(hub_id(text, recipe.folder) is not None for text in recipe.sources):
         return recipe
     try:
-        return settle_formats(recipe, out)
+        return resolve_auto_formats(recipe, out)
     except ExportError:
         return recipe  # the plan says what is wrong
 

@@ -37,7 +37,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Found:
+class PublishedRevision:
     """A revision that may already hold the publication: how it is called, its commit, and the texts that tell."""
 
     revision: str
@@ -46,12 +46,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TargetState:
     """What is at a target now; `head` is None where there is no such repository."""
 
     target: Target
     head: str | None
-    candidates: tuple[Found, ...] = ()
+    candidates: tuple[PublishedRevision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def target_from(data: Mapping[str, Any]) -> Target:
     return Target(**data)
 
 
-def seen_from(data: Mapping[str, Any]) -> Seen:
+def seen_from(data: Mapping[str, Any]) -> TargetState:
     """What was seen, as it was answered."""
-    return Seen(target_from(data["target"]), data["head"], tuple(Found(**item) for item in data["candidates"]))
+    return TargetState(
+        target_from(data["target"]), data["head"], tuple(PublishedRevision(**item) for item in data["candidates"])
+    )
 
 
 def upload_from(data: Mapping[str, Any]) -> Upload:

@@ -28,7 +28,7 @@ from qlora_export.publish.hub.job import (
     PROVENANCE_PATH,
     REPORT_PATH,
     SIGNATURE_PATH,
-    Seen,
+    TargetState,
     Upload,
     as_data,
     seen_from,
@@ -135,12 +135,14 @@ class HubPublisher:
         for place in self._places:
             shutil.rmtree(staging_folder(self._out, place), ignore_errors=True)
 
-    def _look(self, places: Sequence[Place]) -> list[tuple[Place, Seen]]:
+    def _look(self, places: Sequence[Place]) -> list[tuple[Place, TargetState]]:
         targets = [as_data(place.target) for place in places]
         answer = run_job(self._client, "look", targets=targets, texts=TEXTS)
         return list(zip(places, map(seen_from, answer["seen"]), strict=True))
 
-    def _publication(self, place: Place, seen: Seen, verified: Sequence[Verified], account: Account) -> Publication:
+    def _publication(
+        self, place: Place, seen: TargetState, verified: Sequence[Verified], account: Account
+    ) -> Publication:
         chosen = [item for item in verified if item.artifact.name in place.prefixes]
         publication = Publication(place, seen, chosen, self._recipe, account)
         tagged = next((item for item in seen.candidates if item.revision == place.target.version), None)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from qlora_export._version import __version__
 from qlora_export.errors import RemoteConflict
 from qlora_export.publish.hub.failures import NOT_SPOKEN, is_transient, status_of, translated
-from qlora_export.publish.hub.job import PROVENANCE_PATH, Found, Target
+from qlora_export.publish.hub.job import PROVENANCE_PATH, PublishedRevision, Target
 
 Answer = TypeVar("Answer")
 PAUSES_SECONDS = (0.5, 2.0, 5.0)
@@ -163,7 +163,7 @@ class Remote:
                     return None
                 raise
 
-    def candidates(self, texts: tuple[str, ...]) -> list[Found]:
+    def candidates(self, texts: tuple[str, ...]) -> list[PublishedRevision]:
         """Revisions that may hold a publication of ours: the version's tag, the branch, open pull requests."""
         revisions: dict[str, str] = {}
         if self.target.version is not None and (tagged := self.tags().get(self.target.version)) is not None:
@@ -175,12 +175,12 @@ class Remote:
             revisions |= {reference: commit for reference, commit in waiting if self.is_open(reference)}
         return [self._found(revision, commit, texts) for revision, commit in revisions.items()]
 
-    def _found(self, revision: str, commit: str, texts: tuple[str, ...]) -> Found:
+    def _found(self, revision: str, commit: str, texts: tuple[str, ...]) -> PublishedRevision:
         """What a revision says of itself; without a provenance of ours, only its card matters."""
         paths = set(self.tree(commit))
         wanted = texts if PROVENANCE_PATH in paths else texts[:1]
         read = {path: self.read(path, commit) for path in wanted if path in paths}
-        return Found(revision, commit, {path: text for path, text in read.items() if text is not None})
+        return PublishedRevision(revision, commit, {path: text for path, text in read.items() if text is not None})
 
     def _require_visibility(self, private: bool) -> None:
         if private == (self.target.visibility == "private"):

@@ -22,7 +22,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from qlora_export.errors import ExitCode, RemoteConflict
 from qlora_export.publish.hub import commit
 from qlora_export.publish.hub.failures import NOT_SPOKEN, status_of, translated
-from qlora_export.publish.hub.job import Seen, Target, as_data, target_from, upload_from
+from qlora_export.publish.hub.job import Target, TargetState, as_data, target_from, upload_from
 from qlora_export.publish.hub.remote import Remote, asked, connect
 from qlora_export.publish.redaction import redact
 
@@ -38,7 +38,7 @@ def look(api: HfApi, job: Job, tell: Tell) -> dict[str, Any]:
         remote = Remote(api, target_from(data))
         there = remote.exists()
         found = tuple(remote.candidates(texts)) if there else ()
-        seen.append(as_data(Seen(remote.target, remote.head() if there else None, found)))
+        seen.append(as_data(TargetState(remote.target, remote.head() if there else None, found)))
     return {"seen": seen}
 
 

@@ -39,7 +39,7 @@ class Grid:
 
     def rows_from(self, first_scale: int) -> Grid:
         """The grid of the rows that begin with this scale of the weight."""
-        if not isinstance(self.rule, NestedScales):
+        if not isinstance(self.rule, DoubleQuantScales):
             return self
         return replace(self, rule=replace(self.rule, first=self.rule.first + first_scale))
 
@@ -84,7 +84,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class NestedScales:
+class DoubleQuantScales:
     """The scales of double quantisation with its second level fixed: `offset + MAP[code] * nested_absmax`.
 
     `nested_absmax` has one value for each 256 scales in row-major order. Calling it rounds scales to the nearest that
@@ -110,12 +110,12 @@ class NestedScales:
         return self.nested_absmax.to(scales.device)[places].reshape(scales.shape)
 
 
-def fitted_nested_scales(scales: Tensor) -> NestedScales:
+def fitted_double_quant_scales(scales: Tensor) -> DoubleQuantScales:
     """The second level that fresh double quantisation of these scales [rows, groups] has."""
     absmax = scales.detach().float().cpu().numpy().reshape(-1)
     offset = double_quant.mean(absmax)
     _, nested_absmax = double_quant.encode(absmax, offset)
-    return NestedScales(float(offset), torch.from_numpy(nested_absmax))
+    return DoubleQuantScales(float(offset), torch.from_numpy(nested_absmax))
 
 
 def sixteen_bit_scales(dtype: torch.dtype) -> ScaleRule:

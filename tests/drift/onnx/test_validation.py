@@ -19,7 +19,7 @@ from qlora_export.drift.onnx.validation import validate, validation_windows
 from qlora_export.drift.onnx.variants import GraphFindings
 from qlora_export.drift.tokens import Protocol, TokenSet, Window
 from qlora_export.errors import ExitCode, InputError
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.options import RunOptions, untracked
 from qlora_export.report.data import exit_code, write_report
 from qlora_export.report.probes import probe_lines
@@ -149,7 +149,7 @@ def judge(graphs: Path, copied: Path, pico_text: Path, tmp_path: Path) -> Callab
     wide = ["drift.limits={perplexity_ratio: 100, mean_kl: 100, same_top1: 0, gain_kept: null}"]
 
     def run() -> Any:
-        question = Question(str(copied), str(graphs / "bf16"))
+        question = CheckRequest(str(copied), str(graphs / "bf16"))
         return check_against(question, {"text": str(pico_text)}, wide, RunOptions(tmp_path / "out"))
 
     return run

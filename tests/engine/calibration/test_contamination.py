@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_export.engine.calibration.contamination import FORM_ENTRIES, Overlap, overlap_of, require_apart
+from qlora_export.engine.calibration.contamination import FORM_ENTRIES, Contamination, contamination_of, require_apart
 from qlora_export.engine.calibration.passages import RUN_WORDS, passages_of, runs_of, words_of
 from qlora_export.engine.calibration.text import CalibrationText
 from qlora_export.errors import Refused
@@ -28,8 +28,8 @@ def chat(*contents: str, system: bool = False, place: str = "line 1") -> Entry:
     return Entry((SYSTEM, *turns) if system else tuple(turns), place)
 
 
-def shared(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Overlap | None:
-    return overlap_of(CalibrationText("ours", 1.0, tuple(ours)), theirs)
+def shared(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Contamination | None:
+    return contamination_of(CalibrationText("ours", 1.0, tuple(ours)), theirs)
 
 
 def file(text: str) -> tuple[Entry]:
@@ -40,7 +40,7 @@ def test_the_same_chat_however_it_is_laid_out() -> None:
     theirs = [chat("a", "b"), chat("My  kettle\nis cold", "Buy a new ONE", place="line 7")]
     ours = [chat("x", "y"), chat("my kettle is cold", "buy a new one ", system=True, place="line 2"), chat("z", "b")]
     found = shared(ours, theirs)
-    assert found == Overlap("ours", "chats", 1, 3, "line 2", "line 7", "my kettle is cold")
+    assert found == Contamination("ours", "chats", 1, 3, "line 2", "line 7", "my kettle is cold")
     assert shared([chat("my kettle is cold", "buy a new two")], theirs) is None
 
 

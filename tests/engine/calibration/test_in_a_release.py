@@ -17,7 +17,7 @@ from qlora_export.engine.build import locked
 from qlora_export.engine.partial_folder import PartialFolder
 from qlora_export.errors import PlanRefused, UsageError
 from qlora_export.pipeline import release as pipeline
-from qlora_export.pipeline.calibrate import forget
+from qlora_export.pipeline.calibrate import remove_decided_layers
 from qlora_export.pipeline.clean import find_leftovers, remove_leftovers
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.planning.make import make_plan
@@ -182,11 +182,11 @@ def test_blocks_of_a_run_at_work_are_not_forgotten(pico: Pico, tmp_path: Path) -
     blocks = tmp_path / f"{'0' * 16}.calibrated"
     blocks.mkdir(parents=True)
     with locked(tmp_path):
-        forget(plan, tmp_path)
+        remove_decided_layers(plan, tmp_path)
     assert blocks.is_dir()
-    forget(make_plan(recipe_of(pico, "bf16"), tmp_path), tmp_path)
+    remove_decided_layers(make_plan(recipe_of(pico, "bf16"), tmp_path), tmp_path)
     assert blocks.is_dir()
-    forget(plan, tmp_path)
+    remove_decided_layers(plan, tmp_path)
     assert not blocks.exists()
 
 

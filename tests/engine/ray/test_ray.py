@@ -24,8 +24,8 @@ from qlora_export.engine.manifest import versions
 from qlora_export.engine.ray import batch_worker
 from qlora_export.engine.ray import cluster as ray_cluster
 from qlora_export.engine.ray.batches import cut
-from qlora_export.engine.ray.workers import Crew, Question
-from qlora_export.engine.work_items import subjects_of
+from qlora_export.engine.ray.workers import Crew, Request
+from qlora_export.engine.work_items import work_items_of
 from qlora_export.errors import EnvironmentProblem, ExportError, InputError
 from qlora_export.planning.make import make_plan
 from tests import sampling
@@ -87,14 +87,14 @@ class Deaths:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.crew: Crew
-        self.lost: list[Question] = []
+        self.lost: list[Request] = []
         enter, bury = Crew.__enter__, Crew._bury
 
         def entered(crew: Crew) -> Crew:
             self.crew = crew
             return enter(crew)
 
-        def buried(crew: Crew, question: Question, error: Any) -> None:
+        def buried(crew: Crew, question: Request, error: Any) -> None:
             self.lost.append(question)
             bury(crew, question, error)
 
@@ -188,7 +188,7 @@ def test_a_node_with_other_versions_is_refused() -> None:
 
 def test_batches_hold_every_subject_once_and_files_alone(pico_recipe: RecipeMaker, tmp_path: Path) -> None:
     plan = make_plan(pico_recipe("bf16"), tmp_path)
-    subjects = subjects_of(plan, plan.sources)
+    subjects = work_items_of(plan, plan.sources)
     assert isinstance(subjects[0], Path)
     for workers in (1, 3, 1000):
         batches = cut(subjects, 256_000_000, workers)

@@ -16,7 +16,7 @@ from qlora_export.quant.rounding.grid import (
     Grid,
     ScaleRule,
     e4m3_scales,
-    fitted_nested_scales,
+    fitted_double_quant_scales,
     power_of_two_scales,
     sixteen_bit_scales,
 )
@@ -64,7 +64,7 @@ def grid_of(name: str, target: Tensor) -> Grid:
     columns = int(group) if group != "row" else target.shape[1]
     free = Grid(LEVELS[kind], columns, lambda values: values, scales == "signed", int(height or 1))
     if scales == "nested":
-        return replace(free, rule=fitted_nested_scales(absmax_scales(target, free)))
+        return replace(free, rule=fitted_double_quant_scales(absmax_scales(target, free)))
     return replace(free, rule=RULES[scales]) if scales in RULES else free
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_export.quant import double_quant
-from qlora_export.quant.rounding.grid import Grid, NestedScales, fitted_nested_scales, nonzero
+from qlora_export.quant.rounding.grid import DoubleQuantScales, Grid, fitted_double_quant_scales, nonzero
 from qlora_export.quant.rounding.scale_search import absmax_scales
 from tests.helpers.values import random_values
 from tests.quant.rounding.cases import FP4_LEVELS, GRIDS, INT4_LEVELS, grid_of, nearest_level, weights_of
@@ -56,7 +56,7 @@ def test_groups_of_zeros_stay_zero() -> None:
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (3, 5), (40, 13), (300, 2)])
 def test_nested_scales_are_the_nearest_that_can_be_stored(rows: int, groups: int) -> None:
     wanted = np.abs(random_values(rows, groups, seed=groups)) + np.float32(0.03)
-    rule = fitted_nested_scales(torch.from_numpy(wanted))
+    rule = fitted_double_quant_scales(torch.from_numpy(wanted))
     stored = rule(torch.from_numpy(wanted)).numpy().reshape(-1)
     every = double_quant.dynamic_map().astype(np.float64)
     for place, value in enumerate(wanted.reshape(-1)):
@@ -71,7 +71,7 @@ def test_codes_on_stored_scales_are_the_stored_codes(size: int) -> None:
     codes, nested_absmax = double_quant.encode(absmax, offset)
     stored = double_quant.decode(codes, nested_absmax, offset)
     assert double_quant.codes_on(stored, nested_absmax, offset).tobytes() == codes.tobytes()
-    rule = NestedScales(float(offset), torch.from_numpy(nested_absmax))
+    rule = DoubleQuantScales(float(offset), torch.from_numpy(nested_absmax))
     assert rule(torch.from_numpy(stored)[None]).numpy().tobytes() == stored.tobytes()
 
 
@@ -87,7 +87,7 @@ def test_on_a_flat_second_level_values_stay_where_codes_may_not() -> None:
 
 def test_rows_of_a_weight_have_the_second_level_at_their_place() -> None:
     scales = torch.from_numpy(np.abs(random_values(300, 4, seed=1)) + np.float32(0.02))
-    whole = Grid(INT4_LEVELS, 8, fitted_nested_scales(scales))
+    whole = Grid(INT4_LEVELS, 8, fitted_double_quant_scales(scales))
     for first in (0, 1, 63, 64, 200):
         part = whole.rows_from(first * 4).rule(scales[first:])
         assert torch.equal(part, whole.rule(scales)[first:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_export.quant.rounding.grid import Grid, fitted_nested_scales, sixteen_bit_scales
+from qlora_export.quant.rounding.grid import Grid, fitted_double_quant_scales, sixteen_bit_scales
 from qlora_export.quant.rounding.scale_search import absmax_scales
 from qlora_export.quant.rounding.solving import Layer, Method, Start, solve
 from qlora_export.quant.rounding.target import retention
@@ -19,7 +19,7 @@ FREE = Grid(NF4_LEVELS, 64, lambda scales: scales)
 
 def fresh(scales: Tensor) -> Grid:
     """What double quantisation of these scales can store."""
-    return Grid(NF4_LEVELS, 64, fitted_nested_scales(scales))
+    return Grid(NF4_LEVELS, 64, fitted_double_quant_scales(scales))
 
 
 def trained(rows: int, columns: int, seed: int) -> tuple[Tensor, list[Start]]:

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from qlora_export.errors import ExportError, InputError, Refused
-from qlora_export.pipeline.check_folder import Question, check_against
+from qlora_export.pipeline.check_folder import CheckRequest, check_against
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.runtimes.onnx.folder import open_graph
 from qlora_export.runtimes.registry import load_runtime
@@ -116,7 +116,7 @@ def test_a_check_ends_before_anything_is_measured(
     graphs: Path, copied: Path, pico_text: Path, tmp_path: Path, edit: Callable[[Path], None], code: int
 ) -> None:
     edit(copied)
-    question = Question(str(copied), str(graphs / "bf16"))
+    question = CheckRequest(str(copied), str(graphs / "bf16"))
     with pytest.raises(ExportError) as caught:
         check_against(question, {"text": str(pico_text)}, (), RunOptions(tmp_path / "out"))
     assert caught.value.exit_code == code

@@ -1,4 +1,4 @@
-"""The process that runs a graph in several ways: `python -m qlora_export.runtimes.onnx.ways_worker FOLDER`.
+"""The process that runs a graph in several ways: `python -m qlora_export.runtimes.onnx.variants_worker FOLDER`.
 
 Checks the graph by onnx's own checker first, on the file with its data. Then reads a JSON object a line, windows and
 a way, and answers with an array for each window: log-probabilities, or the inner value that was asked for.
@@ -29,7 +29,7 @@ SESSION_KEYS = ("optimised", "accuracy_level", "output", "adapter")
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
-class Ways:
+class GraphVariants:
     """A graph, and the session that was asked for last."""
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ class Ways:
 def main() -> None:
     """Answer until stdin ends."""
     stream = answers()
-    ways = Ways(Path(sys.argv[1]))
+    ways = GraphVariants(Path(sys.argv[1]))
     ways.check()
     for line in sys.stdin:
         for rows in ways.run(json.loads(line)):
