@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Consumes = Literal["merged", "base"]
-# What an exporter starts from: a dense artifact, the adapter, or an artifact of one format.
-Takes = Literal["dense", "adapter", "w4a16", "w8a16", "gptq", "awq", "nf4-adapter"]
 Onto = Literal["as-trained", "original"]
 OntoChoice = Literal["as-trained", "original", "auto"]
 # Which values of the base a delta is added to: two that an artifact can be merged onto, and two for dithering: rows as

@@ -14,6 +14,8 @@ from qlora_export import catalog
 from qlora_export.artifact import Artifact
 from qlora_export.drift.results import Drift, Verdict, Verified
 from qlora_export.errors import GateFailed
+from qlora_export.exporters.registry import load_exporter
+from qlora_export.formats.base import CorrectedFormat
 from qlora_export.formats.registry import load_format
 from qlora_export.runtimes.registry import load_runtime
 from qlora_export.types import TrainingQuantization
@@ -77,7 +79,15 @@ def test_a_verified_without_a_passing_verdict_cannot_exist(outcome: str) -> None
 
 def test_every_name_in_the_catalog_loads() -> None:
     for name in catalog.FORMATS:
-        assert load_format(name, TrainingQuantization()).name == name
+        form = load_format(name, TrainingQuantization())
+        corrected = "correction" if isinstance(form, CorrectedFormat) else None
+        assert form.name == name
+        assert catalog.FORMATS[name].beside == ("adapter" if form.keeps_adapter else corrected)
+    for name, info in catalog.EXPORTERS.items():
+        exporter = load_exporter(name, {})
+        assert exporter.name == name
+        assert exporter.takes in ("dense", "adapter", *catalog.FORMATS)
+        assert (info.base_model_relation == "adapter") == (exporter.takes == "adapter")
     for name in catalog.RUNTIMES:
         assert load_runtime(name).name == name
     assert set(catalog.DENSE_FORMATS.values()) <= set(catalog.FORMATS)

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_export.errors import UsageError
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, open_adapter
 from qlora_export.sources.sidecar import SIDECAR_NAME
-from qlora_export.types import Options, Rounding, Takes
+from qlora_export.types import Options, Rounding
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AdapterExporter:
     """Copies an adapter."""
 
     name: str = "adapter"
-    takes: Takes = "adapter"
+    takes: str = "adapter"
     runtime: str = "as-trained"
     bytes_per_weight: float = 0.0
 

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from qlora_export.types import Options, Rounding, Takes
+from qlora_export.types import Options, Rounding
 
 
 class Exporter(Protocol):
-    """Makes an artifact of another kind from a finished folder, or from the adapter's folder."""
+    """Makes an artifact of another kind from a finished folder, or from the adapter's folder.
+
+    It `takes` a `dense` artifact, the `adapter`, or an artifact of the format that it names.
+    """
 
     name: str
-    takes: Takes
+    takes: str
     runtime: str
     bytes_per_weight: float
 
@@ -48,7 +51,7 @@ class RoundedExporter(Exporter, Protocol):
     """An exporter that takes over the integers of an artifact with this rounding; `sources` may be asked for them."""
 
     rounding: Rounding
-    sources: tuple[Takes, ...]
+    sources: tuple[str, ...]
 
     def accepts(self, options: Options) -> bool:
         """Whether the integers of an artifact with these options are those that it was asked for."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_export.catalog import FORMATS
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import Format, TensorEncoder
 from qlora_export.types import Consumes, Float32, Part, TensorSpec
@@ -112,9 +113,10 @@ def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[st
                 "transformers opens no such folder, and what is decoded here is of one kind; leave out `symmetric`",
             )
         if stated is None or stated.get("quant_method") != METHOD:
+            mixing = [name for name, info in FORMATS.items() if METHOD in info.packages]
             raise UsageError(
                 f"{form.name} does not mix with other formats in one folder",
-                "w4a16, w8a16, w8a8, fp8, fp8-block, nvfp4a16 and mxfp4a16 do; `keep` leaves modules dense",
+                f"{', '.join(mixing[:-1])} and {mixing[-1]} do; `keep` leaves modules dense",
             )
     return Mixed(main, others, names) if others else main
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qlora_export.catalog import EXPORTERS, FORMATS, require_known
+from qlora_export.catalog import ARTIFACTS, FORMATS, require_known
 from qlora_export.errors import InputError, UsageError
 from qlora_export.recipe.calibration import CalibrationMethod, CalibrationPart, CalibrationRecipe
 from qlora_export.recipe.config import (
@@ -72,7 +72,7 @@ def make_recipe(data: dict[str, Any], folder: Path, origin: str, settings: Seque
         messages, hints = zip(*(_explain(item) for item in error.errors()), strict=True)
         raise UsageError(f"{origin}: " + "; ".join(messages), " ".join(dict.fromkeys(h for h in hints if h))) from None
     for artifact in recipe.artifacts:
-        require_known({**FORMATS, **EXPORTERS, AUTO: ""}, "format", artifact.format)
+        require_known([*ARTIFACTS, AUTO], "format", artifact.format)
         for override in artifact.overrides.values():
             require_known(FORMATS, "format", override.format)
     if recipe.drift is not None:

@@ -12,38 +12,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_export import catalog
+from qlora_export.catalog import EXPORTERS, FORMATS, FormatInfo
 from qlora_export.exporters.registry import load_exporter
 from qlora_export.formats.registry import load_format
 from qlora_export.report.terminal import new_table
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.types import Part, TensorSpec, TrainingQuantization
 
-LINES = {
-    "fp32": "merged, dense float32",
-    "bf16": "merged, dense bfloat16: for serving at full size and for further quantisation",
-    "fp16": "merged, dense float16; a value beyond 65504 stops the build",
-    "nf4": "merged, dithered onto the NF4 grid of training: small; docs/rounding.md has its other roundings",
-    "fp4": "merged, rounded to the nearest bitsandbytes FP4 code: as small as nf4, and coarser",
-    "int8": "merged, bitsandbytes LLM.int8: one scale a row",
-    "w4a16": "merged, packed 4-bit integers in groups of 128 for vLLM; options group_size and symmetric",
-    "w8a16": "merged, packed 8-bit integers for vLLM, one scale a row; nearly lossless",
-    "w8a8": "merged, 8-bit integers for vLLM, activations in 8 bits too: fast on GPUs without FP8",
-    "fp8": "merged, float8_e4m3 for vLLM, activations in FP8 too: fast on GPUs with FP8",
-    "fp8-block": "merged, float8_e4m3 for vLLM, one scale for 128 x 128 weights and for 128 activations",
-    "nvfp4a16": "merged, 4-bit floats in groups of 16 (NVFP4) for vLLM, activations in 16 bits; option global_scale",
-    "mxfp4a16": "merged, 4-bit floats in groups of 32 (MXFP4) for vLLM, activations in 16 bits",
-    "gptq": "merged, 4-bit integers in GPTQ's layout for vLLM and ONNX Runtime GenAI; option group_size 32, 64 or 128",
-    "awq": "merged, 4-bit integers with zero points in AWQ's layout; option group_size 32, 64 or 128",
-    "nf4-adapter": "the NF4 base of training with the adapter beside it: loses nothing",
-    "nf4-lowrank": "merged, NF4 by calibration, a LoRA adapter corrects what is left; option correction_bits or rank",
-    "adapter": "the adapter on its own, for the base it was trained on",
-    "onnx-int4": "merged, ONNX with 4-bit matrices for ONNX Runtime GenAI; rounded: those of w4a16, gptq or awq",
-    "onnx-int8": "merged, ONNX with 8-bit matrices for ONNX Runtime GenAI; with a rounding, the integers of w8a16",
-    "onnx-nf4-adapter": "the NF4 base of training in ONNX with the adapter beside it, for ONNX Runtime GenAI",
-    "onnx-fp16": "merged, ONNX in float16 for ONNX Runtime GenAI; needs the extra [onnx]",
-    "onnx-fp32": "merged, ONNX in float32 for ONNX Runtime GenAI; needs the extra [onnx]",
-}
 SAMPLE = TensorSpec("model.layers.0.mlp.up_proj.weight", "BF16", (4096, 4096))
 
 
@@ -60,7 +35,7 @@ class Offer:
 
 def offers() -> list[Offer]:
     """Every format and exporter of the catalog, in its order."""
-    return [_format(name) for name in catalog.FORMATS] + [_exporter(name) for name in catalog.EXPORTERS]
+    return [_format(*row) for row in FORMATS.items()] + [_exporter(*row) for row in EXPORTERS.items()]
 
 
 def offers_data(found: list[Offer]) -> dict[str, Any]:
@@ -85,16 +60,16 @@ def offers_table(found: list[Offer]) -> Table:
     return table
 
 
-def _format(name: str) -> Offer:
+def _format(name: str, info: FormatInfo) -> Offer:
     form = load_format(name, TrainingQuantization())
     size = sum(_part_bytes(part) for part in form.parts(SAMPLE)) / SAMPLE.size
-    return Offer(name, "format", LINES[name], round(size, 3), "transformers")
+    return Offer(name, "format", info.summary, round(size, 3), "transformers")
 
 
 def _part_bytes(part: Part) -> int:
     return prod(part.shape) * ITEM_BYTES[part.dtype]
 
 
-def _exporter(name: str) -> Offer:
+def _exporter(name: str, info: FormatInfo) -> Offer:
     exporter = load_exporter(name, {})
-    return Offer(name, "export", LINES[name], exporter.bytes_per_weight or None, exporter.runtime)
+    return Offer(name, "export", info.summary, exporter.bytes_per_weight or None, exporter.runtime)

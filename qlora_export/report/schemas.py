@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_export.catalog import EXPORTERS, FORMATS, PUBLISHERS
+from qlora_export.catalog import ARTIFACTS, PUBLISHERS
 from qlora_export.recipe.config import AUTO, Recipe
 from qlora_export.report.documents import DRAFT, ComparisonReport, PlanSummary, Report
 
@@ -19,7 +19,7 @@ def recipe_schema() -> Schema:
     """The schema of a recipe."""
     schema = Recipe.model_json_schema()
     parts, keys = schema["$defs"], schema["properties"]
-    formats = sorted({**FORMATS, **EXPORTERS, AUTO: ""})
+    formats = sorted([*ARTIFACTS, AUTO])
     parts["ArtifactRecipe"]["properties"]["format"] = {
         "enum": formats,
         "description": "What to make; see `qlora-export formats`.",

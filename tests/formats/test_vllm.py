@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from qlora_export.catalog import FORMATS
 from qlora_export.engine import BuildOptions, build
 from qlora_export.planning.make import make_plan
-from qlora_export.publish.card.kinds import KINDS
 from qlora_export.recipe.load import make_recipe
 from tests.helpers.pico import save_adapter, save_base
 
@@ -36,7 +36,9 @@ SCHEMES = {
 
 
 def test_every_served_format_is_asked_for() -> None:
-    assert set(SCHEMES) == {name for name, kind in KINDS.items() if kind.served and kind.relation == "quantized"}
+    assert set(SCHEMES) == {
+        name for name, info in FORMATS.items() if info.served_by_vllm and info.base_model_relation == "quantized"
+    }
 
 
 @pytest.mark.vllm

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_export.artifact import Artifact
-from qlora_export.catalog import EXPORTERS, FORMATS
+from qlora_export.catalog import ARTIFACTS
 from qlora_export.errors import InputError, RemoteConflict, UsageError
 from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import check as run_check
@@ -21,7 +21,6 @@ from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.card.block import BEGIN, END, MARKER
 from qlora_export.publish.card.escaping import code, escape, public_value, recipe_yaml
 from qlora_export.publish.card.front_matter import split_readme
-from qlora_export.publish.card.kinds import kind_of
 from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.recipe.config import CardRecipe, Recipe
 from qlora_export.recipe.load import make_recipe
@@ -178,10 +177,17 @@ def test_dense_weights_without_an_adapter_state_no_relation(release: Release) ->
     assert metadata_of(theirs)["base_model_relation"] == "merge"
 
 
-def test_every_format_has_a_kind() -> None:
-    assert all(kind_of(form).packages for form in (*FORMATS, *EXPORTERS))
+def test_every_format_has_a_card(release: Release) -> None:
+    for form in ARTIFACTS:
+        item = release.item("bf16")
+        card = make_card(
+            release.facts("bf16", items=(replace(item, artifact=replace(item.artifact, format=form)),)), None
+        )
+        assert card_problems(card) == ([], []), form
+        assert f"pip install {' '.join(ARTIFACTS[form].packages)}" in card
+    item = replace(item, artifact=replace(item.artifact, format="gguf"))
     with pytest.raises(UsageError, match="no model card can be written for the format 'gguf'"):
-        kind_of("gguf")
+        make_card(release.facts("bf16", items=(item,)), None)
 
 
 @pytest.mark.parametrize("base_id", ["", "runs/7/base/x", "/home/x/base", f"acme/base@{COMMIT}"])
@@ -585,7 +591,7 @@ def test_groups_with_zero_points_are_for_vllm(release: Release, tmp_path: Path, 
     files = {"config.json": {"bytes": 1, "sha256": ""}}
     artifact = _with_files(replace(release.items["fp8"].artifact, path=tmp_path), files)
     item = replace(release.items["fp8"], artifact=artifact, prefix=prefix)
-    assert item.kind.packages == ("vllm",)
+    assert item.packages == ("vllm",)
     text = snippet(release.facts("fp8"), item)
     compile(text, "snippet", "exec")
     assert "transformers" not in text

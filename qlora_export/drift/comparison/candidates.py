@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
-from qlora_export.catalog import EXPORTERS, FORMATS, require_known
+from qlora_export.catalog import ARTIFACTS, EXPORTERS, require_known
 from qlora_export.errors import UsageError
 from qlora_export.recipe.config import ArtifactRecipe, Limits, Recipe
 from qlora_export.types import Onto, Rounding
@@ -60,7 +60,7 @@ def candidate(text: str) -> Candidate:
     """One candidate from FORMAT[:ROUNDING][@ONTO]; raises UsageError that names the nearest format."""
     form, at, onto = text.partition("@")
     form, colon, rounding = form.partition(":")
-    require_known({**FORMATS, **EXPORTERS}, "format", form)
+    require_known(ARTIFACTS, "format", form)
     if colon and rounding not in get_args(Rounding):
         raise UsageError(f"{text}: {rounding!r} is no rounding", f"known: {', '.join(get_args(Rounding))}")
     if at and onto not in get_args(Onto):

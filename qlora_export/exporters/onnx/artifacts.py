@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter
 from qlora_export.exporters.onnx.integers import SameIntegersExporter
@@ -19,7 +17,7 @@ from qlora_export.exporters.onnx.options import (
     SameIntegerOptions,
     chosen,
 )
-from qlora_export.types import Options, Rounding, Takes
+from qlora_export.types import Options, Rounding
 
 SAME_INTEGERS: dict[str, tuple[Rounding, ...]] = {
     "onnx-int4": ("nearest", "search", "calibrated", "tuned"),
@@ -44,7 +42,7 @@ def int4(options: Options, rounding: Rounding | None) -> BuiltExporter | SameInt
     if rounding is not None:
         _require_known("onnx-int4", rounding, "w4a16")
         stated = chosen("onnx-int4", SameInteger4Options, options)
-        return SameIntegersExporter("onnx-int4", cast(Takes, stated.integers), rounding, 0.8, stated, SOURCES_OF_INT4)
+        return SameIntegersExporter("onnx-int4", stated.integers, rounding, 0.8, stated, SOURCES_OF_INT4)
     return BuiltExporter("onnx-int4", "int4", 0.8, chosen("onnx-int4", IntegerOptions, options))
 
 
@@ -63,7 +61,7 @@ def nf4_adapter(options: Options, rounding: Rounding | None) -> Nf4AdapterExport
     return Nf4AdapterExporter(chosen("onnx-nf4-adapter", Nf4Options, options))
 
 
-def _require_known(name: str, rounding: Rounding, takes: Takes) -> None:
+def _require_known(name: str, rounding: Rounding, takes: str) -> None:
     known = SAME_INTEGERS[name]
     if rounding not in known:
         hint = f"with {', '.join(known)} it holds the integers of {takes}, without a rounding those of the builder"

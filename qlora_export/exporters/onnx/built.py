@@ -16,7 +16,6 @@ from qlora_export.exporters.onnx.traced.rounded import TracedRounding, trace_rou
 from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.transformers_js import GENAI_CONFIG, lay_out
 from qlora_export.sources.checkpoint import read_json
-from qlora_export.types import Takes
 
 # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
 STACKED_BYTES_PER_WEIGHT = 0.5
@@ -30,7 +29,7 @@ class BuiltExporter:
     precision: str
     bytes_per_weight: float
     options: Float32Options | Float16Options | IntegerOptions | Int8Options
-    takes: Takes = "dense"
+    takes: str = "dense"
     runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ from qlora_export.quant import packing
 from qlora_export.sources.checkpoint import read_json, read_tensors
 from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.types import Options, Rounding, Takes
+from qlora_export.types import Options, Rounding
 
 CHUNK_VALUES = 1 << 22
 HEAD = "lm_head.weight"
@@ -54,11 +54,11 @@ class SameIntegersExporter:
     """Takes a packed artifact and the builder's graph, and brings them together."""
 
     name: str
-    takes: Takes
+    takes: str
     rounding: Rounding
     bytes_per_weight: float
     options: SameIntegerOptions
-    sources: tuple[Takes, ...]
+    sources: tuple[str, ...]
     runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:

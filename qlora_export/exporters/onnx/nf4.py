@@ -57,7 +57,7 @@ from qlora_export.sources.adapter import Adapter, open_adapter
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint
 from qlora_export.sources.weights import FourBitWeight
 from qlora_export.tensors.reading import SourceFiles
-from qlora_export.types import FROM_TORCH_NAMES, Float32, Takes
+from qlora_export.types import FROM_TORCH_NAMES, Float32
 
 CHUNK_VALUES = 1 << 22
 NF4 = 1
@@ -75,7 +75,7 @@ class Nf4AdapterExporter:
 
     options: Nf4Options
     name: str = "onnx-nf4-adapter"
-    takes: Takes = "nf4-adapter"
+    takes: str = "nf4-adapter"
     bytes_per_weight: float = 0.8
     runtime: str = "onnxruntime"
 

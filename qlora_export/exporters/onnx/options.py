@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 from qlora_export.errors import UsageError
 from qlora_export.exporters.transformers_js import LAYOUTS
-from qlora_export.types import Options, Takes
+from qlora_export.types import Options
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ALGORITHMS = ("default", "rtn", "k_quant")
 ACCURACY_LEVELS = (1, 2, 3, 4)
 PROVIDERS = ("cpu", "cuda", "webgpu")
-SOURCES_OF_INT4: tuple[Takes, ...] = ("w4a16", "gptq", "awq")
+SOURCES_OF_INT4: tuple[str, ...] = ("w4a16", "gptq", "awq")
 BITS = {"int4": 4, "int8": 8}
 Chosen = TypeVar("Chosen")
 

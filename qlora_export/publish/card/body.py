@@ -60,12 +60,11 @@ def paragraph(facts: CardFacts, item: CardItem) -> str:
     """What one artifact is, in a few sentences."""
     base = code(facts.base_id) + (f" at commit {code(facts.base_commit)}" if facts.base_commit else "")
     where = f"In {code(item.prefix)}: " if item.prefix else ""
-    form = item.artifact.format
-    if form == "adapter":
+    if item.info.base_model_relation == "adapter":
         text = f"the LoRA adapter {_adapter(item)} for {base}, as it was trained, without the base"
-    elif form == "nf4-adapter":
+    elif item.info.beside == "adapter":
         text = (
-            f"{base} in {item.kind.weights}, in the codes that the adapter was trained on, with the adapter "
+            f"{base} in {item.info.weights}, in the codes that the adapter was trained on, with the adapter "
             f"{_adapter(item)} untouched in {code(f'{item.prefix}adapter/')}. Both must be loaded: the base alone "
             "opens without an error and is not the fine-tuned model"
         )
@@ -73,7 +72,7 @@ def paragraph(facts: CardFacts, item: CardItem) -> str:
         text = f"{base} with the adapter {_adapter(item)} merged into its weights, {_stored(item)}. {_onto(item)}"
     else:
         text = f"{base} as it is, {_stored(item)}; no adapter was merged into it"
-    if form == "nf4-lowrank":
+    if item.info.beside == "correction":
         text += (
             f". The LoRA adapter in {code(f'{item.prefix}adapter/')} was not trained: it corrects what rounding these "
             "weights left wrong, and must be loaded with them. Without it they open without an error, further from the "
@@ -90,10 +89,10 @@ def _adapter(item: CardItem) -> str:
 
 
 def _stored(item: CardItem) -> str:
-    verb = "exported to" if item.kind.library == "onnx" else "stored in"
-    if item.kind.library != "onnx" and item.kind.relation == "quantized":
+    verb = "exported to" if item.info.library == "onnx" else "stored in"
+    if item.info.library != "onnx" and item.info.base_model_relation == "quantized":
         verb = "rounded to"
-    return f"{verb} {item.kind.weights}"
+    return f"{verb} {item.info.weights}"
 
 
 def _onto(item: CardItem) -> str:
@@ -113,14 +112,14 @@ def _loading(facts: CardFacts) -> Iterator[str]:
     for item in facts.items:
         if len(facts.items) > 1:
             yield f"{code(item.artifact.name)}:"
-        yield _fenced("bash", f"pip install {' '.join(item.kind.packages)}")
+        yield _fenced("bash", f"pip install {' '.join(item.packages)}")
         yield _fenced("python", snippet(facts, item))
         if script := javascript(facts, item):
             yield "In a browser, or in Node:"
             yield _fenced("bash", "npm install @huggingface/transformers")
             yield _fenced("js", script)
         block_size = (item.manifest.get("training_quantization") or {}).get("block_size", 64)
-        if item.artifact.format == "adapter" and block_size != 64:
+        if item.info.base_model_relation == "adapter" and block_size != 64:
             yield (
                 f"Training quantised in blocks of {int(block_size)} values, where bitsandbytes takes 64 by default: "
                 "the base above is not exactly the one that training saw."

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora_export.artifact import Artifact
+from qlora_export.catalog import ARTIFACTS, FormatInfo
 from qlora_export.drift.results import MAY_LACK, Drift
-from qlora_export.publish.card.kinds import LABEL_GRAPH, VLLM, Kind, kind_of
+from qlora_export.errors import UsageError
 from qlora_export.recipe.config import CardRecipe
 from qlora_export.sources.model_config import is_classifier
 
+LABEL_GRAPH = ("onnxruntime", "tokenizers", "huggingface_hub")
+VLLM = ("vllm",)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -28,12 +31,19 @@ class CardItem:
     prefix: str
 
     @property
-    def kind(self) -> Kind:
-        """What its format means to those who load it; with zero points transformers does not."""
-        kind = kind_of(self.artifact.format)
-        if kind.library == "onnx" and self.is_classifier:
-            return replace(kind, packages=LABEL_GRAPH)
-        return replace(kind, packages=VLLM) if self.has_zero_points else kind
+    def info(self) -> FormatInfo:
+        """What the catalog tells of its format; raises UsageError for one that it does not know."""
+        form = self.artifact.format
+        if form not in ARTIFACTS:
+            raise UsageError(f"no model card can be written for the format {form!r}", f"known: {', '.join(ARTIFACTS)}")
+        return ARTIFACTS[form]
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What must be installed to load it; with zero points transformers does not."""
+        if self.info.library == "onnx" and self.is_classifier:
+            return LABEL_GRAPH
+        return VLLM if self.has_zero_points else self.info.packages
 
     @property
     def subfolder(self) -> str:
@@ -101,7 +111,7 @@ class CardFacts:
     @property
     def main(self) -> CardItem:
         """The artifact that decides library and relation: the first that is no ONNX, which has a folder of its own."""
-        return next((item for item in self.items if item.kind.library != "onnx"), self.items[0])
+        return next((item for item in self.items if item.info.library != "onnx"), self.items[0])
 
     @property
     def base_commit(self) -> str | None:

@@ -29,7 +29,7 @@ def metadata(facts: CardFacts, before: Mapping[Any, Any]) -> dict[str, Any]:
     stated: dict[str, Any] = {
         "base_model": _unless_listed(facts.base_id, before.get("base_model")),
         "base_model_relation": _relation(facts),
-        "library_name": facts.main.kind.library,
+        "library_name": facts.main.info.library,
         "pipeline_tag": _task(facts),
         **_license(facts, before),
         "datasets": list(facts.settings.datasets),
@@ -50,9 +50,9 @@ def dropped_keys(facts: CardFacts, before: Mapping[Any, Any]) -> tuple[str, ...]
 
 def _relation(facts: CardFacts) -> str | None:
     item = facts.main
-    if not item.has_adapter and item.kind.relation == "finetune":
+    if not item.has_adapter and item.info.base_model_relation == "finetune":
         return None
-    return item.kind.relation
+    return item.info.base_model_relation
 
 
 def _task(facts: CardFacts) -> str:
@@ -83,7 +83,7 @@ def _tags(facts: CardFacts, before: Any) -> list[Any]:
     """People's tags, then those of the recipe and of the formats that are not among them."""
     theirs = before if isinstance(before, list) else [before] if before else []
     script = [LAYOUT] if any(loads_in_javascript(item) for item in facts.items) else []
-    ours = [TOOL_TAG, *(tag for item in facts.items for tag in item.kind.tags), *script, *_training_tag(facts)]
+    ours = [TOOL_TAG, *(tag for item in facts.items for tag in item.info.tags), *script, *_training_tag(facts)]
     return list(theirs) + [tag for tag in dict.fromkeys((*facts.settings.tags, *ours)) if tag not in theirs]
 
 

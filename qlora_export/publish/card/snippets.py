@@ -19,24 +19,24 @@ ADAPTER_FOLDER = "adapter"
 
 def snippet(facts: CardFacts, item: CardItem) -> str:
     """The Python code that loads and tries one artifact."""
-    if item.kind.library == "onnx":
+    if item.info.library == "onnx":
         return _label_graph(facts, item) if item.is_classifier else _genai(facts, item)
     if item.has_zero_points:
         return _vllm(facts, item)
-    if item.artifact.format == "adapter":
+    if item.info.base_model_relation == "adapter":
         return _adapter_alone(facts, item)
     return _transformers(facts, item)
 
 
 def served(facts: CardFacts, item: CardItem) -> str | None:
     """The command that serves an artifact with vLLM; None where that does not open it as it is."""
-    if not item.kind.served or item.prefix or item.is_classifier:
+    if not item.info.served_by_vllm or item.prefix or item.is_classifier:
         return None
     return f"vllm serve {facts.repository}"
 
 
 def _transformers(facts: CardFacts, item: CardItem) -> str:
-    beside = item.kind.library == "peft"
+    beside = item.info.library == "peft"
     where = _arguments(facts.repository, subfolder=item.subfolder)
     lines = [
         *(["from peft import PeftModel"] if beside else []),

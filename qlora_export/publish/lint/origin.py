@@ -12,19 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from qlora_export import catalog
 from qlora_export.artifact import MANIFEST_NAME, Artifact
+from qlora_export.catalog import ARTIFACTS
 from qlora_export.errors import Problem
-from qlora_export.exporters.registry import load_exporter
-from qlora_export.formats.base import CorrectedFormat
-from qlora_export.formats.registry import load_format
 from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.publish.lint.contents import Contents, base_of, directory_of
 from qlora_export.publish.lint.rules import finding
 from qlora_export.publish.lint.weights import WeightFolder
 from qlora_export.publish.staged_folder import Staged
 from qlora_export.sources.adapter import CONFIG_NAME, SHARD_INDEX_NAME, WEIGHTS_NAME
-from qlora_export.types import TrainingQuantization
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PINNED_ID = re.compile(r".+@[0-9a-f]{40}")
@@ -37,15 +33,12 @@ PIN = "build again from a base with a commit, owner/name@COMMIT, or from a folde
 
 def keeps_adapter(artifact: Artifact) -> bool:
     """Whether the artifact's format ships an adapter in a folder beside the weights."""
-    if artifact.format not in catalog.FORMATS:
-        return False
-    form = load_format(artifact.format, TrainingQuantization())
-    return form.keeps_adapter or isinstance(form, CorrectedFormat)
+    return artifact.format in ARTIFACTS and ARTIFACTS[artifact.format].beside is not None
 
 
 def is_adapter(artifact: Artifact) -> bool:
     """Whether the artifact is an adapter alone."""
-    return artifact.format in catalog.EXPORTERS and load_exporter(artifact.format, {}).takes == "adapter"
+    return artifact.format in ARTIFACTS and ARTIFACTS[artifact.format].base_model_relation == "adapter"
 
 
 def adapter_folders(staged: Staged) -> dict[str, str]:
