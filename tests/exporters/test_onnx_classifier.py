@@ -106,7 +106,7 @@ def test_a_card_shows_how_it_is_loaded(made: Path, capsys: pytest.CaptureFixture
     facts: Any = SimpleNamespace(repository="acme/labels")
     drift: Any = None
     plain, javascript_item = (CardItem(read_artifact(made / name), drift, "") for name in ("onnx-fp32", "javascript"))
-    assert plain.info.packages[0] == "onnxruntime"
+    assert plain.packages[0] == "onnxruntime"
     for item in (plain, javascript_item):
         text = snippet(facts, item).replace('snapshot_download("acme/labels")', repr(str(item.artifact.path)))
         exec(compile(text, "snippet", "exec"), {})

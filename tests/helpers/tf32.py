@@ -1,0 +1,43 @@
+"""A format that the catalog does not have: float32 with a mantissa of ten bits, which transformers loads as dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_export.formats.dense import Dense, DenseEncoder
+from qlora_export.types import Float32, Piece, TensorSpec, TrainingQuantization
+
+DROPPED_BITS = 13
+
+
+@dataclass(frozen=True)
+class Tf32(Dense):
+    """Weights stored in 32 bits, the last 13 of them zero."""
+
+    def open(self, spec: TensorSpec) -> Tf32Encoder:
+        """Start encoding a tensor."""
+        return Tf32Encoder(spec, self.dense_dtype)
+
+
+class Tf32Encoder(DenseEncoder):
+    """Rounds rows to nearest even before they are stored."""
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """The rows' bytes at their place."""
+        return super().encode(rounded(values), first_row)
+
+
+def rounded(values: Float32) -> Float32:
+    """Flat float32 values with ten bits of mantissa."""
+    bits = values.view(np.uint32)
+    odd = bits >> np.uint32(DROPPED_BITS) & np.uint32(1)
+    half = np.uint32(2 ** (DROPPED_BITS - 1) - 1)
+    return (bits + half + odd & np.uint32(-(2**DROPPED_BITS) % 2**32)).view(np.float32)
+
+
+def tf32(training: TrainingQuantization) -> Tf32:
+    """The format, as its row names it."""
+    return Tf32("tf32", "F32")
