@@ -39,21 +39,17 @@ class FormatInfo:
 
 
 TRANSFORMERS = ("transformers", "accelerate")
-BITSANDBYTES = (*TRANSFORMERS, "bitsandbytes")
-COMPRESSED = (*TRANSFORMERS, "compressed-tensors")
-INTERLEAVED = (*TRANSFORMERS, "optimum", "gptqmodel")
-ONNX = ("onnxruntime-genai", "huggingface_hub")
 _dense = partial(
     FormatInfo, library="transformers", base_model_relation="finetune", packages=TRANSFORMERS, served_by_vllm=True
 )
 _quantised = partial(FormatInfo, library="transformers", base_model_relation="quantized")
-_bitsandbytes = partial(_quantised, packages=BITSANDBYTES)
-_compressed = partial(_quantised, packages=COMPRESSED, served_by_vllm=True)
-_interleaved = partial(_quantised, packages=INTERLEAVED, served_by_vllm=True)
+_bitsandbytes = partial(_quantised, packages=(*TRANSFORMERS, "bitsandbytes"))
+_compressed = partial(_quantised, packages=(*TRANSFORMERS, "compressed-tensors"), served_by_vllm=True)
+_interleaved = partial(_quantised, packages=(*TRANSFORMERS, "optimum", "gptqmodel"), served_by_vllm=True)
 # Not transformers', although it opens the root of these folders: its snippet would hand out the weights without the
 # adapter, in silence, and peft's stops with an error instead.
-_peft = partial(FormatInfo, library="peft", packages=(*BITSANDBYTES, "peft"))
-_onnx = partial(FormatInfo, library="onnx", packages=ONNX, tags=("onnx",))
+_peft = partial(FormatInfo, library="peft", packages=(*TRANSFORMERS, "bitsandbytes", "peft"))
+_onnx = partial(FormatInfo, library="onnx", packages=("onnxruntime-genai", "huggingface_hub"), tags=("onnx",))
 
 # A row tells what makes it, what it is, and what its users must know; the formatter would give every word a line.
 # fmt: off

@@ -19,10 +19,7 @@ from qlora_export.exporters.onnx.options import (
 )
 from qlora_export.types import Options, Rounding
 
-SAME_INTEGERS: dict[str, tuple[Rounding, ...]] = {
-    "onnx-int4": ("nearest", "search", "calibrated", "tuned"),
-    "onnx-int8": ("nearest", "search", "calibrated", "tuned"),
-}
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "search", "calibrated", "tuned")
 
 
 def fp32(options: Options, rounding: Rounding | None) -> BuiltExporter:
@@ -62,9 +59,8 @@ def nf4_adapter(options: Options, rounding: Rounding | None) -> Nf4AdapterExport
 
 
 def _require_known(name: str, rounding: Rounding, takes: str) -> None:
-    known = SAME_INTEGERS[name]
-    if rounding not in known:
-        hint = f"with {', '.join(known)} it holds the integers of {takes}, without a rounding those of the builder"
+    if rounding not in ROUNDINGS:
+        hint = f"with {', '.join(ROUNDINGS)} it holds the integers of {takes}, without a rounding those of the builder"
         raise UsageError(f"{name} is not rounded {rounding}", hint)
 
 
