@@ -65,6 +65,10 @@ def test_only_the_gate_makes_a_verified() -> None:
     assert {str(path) for path in calls("Verified")} == {"drift/gate.py"}
 
 
+def test_formats_and_exporters_are_made_at_one_place() -> None:
+    assert {str(path) for name in ("load_format", "load_exporter") for path in calls(name)} == {"planning/resolve.py"}
+
+
 def test_only_cli_and_terminal_print() -> None:
     assert {str(path) for path in calls("print") if path.parts[0] != "cli"} <= {"report/terminal.py"}
 

@@ -12,9 +12,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_export.catalog import EXPORTERS, FORMATS, FormatInfo
-from qlora_export.exporters.registry import load_exporter
-from qlora_export.formats.registry import load_format
+from qlora_export.catalog import ARTIFACTS
+from qlora_export.planning.resolve import ResolvedExport, resolve
+from qlora_export.recipe.config import ArtifactRecipe
 from qlora_export.report.terminal import new_table
 from qlora_export.tensors.dtypes import ITEM_BYTES
 from qlora_export.types import Part, TensorSpec, TrainingQuantization
@@ -35,7 +35,7 @@ class Offer:
 
 def offers() -> list[Offer]:
     """Every format and exporter of the catalog, in its order."""
-    return [_format(*row) for row in FORMATS.items()] + [_exporter(*row) for row in EXPORTERS.items()]
+    return [_offer(name, info.summary) for name, info in ARTIFACTS.items()]
 
 
 def offers_data(found: list[Offer]) -> dict[str, Any]:
@@ -60,16 +60,13 @@ def offers_table(found: list[Offer]) -> Table:
     return table
 
 
-def _format(name: str, info: FormatInfo) -> Offer:
-    form = load_format(name, TrainingQuantization())
-    size = sum(_part_bytes(part) for part in form.parts(SAMPLE)) / SAMPLE.size
-    return Offer(name, "format", info.summary, round(size, 3), "transformers")
+def _offer(name: str, summary: str) -> Offer:
+    found = resolve(ArtifactRecipe(format=name), TrainingQuantization())
+    if isinstance(found, ResolvedExport):
+        return Offer(name, "export", summary, found.exporter.bytes_per_weight or None, found.exporter.runtime)
+    size = sum(_part_bytes(part) for part in found.form.parts(SAMPLE)) / SAMPLE.size
+    return Offer(name, "format", summary, round(size, 3), "transformers")
 
 
 def _part_bytes(part: Part) -> int:
     return prod(part.shape) * ITEM_BYTES[part.dtype]
-
-
-def _exporter(name: str, info: FormatInfo) -> Offer:
-    exporter = load_exporter(name, {})
-    return Offer(name, "export", info.summary, exporter.bytes_per_weight or None, exporter.runtime)

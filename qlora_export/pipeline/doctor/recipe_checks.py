@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_export.catalog import ARTIFACTS
 from qlora_export.errors import ExportError, PlanRefused
 from qlora_export.pipeline.auto_format import resolve_auto_formats
 from qlora_export.pipeline.doctor.checks import Check
@@ -47,9 +48,13 @@ def with_resolved_formats(recipe: Recipe, out: Path) -> Recipe:
 
 def extras_of(recipe: Recipe) -> set[str]:
     """The extras that the recipe cannot do without."""
-    needed = {"onnx"} if any(item.format.startswith("onnx") for item in recipe.artifacts) else set()
+    needed = {"onnx"} if any(_is_onnx(item.format) for item in recipe.artifacts) else set()
     needed |= {"data"} if any(is_table(text) for text in _texts(recipe)) else set()
     return needed | ({"sign"} if recipe.publish is not None and recipe.publish.sign else set())
+
+
+def _is_onnx(name: str) -> bool:
+    return name in ARTIFACTS and ARTIFACTS[name].library == "onnx"
 
 
 def repositories_of(recipe: Recipe) -> list[str]:
