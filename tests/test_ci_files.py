@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 ACTION = ROOT / "action.yml"
 TEMPLATE = ROOT / "ci/gitlab/qlora-export.yml"
 GUIDE = ROOT / "docs/ci.md"
+WORKFLOW = ROOT / ".github/workflows/ci.yml"
+HOOKS = ROOT / ".pre-commit-config.yaml"
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 ACTIONLINT = shutil.which("actionlint", path=PROGRAMS)
 EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
@@ -64,6 +66,7 @@ def lint(schema: str, path: Path, *words: str) -> None:
 
 def test_the_files_are_what_their_systems_expect(tmp_path: Path) -> None:
     lint("vendor.github-actions", ACTION)
+    lint("vendor.github-workflows", WORKFLOW)
     lint("vendor.gitlab-ci", TEMPLATE, "--data-transform", "gitlab-ci")
     kinds = {"github": "vendor.github-workflows", "gitlab": "vendor.gitlab-ci"}
     assert set(examples()) == set(kinds)
@@ -71,6 +74,27 @@ def test_the_files_are_what_their_systems_expect(tmp_path: Path) -> None:
         path = tmp_path / f"{system}.yml"
         path.write_text(text)
         lint(kinds[system], path)
+
+
+def test_the_hooks_run_what_make_check_runs() -> None:
+    """With fixes where a program can make them, and the formatter writes."""
+    hooks = [hook["entry"] for repository in yaml.safe_load(HOOKS.read_text())["repos"] for hook in repository["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().partition("check: $(STAMP)\n")[2].partition("\n\n")[0]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    assert [entry.replace(" --fix", "") for entry in hooks] == [
+        line.removesuffix(" .").removesuffix(" --check") for line in commands
+    ]
+
+
+def test_the_workflow_runs_the_commands_of_the_readme_and_installs_what_it_built() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    scripts = {name: "\n".join(item.get("run", "") for item in job["steps"]) for name, job in jobs.items()}
+    assert "make check" in scripts["check"]
+    assert "make test" in scripts["test"]
+    assert not [script for script in scripts.values() if "${{" in script]
+    pinned = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text())
+    assert pinned is not None
+    assert pinned[0] in scripts["wheel"]
 
 
 def test_no_expression_is_pasted_into_a_script() -> None:
