@@ -5,8 +5,8 @@
 1 when the whole delta is there, 0 when rounding has erased it; weight error alone prefers the erased one. The shipped
 bytes are read from the finished folder, rounded as serving rounds them, row block by row block. For an artifact that
 ships the adapter beside its base, the adapter's own product is added. What else is known of a layer comes with it: its
-changed codes (`codes.py`), and what calibration wrote down (`layers.py`). Memory: the blocks and 4 bytes for each block
-of 64 weights.
+changed codes (`changed_codes.py`), and what calibration wrote down (`layers.py`). Memory: the blocks and 4 bytes for
+each block of 64 weights.
 """
 
 from __future__ import annotations

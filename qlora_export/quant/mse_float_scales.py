@@ -2,7 +2,7 @@
 
     minimise over s   sum_i (x_i - s * nearest(x_i / s))^2   over the columns of a group, in all rows that share it
 
-Candidates are those of `searched_scales.py`: the scale of nearest, which wins ties, 43 fractions of the one that brings
+Candidates are those of `mse_scales.py`: the scale of nearest, which wins ties, 43 fractions of the one that brings
 the largest magnitude to the largest level, and two least-squares refits, each as it can be stored. So the error of a
 group is never above that of nearest.
 

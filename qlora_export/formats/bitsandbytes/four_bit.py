@@ -10,8 +10,8 @@ Cost: 4.127 bits a weight.
 Rounded to nearest, `nf4` falls back onto the grid that the base already sits on: a delta smaller than half a step
 changes no code. Dithered, it is the nearest code of the base as it was loaded with the delta added, in the blocks and
 by the rules of training, so that without a delta the bytes are those of training; where the base itself is stored in 4
-bits, the delta goes onto its codes by chance (`quant/dithering.py`). `search` fits the scales
-(`quant/searched_scales.py`). `fp4` has the levels of a 4-bit float, which are further apart where most weights are.
+bits, the delta goes onto its codes by chance (`quant/stochastic_rounding.py`). `search` fits the scales
+(`quant/mse_scales.py`). `fp4` has the levels of a 4-bit float, which are further apart where most weights are.
 `nf4-adapter` keeps the codes that training saw and ships the adapter untouched, without drift.
 """
 
