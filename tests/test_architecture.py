@@ -97,6 +97,12 @@ def test_every_name_in_the_catalog_loads() -> None:
     assert set(catalog.DENSE_FORMATS.values()) <= set(catalog.FORMATS)
 
 
+def test_no_module_is_loose() -> None:
+    """What stands beside the rooms is used by many of them."""
+    loose = {path.stem for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__", "__main__", "_version", "artifact", "catalog", "errors", "training", "types"}
+
+
 def test_the_long_files_of_the_tests_are_there() -> None:
     assert not [name for name in LONG_FILES if not (PACKAGE.parent / name).is_file()]
 
