@@ -107,7 +107,7 @@ def test_a_terminated_command_says_so(pico_base: Path, pico_adapter: Path, tmp_p
     script = (
         "import os, signal, sys, threading\n"
         "from qlora_export.cli.main import run\n"
-        "from qlora_export.pipeline.release import release as pipeline\n"
+        "from qlora_export.pipeline import release as pipeline\n"
         "pipeline.make_plan = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), threading.Event().wait(20))\n"
         "run()"
     )
