@@ -39,6 +39,12 @@ class Artifact:
         """Size of all files together."""
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every file and of the manifest, by name."""
+        files = {name: str(entry["sha256"]) for name, entry in self.manifest["files"].items()}
+        return {**files, MANIFEST_NAME: self.manifest_sha256}
+
 
 def file_facts(path: Path, before_wait: BeforeWait = lambda: None) -> dict[str, Any]:
     """Size and sha256 of a file, which is read once from its beginning."""

@@ -168,7 +168,7 @@ def _stage(place: _Place) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     with disk_errors(place.shelf, artifact.bytes):
-        for name in ("manifest.json", *artifact.manifest["files"]):
+        for name in artifact.digests:
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.path / name, target, follow_symlinks=False)
@@ -185,8 +185,7 @@ def _stage(place: _Place) -> None:
 
 def _read_back(artifact: Artifact, folder: Path) -> dict[str, str]:
     """sha256 of every file in the registry; raises RemoteConflict when they are not the artifact's."""
-    expected = {name: str(facts["sha256"]) for name, facts in artifact.manifest["files"].items()}
-    expected["manifest.json"] = artifact.manifest_sha256
+    expected = artifact.digests
     found = {
         str(path.relative_to(folder)): "a link" if path.is_symlink() else str(file_facts(path)["sha256"])
         for path in sorted(folder.rglob("*"))

@@ -29,13 +29,9 @@ from qlora_export.publish.signers import (
     library,
     open_signer,
     open_verifier,
-    parse_signer,
-    parse_verifier,
     public_key,
     sigstore_errors,
 )
-
-__all__ = ["parse_signer", "parse_verifier", "require_signer", "sign", "signature_holds", "verify_signature"]
 
 # Where the Hub's client notes what it downloaded into a folder; what git keeps there, model-signing leaves out itself.
 CLIENT_NOTES = Path(".cache/huggingface")

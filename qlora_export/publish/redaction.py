@@ -8,7 +8,6 @@ finding; in a log everything that matches goes.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import re
 from collections.abc import Iterator, Sequence
@@ -106,26 +105,6 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
         if kind.anchor in text:
             text = kind.in_text.sub(REDACTED, text)
     return text
-
-
-class RedactingFilter(logging.Filter):
-    """Redacts message, traceback and stack of records; belongs on handlers, which see those of all loggers."""
-
-    def __init__(self, secrets: Sequence[str] = ()) -> None:
-        super().__init__()
-        self._secrets = tuple(secrets)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Redact the record in place, and let it pass."""
-        record.msg, record.args = redact(record.getMessage(), self._secrets), None
-        if record.exc_info:
-            record.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
-            record.exc_info = None
-        if record.exc_text:
-            record.exc_text = redact(record.exc_text, self._secrets)
-        if record.stack_info:
-            record.stack_info = redact(record.stack_info, self._secrets)
-        return True
 
 
 def _stands_alone(content: bytes | mmap.mmap, start: int) -> bool:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,8 @@ def _write_documents(folder: Path, publication: Publication, files: FileFacts) -
 def _report(publication: Publication, held: PublishedRevision | None) -> dict[str, Any]:
     """The report to publish: the one on the Hub where it is of this invocation, else this run's."""
     if held is not None:
-        try:
+        with suppress(KeyError, ValueError):
             found: dict[str, Any] = json.loads(held.texts[REPORT_PATH])
-        except (KeyError, ValueError):
-            pass
-        else:
             return found
     return public_report(publication.account.report)
 

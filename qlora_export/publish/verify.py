@@ -12,7 +12,7 @@ Cost: reading (and downloading) the chosen files once, and opening the artifacts
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,8 +29,9 @@ from qlora_export.publish.checksums import read_checksums
 from qlora_export.publish.hub.commit import WEIGHTS
 from qlora_export.publish.hub.job import CHECKSUMS_PATH, EDITED_BY_PEOPLE, REPORT_PATH, SIGNATURE_PATH
 from qlora_export.publish.hub.process import Client, run_job
-from qlora_export.publish.model_signature import parse_verifier, verify_signature
+from qlora_export.publish.model_signature import verify_signature
 from qlora_export.publish.prove import prove_files, prove_sample
+from qlora_export.publish.signers import parse_verifier
 from qlora_export.report.recorded import read_report, recorded_sample
 from qlora_export.report.run import Proof
 from qlora_export.runtimes.registry import load_runtime
@@ -126,9 +127,7 @@ def _expected(folder: Path) -> dict[str, str]:
     if (sums := folder / CHECKSUMS_PATH).is_file():
         return read_checksums(sums.read_bytes())
     if (folder / MANIFEST_NAME).is_file():
-        artifact = read_artifact(folder)
-        files = {name: str(facts["sha256"]) for name, facts in artifact.manifest["files"].items()}
-        return {**files, MANIFEST_NAME: artifact.manifest_sha256}
+        return read_artifact(folder).digests
     raise InputError(f"{folder}: no {CHECKSUMS_PATH} and no {MANIFEST_NAME}", "was it made by qlora-export?")
 
 
@@ -165,13 +164,18 @@ def _chosen(expected: Mapping[str, str], sizes: Mapping[str, int], share: float)
 
 def _require_manifests(copy: _Copy) -> None:
     """Raise VerifyMismatch where a manifest and the list of checksums tell of different files."""
-    for name in copy.chosen:
-        if name.rsplit("/", 1)[-1] != MANIFEST_NAME:
-            continue
-        prefix = name.removesuffix(MANIFEST_NAME)
-        for file, facts in read_artifact((copy.folder / name).parent).manifest["files"].items():
+    for prefix, artifact in _artifacts(copy.folder, copy.chosen):
+        for file, facts in artifact.manifest["files"].items():
             if copy.expected.get(f"{prefix}{file}") != facts["sha256"]:
-                raise VerifyMismatch(f"{copy.folder / name}: {CHECKSUMS_PATH} has another {prefix}{file}", DO_NOT_USE)
+                place = artifact.path / MANIFEST_NAME
+                raise VerifyMismatch(f"{place}: {CHECKSUMS_PATH} has another {prefix}{file}", DO_NOT_USE)
+
+
+def _artifacts(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Artifact]]:
+    """The artifacts whose manifests are among these names, each with its prefix."""
+    for name in names:
+        if name.rpartition("/")[2] == MANIFEST_NAME:
+            yield name.removesuffix(MANIFEST_NAME), read_artifact((folder / name).parent)
 
 
 def _signature(copy: _Copy, wanted: Wanted) -> str:
@@ -182,20 +186,16 @@ def _signature(copy: _Copy, wanted: Wanted) -> str:
         raise VerifyMismatch(f"{path}: there is no signature", "the release was not signed, or the signature was lost")
     if copy.chosen != copy.expected:
         raise UsageError("a signature is over all files", "verify without --sample")
-    verify_signature(copy.folder, path, parse_verifier(wanted.signer), [copy.folder / name for name in UNLISTED[:-2]])
+    verify_signature(
+        copy.folder, path, parse_verifier(wanted.signer), [copy.folder / name for name in EDITED_BY_PEOPLE]
+    )
     return f"good, of {wanted.signer}"
 
 
 def _opened(copy: _Copy, wanted: Wanted) -> dict[str, Proof]:
     """Open every artifact of the copy in its runtime; adapters on their own have none."""
-    found = {}
-    for name in sorted(copy.expected):
-        if name.rsplit("/", 1)[-1] != MANIFEST_NAME:
-            continue
-        artifact = read_artifact((copy.folder / name).parent)
-        if artifact.runtime in catalog.RUNTIMES:
-            found[artifact.name] = _open(copy, artifact, wanted)
-    return found
+    artifacts = (artifact for _, artifact in _artifacts(copy.folder, sorted(copy.expected)))
+    return {item.name: _open(copy, item, wanted) for item in artifacts if item.runtime in catalog.RUNTIMES}
 
 
 def _open(copy: _Copy, artifact: Artifact, wanted: Wanted) -> Proof:

@@ -15,6 +15,7 @@ from qlora_export.report.documents import PlanSummary, Report
 from qlora_export.report.html.page import write_page
 from qlora_export.report.markdown import write_markdown
 from qlora_export.report.run import Reported
+from qlora_export.report.templating import write_whole
 from qlora_export.report.tokens import document_data, tokens_data
 
 REPORT_NAME = "report.json"
@@ -62,10 +63,8 @@ def plan_summary(plan: Plan, workers: int) -> dict[str, Any]:
 
 def write_report(run: Reported, folder: Path) -> Path:
     """Write report.json, and report.md and report.html beside it, into the run folder; each whole or not at all."""
-    path, data = folder / REPORT_NAME, report(run)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    data = report(run)
+    path = write_whole(json.dumps(data, indent=2) + "\n", folder / REPORT_NAME)
     write_markdown(run, folder)
     write_page(data, folder)
     return path

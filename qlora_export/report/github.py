@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.errors import ExitCode
+from qlora_export.report.recorded import error_text
 
 SUMMARY_BYTES = 900 * 1024
 MOST_ERRORS = 10
@@ -71,8 +72,7 @@ def error_lines(data: Mapping[str, Any]) -> list[str]:
     code = int(data.get("exit_code", 0))
     found: list[tuple[str, str]] = []
     if (error := data.get("error")) is not None:
-        hint = f"\nhint: {error['hint']}" if error.get("hint") else ""
-        found.append((f"exit code {code}", f"{error['message']}{hint}"))
+        found.append((f"exit code {code}", error_text(error)))
     if code != ExitCode.OK:
         for artifact in data.get("artifacts", ()):
             if artifact["verdict"] not in ("not-measured", artifact.get("expected", "pass")):

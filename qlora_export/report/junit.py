@@ -17,6 +17,7 @@ from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.drift.statistics import Beside
 from qlora_export.errors import ExitCode
 from qlora_export.recipe.config import Limits
+from qlora_export.report.recorded import error_text
 from qlora_export.report.tokens import unit_of
 
 SUITE = "qlora-export"
@@ -75,8 +76,7 @@ def _cases(data: Mapping[str, Any]) -> Iterator[Case]:
     for receipt in data.get("published", ()):
         yield Case("publication", str(receipt["artifact"]))
     if (error := data.get("error")) is not None:
-        hint = f"\nhint: {error['hint']}" if error.get("hint") else ""
-        yield Case("run", "finished", "error", f"{error['message']}{hint}", _name(code))
+        yield Case("run", "finished", "error", error_text(error), _name(code))
     elif code not in (ExitCode.OK, ExitCode.GATE_FAILED, ExitCode.GATE_INCONCLUSIVE):
         yield Case("run", "finished", "error", f"the run ended with exit code {code}, {_name(code)}", _name(code))
 

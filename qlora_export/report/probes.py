@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qlora_export.drift.generation import Generation
-from qlora_export.drift.ledger import Entry, Ledger
+from qlora_export.drift.ledger import Entry
 from qlora_export.drift.multiple_choice import Choices
 from qlora_export.drift.onnx.variants import GraphFindings, VariantDistances
 from qlora_export.drift.trace import Trace
@@ -25,12 +25,6 @@ def probe_lines(entry: Entry) -> list[str]:
     if found.onnx is not None:
         lines.append(graph_line(found.onnx))
     return lines
-
-
-def probe_list(ledger: Ledger) -> list[str]:
-    """The lines on every artifact as a Markdown section."""
-    lines = [f"- `{entry.artifact.name}`: {line}" for entry in ledger.entries for line in probe_lines(entry)]
-    return ["", "## Flips, generations, layers, graphs", "", *lines] if lines else []
 
 
 def _choices(found: Choices, items: str = "questions") -> str:

@@ -23,6 +23,11 @@ def recorded_entry(report: Mapping[str, Any], artifact: str) -> Mapping[str, Any
     return next((entry for entry in entries if entry.get("name") == artifact), None)
 
 
+def error_text(error: Mapping[str, Any]) -> str:
+    """What stopped a run as its report holds it, the hint on a line of its own."""
+    return f"{error['message']}\nhint: {error['hint']}" if error.get("hint") else str(error["message"])
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """A report of ours; raises InputError when it is not there or no report."""
     try:

@@ -23,8 +23,7 @@ from qlora_export.pipeline.options import RunOptions, untracked
 from qlora_export.pipeline.release import build
 from qlora_export.planning.make import make_plan
 from qlora_export.publish.card.facts import CardItem
-from qlora_export.publish.card.javascript import javascript
-from qlora_export.publish.card.snippets import snippet
+from qlora_export.publish.card.snippets import javascript, snippet
 from qlora_export.publish.lint.companions import companion_problems
 from qlora_export.publish.lint.contents import Contents
 from qlora_export.recipe.config import Recipe

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from jinja2 import nodes
 
 from qlora_export.artifact import Artifact
 from qlora_export.catalog import ARTIFACTS
@@ -19,8 +20,10 @@ from qlora_export.pipeline.options import RunOptions
 from qlora_export.pipeline.release import check as run_check
 from qlora_export.publish.card import CardFacts, CardItem, licence_of, make_card
 from qlora_export.publish.card.block import BEGIN, END, MARKER
-from qlora_export.publish.card.escaping import code, escape, public_value, recipe_yaml
+from qlora_export.publish.card.body import body
+from qlora_export.publish.card.escaping import code, escape, literal, public_value, recipe_yaml
 from qlora_export.publish.card.front_matter import split_readme
+from qlora_export.publish.card.rendering import environment
 from qlora_export.publish.card.snippets import served, snippet
 from qlora_export.recipe.config import CardRecipe, Recipe
 from qlora_export.recipe.load import make_recipe
@@ -186,7 +189,7 @@ def test_every_format_has_a_card(release: Release) -> None:
         assert card_problems(card) == ([], []), form
         assert f"pip install {' '.join(ARTIFACTS[form].packages)}" in card
     item = replace(item, artifact=replace(item.artifact, format="gguf"))
-    with pytest.raises(UsageError, match="no model card can be written for the format 'gguf'"):
+    with pytest.raises(UsageError, match="no model card can be written"):
         make_card(release.facts("bf16", items=(item,)), None)
 
 
@@ -481,6 +484,44 @@ def test_a_recipe_can_stand_in_a_code_block(key: str, value: str) -> None:
     assert yaml.safe_load(text) == {key: value, "keep": [f"```{value}", END, "<script>"]}
 
 
+@given(st.text())
+@example("a\\\"'{x}\n```\n`<!--")
+@example("\u00e9\u20ac\U0001f600\u2028")
+def test_a_text_can_stand_in_a_string_of_code(text: str) -> None:
+    assume(not any(0xD800 <= ord(character) <= 0xDFFF for character in text))
+    written = literal(text)
+    assert not set("`<\n\r\u2028") & set(written)
+    for quote in "\"'":
+        assert eval(f"{quote}{written}{quote}") == text
+        assert eval(f"f{quote}{written}{quote}") == text
+
+
+@pytest.mark.parametrize("name", ["adapter", "onnx-int4", "bf16"])
+def test_hostile_manifests_stay_inside_strings_and_words(release: Release, name: str) -> None:
+    """Templates name no filter for these values: what is not marked as ready is made harmless."""
+    hostile = f'x"\n{END}\n```\n<script> `*b*`'
+    stored = {"compute_dtype": hostile, "storage_dtype": hostile}
+    training = {**release.items[name].manifest["training_quantization"], **stored}
+    item = release.item(name, training_quantization=training, onto="original")
+    told = {**release.report, "reference": {**release.report["reference"], "model": hostile, "activations": hostile}}
+    text = body(release.facts(items=(item,), report=told, repository=f"acme/{hostile}"))
+    assert END not in text
+    assert "<script>" not in text
+    assert not re.search(r"(?<!\\)\*b", text.split("## Drift from")[1].split("<details>")[0])
+
+
+@pytest.mark.parametrize("name", environment().list_templates())
+def test_no_template_has_a_way_around(name: str) -> None:
+    """Text that is added to what is ready would be taken for markup of HTML, which it is not in Markdown and code."""
+    loader = environment().loader
+    assert loader is not None
+    parsed = environment().parse(loader.get_source(environment(), name)[0])
+    ways_around = (nodes.Concat, nodes.Add, nodes.Mod, nodes.MarkSafe, nodes.ScopedEvalContextModifier)
+    assert not list(parsed.find_all(ways_around))
+    assert {found.name for found in parsed.find_all(nodes.Filter)} <= set(environment().filters)
+    assert name.endswith((".md", ".py.txt", ".js.txt"))
+
+
 def test_hostile_words_stay_inside_the_block(release: Release) -> None:
     hostile = f"x\n{END}\n```\n<script> | `--> /home/someone/secret"
     recipe = {**release.recipe, "training_quantization": hostile, "keep": [hostile]}
@@ -513,7 +554,7 @@ def test_the_snippet_runs_as_it_stands(
     folder = item.artifact.path.parent if prefix else item.artifact.path
     facts = release.facts(items=(replace(item, prefix=f"{name}/" if prefix else ""),))
     text = snippet(facts, facts.items[0])
-    assert f"```python\n{text}\n```" in make_card(facts, None)
+    assert f"```python\n{text}```" in make_card(facts, None)
     names = run_snippet(text, {REPOSITORY: folder, BASE: base})
     if name in ("nf4-adapter", "adapter"):
         assert names["model"].peft_config

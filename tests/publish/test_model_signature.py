@@ -24,14 +24,19 @@ from hypothesis import strategies as st
 
 from qlora_export.errors import EnvironmentProblem, InputError, NotAuthorised, RemoteProblem, UsageError, VerifyMismatch
 from qlora_export.publish.model_signature import (
-    parse_signer,
-    parse_verifier,
     require_signer,
     sign,
     signature_holds,
     verify_signature,
 )
-from qlora_export.publish.signers import KeySigner, KeyVerifier, SigstoreSigner, SigstoreVerifier
+from qlora_export.publish.signers import (
+    KeySigner,
+    KeyVerifier,
+    SigstoreSigner,
+    SigstoreVerifier,
+    parse_signer,
+    parse_verifier,
+)
 
 IGNORED = [Path("README.md")]
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey

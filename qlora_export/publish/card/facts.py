@@ -14,7 +14,10 @@ from qlora_export.artifact import Artifact
 from qlora_export.catalog import ARTIFACTS, FormatInfo
 from qlora_export.drift.results import MAY_LACK, Drift
 from qlora_export.errors import UsageError
-from qlora_export.recipe.config import CardRecipe
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
+from qlora_export.recipe.config import CardRecipe, parse_training
+from qlora_export.report.calibration import calibration_lines
+from qlora_export.report.recorded import recorded_entry
 from qlora_export.sources.model_config import is_classifier
 
 LABEL_GRAPH = ("onnxruntime", "tokenizers", "huggingface_hub")
@@ -51,6 +54,11 @@ class CardItem:
         return self.prefix.rstrip("/")
 
     @property
+    def adapter_folder(self) -> str:
+        """Where an adapter lies that is kept beside the weights."""
+        return f"{self.prefix}{ADAPTER_FOLDER}/"
+
+    @property
     def manifest(self) -> Mapping[str, Any]:
         """Its manifest."""
         return self.artifact.manifest
@@ -71,6 +79,22 @@ class CardItem:
         """Whether it is a sequence classifier, by its config or its adapter's."""
         task = self._json("adapter_config.json").get("task_type")
         return is_classifier(self._json("config.json")) or task == "SEQ_CLS"
+
+    @property
+    def model_class(self) -> str:
+        """The class of transformers that opens it."""
+        return "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
+
+    @property
+    def graph(self) -> str:
+        """The name of its ONNX graph."""
+        return next((name for name in sorted(self.files) if name.endswith(".onnx")), "model.onnx")
+
+    @property
+    def quantised_training(self) -> Mapping[str, Any]:
+        """How the base was quantised while it was loaded for training; empty where it was not."""
+        found: Mapping[str, Any] = self.manifest.get("training_quantization") or {}
+        return found if found.get("quant_type") in ("nf4", "fp4") and found.get("provenance") != "base" else {}
 
     @cached_property
     def has_zero_points(self) -> bool:
@@ -125,11 +149,28 @@ class CardFacts:
 
     def entry(self, item: CardItem) -> Mapping[str, Any]:
         """What the report says of this very artifact; empty where it does not know these bytes."""
-        for entry in self.report.get("artifacts", ()):
-            if entry["name"] == item.artifact.name:
-                same = entry.get("manifest_sha256") in (None, item.artifact.manifest_sha256)
-                return entry if same and isinstance(entry, Mapping) else {}
-        return {}
+        entry = recorded_entry(self.report, item.artifact.name) or {}
+        return entry if entry.get("manifest_sha256") in (None, item.artifact.manifest_sha256) else {}
+
+    def entries(self, key: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """What the report says of artifacts under a key, by their names, where it says anything."""
+        found = ((item.artifact.name, self.entry(item).get(key)) for item in self.items)
+        return [(name, value) for name, value in found if value is not None]
+
+    @property
+    def calibration(self) -> list[tuple[str, str]]:
+        """On which text artifacts were rounded by calibration, and how many layers were not, in words by name."""
+        return [(item.artifact.name, line) for item in self.items for line in calibration_lines(item.manifest)]
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What was assumed for any of the artifacts, each once."""
+        return tuple(dict.fromkeys(str(text) for item in self.items for text in item.manifest.get("assumptions", ())))
+
+    def skipped_modules(self, training: Mapping[str, Any]) -> tuple[str, ...]:
+        """The modules that training left as they are, where the recipe states them."""
+        stated = self.recipe.get("training_quantization") if training["provenance"] == "stated" else None
+        return parse_training(stated).skip if stated else ()
 
     def drift(self, item: CardItem) -> Drift:
         """The published report's numbers, so that card and report agree; else those of the item."""

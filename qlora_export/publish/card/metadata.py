@@ -13,8 +13,8 @@ from typing import Any
 
 from qlora_export.errors import UsageError
 from qlora_export.publish.card.facts import CardFacts
-from qlora_export.publish.card.javascript import LAYOUT, loads_in_javascript
 from qlora_export.publish.card.model_index import model_index
+from qlora_export.publish.card.snippets import JAVASCRIPT_LAYOUT, loads_in_javascript
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 TOOL_TAG = "qlora-export"
@@ -82,7 +82,7 @@ def _unless_listed(base_id: str, before: Any) -> Any:
 def _tags(facts: CardFacts, before: Any) -> list[Any]:
     """People's tags, then those of the recipe and of the formats that are not among them."""
     theirs = before if isinstance(before, list) else [before] if before else []
-    script = [LAYOUT] if any(loads_in_javascript(item) for item in facts.items) else []
+    script = [JAVASCRIPT_LAYOUT] if any(loads_in_javascript(item) for item in facts.items) else []
     ours = [TOOL_TAG, *(tag for item in facts.items for tag in item.info.tags), *script, *_training_tag(facts)]
     return list(theirs) + [tag for tag in dict.fromkeys((*facts.settings.tags, *ours)) if tag not in theirs]
 

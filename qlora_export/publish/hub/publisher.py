@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_export.artifact import MANIFEST_NAME
 from qlora_export.drift.results import Verified
 from qlora_export.errors import Refused, RemoteConflict, UsageError
 from qlora_export.publish.base import Account
@@ -183,10 +182,7 @@ def _receipts(item: Publication, committed: Mapping[str, Any], transport: str) -
             artifact=artifact.name,
             destination=committed["repository"],
             commit=committed["commit"],
-            files={
-                **{name: str(facts["sha256"]) for name, facts in artifact.manifest["files"].items()},
-                MANIFEST_NAME: artifact.manifest_sha256,
-            },
+            files=artifact.digests,
             url=committed["url"],
             revision=committed["revision"],
             prefix=prefix,

@@ -44,17 +44,14 @@ def connect(endpoint: str | None, timeout_seconds: float) -> HfApi:
 
 def asked(place: str, ask: Callable[[], Answer]) -> Answer:
     """What the Hub answers; asks again while it may still answer, then raises an error of ours."""
-    for pause in PAUSES_SECONDS:
+    for pause in (*PAUSES_SECONDS, None):
         try:
             return ask()
         except Exception as error:
-            if not is_transient(error):
+            if pause is None or not is_transient(error):
                 raise translated(error, place) from error
             time.sleep(pause)
-    try:
-        return ask()
-    except Exception as error:
-        raise translated(error, place) from error
+    raise AssertionError
 
 
 class Remote:

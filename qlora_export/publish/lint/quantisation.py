@@ -7,7 +7,6 @@ points and scales are all there and have the shapes of the stated method and gro
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,34 +39,33 @@ def quantisation_problems(
     path: str, config: Mapping[str, Any], weights: Mapping[str, Weight], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[Problem]:
     """Where config.json and the tensors do not tell the same of how weights are quantised."""
-    stated = config.get("quantization_config")
-    kinds = Counter(weight.storage for weight in weights.values() if weight.storage != "plain")
+    for what in _differences(config.get("quantization_config"), weights, tensors):
+        yield finding("config", path, what, BUILD_AGAIN)
+
+
+def _differences(stated: object, weights: Mapping[str, Weight], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    quantised = [weight for weight in weights.values() if weight.storage != "plain"]
+    kinds = {weight.storage for weight in quantised}
     packed = next((name for name in tensors if name.endswith(MARKS)), None)
     if stated is None:
-        if kinds or packed:
-            first = next((weight.spec.name for weight in weights.values() if weight.storage != "plain"), packed)
-            what = f"has no quantization_config, and {first} is stored quantised"
-            yield finding("config", path, what, BUILD_AGAIN)
+        if first := quantised[0].spec.name if quantised else packed:
+            yield f"has no quantization_config, and {first} is stored quantised"
         return
     if not isinstance(stated, Mapping):
-        yield finding("config", path, f"quantization_config is {stated!r}, expected a table", BUILD_AGAIN)
+        yield f"quantization_config is {stated!r}, expected a table"
         return
-    method = stated.get("quant_method")
+    method, expected = stated.get("quant_method"), _expected(stated)
     if not kinds and packed is None and all(tensor.spec.dtype in FLOATS for tensor in tensors.values()):
-        what = f"has a quantization_config ({method}), and every weight is stored dense"
-        yield finding("config", path, what, BUILD_AGAIN)
-        return
-    expected = _expected(stated)
-    if (expected is not None and set(kinds) != {expected}) or (expected is None and kinds):
+        yield f"has a quantization_config ({method}), and every weight is stored dense"
+    elif (expected is not None and kinds != {expected}) or (expected is None and kinds):
         found = ", ".join(sorted(kinds)) or "of another kind"
-        yield finding("config", path, f"says {expected or method}, the quantised weights are {found}", BUILD_AGAIN)
-        return
-    if method == "bitsandbytes":
-        yield from _bitsandbytes(path, stated, weights)
-    if method == "compressed-tensors":
-        yield from _compressed(path, stated, tensors)
-    if method in ("gptq", "awq"):
-        yield from _interleaved(path, stated, tensors)
+        yield f"says {expected or method}, the quantised weights are {found}"
+    elif method == "bitsandbytes":
+        yield from _bitsandbytes(stated, weights)
+    elif method == "compressed-tensors":
+        yield from _compressed(stated, tensors)
+    elif method in ("gptq", "awq"):
+        yield from _interleaved(stated, tensors)
 
 
 def _expected(stated: Mapping[str, Any]) -> str | None:
@@ -79,23 +77,21 @@ def _expected(stated: Mapping[str, Any]) -> str | None:
     return "int8" if stated.get("load_in_8bit") else str(stated.get("bnb_4bit_quant_type", "fp4"))
 
 
-def _bitsandbytes(path: str, stated: Mapping[str, Any], weights: Mapping[str, Weight]) -> Iterator[Problem]:
+def _bitsandbytes(stated: Mapping[str, Any], weights: Mapping[str, Weight]) -> Iterator[str]:
     double = bool(stated.get("bnb_4bit_use_double_quant", False))
     skipped = stated.get("llm_int8_skip_modules") or []
     for weight in weights.values():
         if isinstance(weight, FourBitWeight) and (weight.offset is not None) != double:
             have = "nested" if weight.offset is not None else "plain"
-            what = f"says bnb_4bit_use_double_quant {double}, the absmax of {weight.spec.name} is {have}"
-            yield finding("config", path, what, BUILD_AGAIN)
+            yield f"says bnb_4bit_use_double_quant {double}, the absmax of {weight.spec.name} is {have}"
             return
     for weight in weights.values():
         if not isinstance(weight, PlainWeight) and weight.spec.module in skipped:
-            what = f"skips {weight.spec.module} in quantisation, and it is stored quantised"
-            yield finding("config", path, what, BUILD_AGAIN)
+            yield f"skips {weight.spec.module} in quantisation, and it is stored quantised"
             return
 
 
-def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+def _compressed(stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     ignored = stated.get("ignore") or []
     for module in (name.removesuffix(SCALES) for name in tensors if name.endswith(SCALES)):
         layout = _layout_of(module, stated)
@@ -104,11 +100,10 @@ def _compressed(path: str, stated: Mapping[str, Any], tensors: Mapping[str, Stor
         suffix, dtype = COMPRESSED[layout]
         codes = tensors.get(module + suffix)
         if codes is None or codes.spec.dtype != dtype:
-            what = f"says {layout}, {module}{SCALES} has no {suffix[1:]} of {dtype} beside it"
-            yield finding("config", path, what, BUILD_AGAIN)
+            yield f"says {layout}, {module}{SCALES} has no {suffix[1:]} of {dtype} beside it"
             return
         if module in ignored:
-            yield finding("config", path, f"ignores {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
+            yield f"ignores {module} in quantisation, and it is stored quantised"
             return
 
 
@@ -122,25 +117,24 @@ def _layout_of(module: str, stated: Mapping[str, Any]) -> str:
     return str(stated.get("format"))
 
 
-def _interleaved(path: str, stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+def _interleaved(stated: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     """The first module of GPTQ or AWQ whose parts are not what is stated."""
     method, group = stated["quant_method"], stated.get("group_size")
     if not isinstance(group, int) or group < 1:
-        yield finding("config", path, f"says group_size {group!r}, expected a number of columns", BUILD_AGAIN)
+        yield f"says group_size {group!r}, expected a number of columns"
         return
     skipped = stated.get("modules_to_not_convert") or stated.get("dynamic") or []
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not modules:
-        yield finding("config", path, f"says {method}, and no tensor is a qweight", BUILD_AGAIN)
+        yield f"says {method}, and no tensor is a qweight"
     for module in modules:
         found = {name: tensors.get(f"{module}.{name}") for name in ("qweight", "qzeros", "scales")}
         shapes = {name: tensor.spec.shape for name, tensor in found.items() if tensor is not None}
         if shapes != _expected_shapes(method, group, shapes["qweight"]):
-            what = f"says {method} in groups of {group}, {module} has {_told(shapes)}"
-            yield finding("config", path, what, BUILD_AGAIN)
+            yield f"says {method} in groups of {group}, {module} has {_told(shapes)}"
             return
         if module in skipped or f"-:^{re.escape(module)}$" in skipped:
-            yield finding("config", path, f"skips {module} in quantisation, and it is stored quantised", BUILD_AGAIN)
+            yield f"skips {module} in quantisation, and it is stored quantised"
             return
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_export.errors import InputError, Problem, Refused
 from qlora_export.merge.module_names import EMBEDDING, HEAD
 from qlora_export.publish.lint.contents import Contents
-from qlora_export.publish.lint.quantisation import quantisation_problems
+from qlora_export.publish.lint.quantisation import BUILD_AGAIN, quantisation_problems
 from qlora_export.publish.lint.rules import finding
 from qlora_export.publish.lint.weights import WeightFolder
 from qlora_export.sources.weight_parts import weights_of
@@ -25,7 +25,6 @@ from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import SourceFiles
 from qlora_export.types import FROM_TORCH_NAMES, TORCH_NAMES
 
-BUILD_AGAIN = "build the artifact again; config.json and weights do not belong together"
 OTHER_SENSES = ("vision", "visual", "audio", "image", "encoder")
 BLOCK_BYTES = 1 << 21
 

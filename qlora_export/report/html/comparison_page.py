@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_export.report.html.costs import costs, not_made
-from qlora_export.report.html.document import document, write_whole
+from qlora_export.report.html.document import document
 from qlora_export.report.html.drift_and_size import drift_and_size
 from qlora_export.report.html.figures import counted
 from qlora_export.report.html.ledger import ledger
 from qlora_export.report.html.provenance import provenance
 from qlora_export.report.html.reading import Facts, number, part, parts, scored_word, text, texts
 from qlora_export.report.html.section import Section
+from qlora_export.report.templating import write_whole
 
 ABOUT = "Written by qlora-export compare. This page loads nothing and sends nothing."
 

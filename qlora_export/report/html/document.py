@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from markupsafe import Markup
 
@@ -16,11 +15,3 @@ def document(title: str, head: Section, sections: Sequence[Section], about: str)
     """A whole page."""
     assets = {"policy": policy(), "style": Markup(style()), "script": Markup(script())}  # noqa: S704 - files of ours
     return render("page.html", title=title, head=head, sections=sections, about=about, **assets)
-
-
-def write_whole(text: str, path: Path) -> Path:
-    """Write a page, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.rename(path)
-    return path

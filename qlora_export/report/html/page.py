@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_export.report.html.choices import choices, predicted_labels
 from qlora_export.report.html.distribution import distribution
-from qlora_export.report.html.document import document, write_whole
+from qlora_export.report.html.document import document
 from qlora_export.report.html.drift_and_size import drift_and_size
 from qlora_export.report.html.generation import generation
 from qlora_export.report.html.head import head, title
@@ -25,6 +25,7 @@ from qlora_export.report.html.reading import Facts
 from qlora_export.report.html.section import Section
 from qlora_export.report.html.trace import trace
 from qlora_export.report.html.worst import worst
+from qlora_export.report.templating import write_whole
 
 PAGE_NAME = "report.html"
 SECTIONS: tuple[Callable[[Facts], Section | None], ...] = (

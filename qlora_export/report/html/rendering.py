@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from qlora_export.report import templating
 from qlora_export.report.html import figures, reading, verdicts, visible
 from qlora_export.report.html.section import name_of
 
@@ -29,21 +30,9 @@ def render(template: str, **facts: Any) -> str:
 
 @cache
 def environment() -> Environment:
-    """The templates, which know our filters alone; a name that is not there is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    found = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found.filters = {function.__name__: function for function in FILTERS}
-    found.globals = {"DASH": figures.DASH, "SYMBOLS": verdicts.SYMBOLS}
-    return found
+    """The templates of the page."""
+    known = {"DASH": figures.DASH, "SYMBOLS": verdicts.SYMBOLS}
+    return templating.environment(__package__, FILTERS, known, shown)
 
 
 def shown(value: object) -> Markup | str:
