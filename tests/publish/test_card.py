@@ -189,7 +189,7 @@ def test_every_format_has_a_card(release: Release) -> None:
         assert card_problems(card) == ([], []), form
         assert f"pip install {' '.join(ARTIFACTS[form].packages)}" in card
     item = replace(item, artifact=replace(item.artifact, format="gguf"))
-    with pytest.raises(UsageError, match="no model card can be written"):
+    with pytest.raises(UsageError, match="no model card can be written for the format 'gguf'"):
         make_card(release.facts("bf16", items=(item,)), None)
 
 
