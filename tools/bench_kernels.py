@@ -186,13 +186,12 @@ class Bench:
         codes = self.block_codes[: len(values)]
         fitted, zeros = integers.fit(values, INT4)
         integers.encode(values, fitted, zeros, INT4, codes)
-        packing.pack(codes, 4, self.pairs[rows].view(np.int32))
+        packing.pack(codes, 4)
         self.group_scales[rows] = fitted
 
     def int4_decode(self, rows: slice) -> None:
-        codes = self.block_codes[: len(self.pairs[rows])]
+        codes = packing.unpack(self.pairs[rows].view(np.int32), 4, self.codes.shape[1])
         block = self.block[: len(codes)]
-        packing.unpack(self.pairs[rows].view(np.int32), 4, codes)
         integers.decode(codes, self.group_scales[rows], self.zeros[rows], block)
         self.narrowed(block, rows)
 
@@ -212,13 +211,13 @@ class Bench:
         self.narrowed(block, rows)
 
     def pack4(self, rows: slice) -> None:
-        packing.pack(self.codes[rows], 4, self.pairs[rows].view(np.int32))
+        packing.pack(self.codes[rows], 4)
 
     def unpack4(self, rows: slice) -> None:
-        packing.unpack(self.pairs[rows].view(np.int32), 4, self.codes[rows])
+        packing.unpack(self.pairs[rows].view(np.int32), 4, self.codes.shape[1])
 
     def pack8(self, rows: slice) -> None:
-        packing.pack(self.codes[rows], 8, self.words[rows])
+        packing.pack(self.codes[rows], 8)
 
 
 def best(work: Callable[[], object]) -> float:

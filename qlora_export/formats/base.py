@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +22,9 @@ from qlora_export.types import (
     TrainingQuantization,
 )
 
+# The raw bytes of whole parts, by name.
+Stored = Mapping[str, NDArray[np.uint8]]
+
 
 class TensorEncoder(Protocol):
     """Encodes one tensor, row block by row block in any order, from several threads at once."""
@@ -34,53 +38,77 @@ class TensorEncoder(Protocol):
         ...
 
 
-class Format(Protocol):
-    """A safetensors format: which parts a weight becomes, and the maths both ways."""
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """A safetensors format: which parts a weight becomes, and the maths both ways.
+
+    Most take any layer, row by row, and encode merged weights on a grid; a format states where it differs.
+    """
 
     name: str
-    consumes: Consumes
-    quantises: bool
-    keeps_adapter: bool
-    beside_experts: bool  # whether a folder loads in which experts stay dense
     dense_dtype: str
-
-    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
-        """Why a layer of this shape [out, in] cannot be encoded; an `input_major` module stores [in, out]."""
-        ...
-
-    def row_multiple(self, spec: TensorSpec) -> int:
-        """Fewest rows that hold whole blocks."""
-        ...
-
-    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
-        """The exact parts that `spec` becomes, known from its header alone."""
-        ...
-
-    def open(self, spec: TensorSpec) -> TensorEncoder:
-        """Start encoding a tensor."""
-        ...
-
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
-        """Flat float32 values of whole blocks of rows, from the raw bytes of the whole parts."""
-        ...
-
-    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
-        """The `quantization_config` of config.json; `kept` names the linear modules that stay dense."""
-        ...
-
-
-@runtime_checkable
-class RoundingFormat(Format, Protocol):
-    """A format that knows more than rounding to the nearest level of an absmax, without data."""
+    consumes: Consumes = "merged"
+    quantises: bool = True
+    keeps_adapter: bool = False
+    beside_experts: bool = True  # whether a folder loads in which experts stay dense
+    searches: bool = False  # whether scales are those of the least squared error
 
     @property
     def roundings(self) -> tuple[Rounding, ...]:
-        """What it knows beside nearest."""
-        ...
+        """What it knows without data, beside rounding to the nearest level of an absmax."""
+        return ("search",)
 
     def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Format:
-        """The format with one of them; `seed` is that of random numbers."""
-        ...
+        """The format with one of its roundings; `seed` is that of random numbers."""
+        return replace(self, searches=rounding == "search")
+
+    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
+        """Why a layer of this shape [out, in] cannot be encoded; an `input_major` module stores [in, out]."""
+        return None
+
+    def row_multiple(self, spec: TensorSpec) -> int:
+        """Fewest rows that hold whole blocks."""
+        return 1
+
+    @abstractmethod
+    def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+        """The exact parts that `spec` becomes, known from its header alone."""
+
+    @abstractmethod
+    def open(self, spec: TensorSpec) -> TensorEncoder:
+        """Start encoding a tensor."""
+
+    @abstractmethod
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
+        """Flat float32 values of whole blocks of rows, from the raw bytes of the whole parts."""
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """The `quantization_config` of config.json; `kept` names the linear modules that stay dense."""
+        return None
+
+
+# Every format states its roundings; those that know none have an empty list.
+RoundingFormat = Format
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encodes rows and keeps nothing of them; `encode_rows` takes the tensor, its rows, and the number of the first.
+
+    What does not depend on rows is `known` from the start.
+    """
+
+    encode_rows: Callable[[TensorSpec, Float32, int], Iterable[Piece]]
+    spec: TensorSpec
+    known: tuple[Piece, ...] = ()
+
+    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
+        """The pieces of some rows at their places."""
+        return self.encode_rows(self.spec, values, first_row)
+
+    def seal(self) -> Iterable[Piece]:
+        """What was known."""
+        return self.known
 
 
 class DitheringEncoder(Protocol):
@@ -96,7 +124,7 @@ class DitheringEncoder(Protocol):
 
 
 @runtime_checkable
-class DitheringFormat(Format, Protocol):
+class DitheringFormat(Protocol):
     """A format that can add a delta to the codes of a stored weight."""
 
     def open_on(self, spec: TensorSpec, stored: StoredScales) -> DitheringEncoder:
@@ -133,25 +161,25 @@ class Chosen:
     nested_absmax: Float32 | None = None
 
 
-@runtime_checkable
-class GridFormat(Format, Protocol):
+@dataclass(frozen=True, kw_only=True)
+class GridFormat(Format):
     """A format on whose grid levels and scales can be chosen by other rules than the nearest level of an absmax."""
 
+    @abstractmethod
     def grid(self, spec: TensorSpec) -> LevelGrid | None:
         """The grid of a layer [out, in]; None when its groups run over row ends."""
-        ...
 
+    @abstractmethod
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Every part of the layer, whole, from what was chosen."""
-        ...
 
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+    @abstractmethod
+    def chosen(self, spec: TensorSpec, parts: Stored) -> Chosen:
         """What was chosen, from the raw bytes of the whole parts."""
-        ...
 
 
 @runtime_checkable
-class CorrectedFormat(GridFormat, Protocol):
+class CorrectedFormat(Protocol):
     """A format that ships an adapter beside its weights, which makes up for some of what rounding them left wrong.
 
     What serving multiplies with is the weight that `stored` decodes, and B A [out, in] added to it in float32.
@@ -176,7 +204,7 @@ class CorrectedFormat(GridFormat, Protocol):
         """The parts of B [out, rank] and A [rank, in], whose values can be stored."""
         ...
 
-    def product(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def product(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of B A for some rows."""
         ...
 
@@ -186,7 +214,7 @@ class CorrectedFormat(GridFormat, Protocol):
 
 
 @runtime_checkable
-class MixedFormat(Format, Protocol):
+class MixedFormat(Protocol):
     """A format that is another one for some layers."""
 
     def of(self, spec: TensorSpec) -> Format:

@@ -5,95 +5,65 @@ On disk: plain safetensors, no `quantization_config`. Cost: 2 or 4 bytes a weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qlora_export.errors import InputError
-from qlora_export.quant.device import kernels
+from qlora_export.formats.base import Format, RowEncoder, Stored
+from qlora_export.formats.rows import overflow, row_piece, stored_rows
 from qlora_export.quant.floats import all_finite_16
-from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
-from qlora_export.types import TORCH_NAMES, Consumes, Float32, Part, Piece, TensorSpec, TrainingQuantization
+from qlora_export.types import TORCH_NAMES, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
 
 # Exponent bits of infinity, and the largest finite value.
 LARGEST = {"F16": (0x7C00, 65504.0), "BF16": (0x7F80, 3.3895314e38)}
 
 
-@dataclass(frozen=True)
-class Dense:
+@dataclass(frozen=True, kw_only=True)
+class Dense(Format):
     """Weights of one floating dtype."""
 
-    name: str
-    dense_dtype: str
-    consumes: Consumes = "merged"
     quantises: bool = False
-    keeps_adapter: bool = False
-    beside_experts: bool = True
 
-    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
-        """None: any tensor can be dense."""
-        return None
-
-    def row_multiple(self, spec: TensorSpec) -> int:
-        """Any row stands alone."""
-        return 1
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        """None: nothing is quantised."""
+        return ()
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """The tensor itself in the dense dtype."""
         return (Part(spec.name, self.dense_dtype, spec.shape),)
 
-    def open(self, spec: TensorSpec) -> DenseEncoder:
+    def open(self, spec: TensorSpec) -> RowEncoder:
         """Start encoding a tensor."""
-        return DenseEncoder(spec, self.dense_dtype)
+        return RowEncoder(self._encode, spec)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def _encode(self, spec: TensorSpec, values: Float32, first_row: int) -> Iterable[Piece]:
+        """Raises InputError when a value overflows the dtype."""
+        dtype, (part,) = self.dense_dtype, self.parts(spec)
+        piece = row_piece(part, values, first_row)
+        exponent, largest = LARGEST.get(dtype, (0, 0.0))
+        if exponent and not all_finite_16(piece.data.view(np.uint16), np.uint16(exponent)):
+            limit = f"{TORCH_NAMES[dtype]} ends at {largest:g}"
+            raise overflow(values, spec, limit, "choose a wider dtype for this artifact")
+        return (piece,)
+
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of the stored rows."""
-        row_bytes = spec.columns * ITEM_BYTES[self.dense_dtype]
-        raw = parts[spec.name][rows.start * row_bytes : rows.stop * row_bytes]
-        return widen(raw, self.dense_dtype)
-
-    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
-        """None: nothing is quantised."""
-        return None
-
-
-@dataclass(frozen=True)
-class DenseEncoder:
-    """Rounds rows; keeps no state."""
-
-    spec: TensorSpec
-    dtype: str
-
-    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
-        """The rows' bytes at their place; raises InputError when a value overflows the dtype."""
-        raw = narrow(values, self.dtype)
-        exponent, largest = LARGEST.get(self.dtype, (0, 0.0))
-        if exponent and not all_finite_16(raw.view(np.uint16), np.uint16(exponent)):
-            raise InputError(
-                f"tensor {self.spec.name} holds {np.abs(kernels.to_host(values)).max():.6g}, "
-                f"{TORCH_NAMES[self.dtype]} ends at {largest:g}",
-                "choose a wider dtype for this artifact",
-            )
-        yield Piece(self.spec.name, first_row * self.spec.columns * ITEM_BYTES[self.dtype], raw)
-
-    def seal(self) -> Iterable[Piece]:
-        """Nothing is left to write."""
-        return ()
+        values: Float32 = stored_rows(parts, self.parts(spec)[0], rows).reshape(-1)
+        return values
 
 
 def fp32(training: TrainingQuantization) -> Dense:
     """32-bit weights."""
-    return Dense("fp32", "F32")
+    return Dense(name="fp32", dense_dtype="F32")
 
 
 def bf16(training: TrainingQuantization) -> Dense:
     """bfloat16 weights."""
-    return Dense("bf16", "BF16")
+    return Dense(name="bf16", dense_dtype="BF16")
 
 
 def fp16(training: TrainingQuantization) -> Dense:
     """IEEE half-precision weights."""
-    return Dense("fp16", "F16")
+    return Dense(name="fp16", dense_dtype="F16")

@@ -16,7 +16,7 @@ Sources: AutoGPTQ `checkpoint_format: gptq`, AutoAWQ `version: gemm`. Cost: 4.16
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -24,10 +24,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.errors import InputError, UsageError
-from qlora_export.formats.base import Chosen, LevelGrid
+from qlora_export.errors import InputError
+from qlora_export.formats.base import Chosen, GridFormat, LevelGrid, Stored
+from qlora_export.formats.rows import ANOTHER_FORMAT, GROUP_SIZES, require_choice, rows_in
 from qlora_export.quant import integers
-from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.gptq_awq_packing import (
     AWQ_ORDER,
@@ -42,38 +42,17 @@ from qlora_export.quant.integers import Grid
 from qlora_export.quant.mse_scales import search_groups
 from qlora_export.quant.scales import Int8
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
-from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
+from qlora_export.types import Float32, Part, Piece, TensorSpec, TrainingQuantization
 
-GROUP_SIZES = (32, 64, 128)
 SMALLEST_HALF = np.float32(2.0**-24)
-Raw = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Interleaved:
+@dataclass(frozen=True, kw_only=True)
+class Interleaved(GridFormat):
     """Weights on an integer grid in words over [in, out]: `gptq` along the inputs, `awq` along the outputs."""
 
-    name: str
     integers: Grid
-    consumes: Consumes = "merged"
-    quantises: bool = True
-    keeps_adapter: bool = False
     beside_experts: bool = False
-    searches: bool = False
-
-    @property
-    def roundings(self) -> tuple[Rounding, ...]:
-        """Search."""
-        return ("search",)
-
-    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Interleaved:
-        """With scales that a search finds."""
-        return replace(self, searches=rounding == "search")
-
-    @property
-    def dense_dtype(self) -> str:
-        """That of the model."""
-        return self.integers.dtype
 
     @property
     def along_inputs(self) -> bool:
@@ -111,7 +90,7 @@ class Interleaved:
         """Start encoding a tensor."""
         return InterleavedEncoder(spec, self)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
         codes, zeros = self._codes(spec, parts, rows)
         scales = self._scales(spec, parts, rows)
@@ -119,12 +98,12 @@ class Interleaved:
         integers.decode(codes, scales, zeros, out)
         return out.reshape(-1)
 
-    def _scales(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+    def _scales(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Of some rows [rows, groups]."""
         stored = parts[f"{spec.module}.scales"].view(np.float16).reshape(-1, spec.rows)
         return np.ascontiguousarray(stored[:, rows.start : rows.stop].T).astype(np.float32)
 
-    def _codes(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> tuple[Int8, Int8]:
+    def _codes(self, spec: TensorSpec, parts: Stored, rows: range) -> tuple[Int8, Int8]:
         """Codes [rows, columns] and zero points [rows, groups] of some rows."""
         found = {part.name.rpartition(".")[2]: _of_part(parts[part.name], part) for part in self.parts(spec)}
         words = slice(rows.start // PER_WORD, -(-rows.stop // PER_WORD))
@@ -140,19 +119,19 @@ class Interleaved:
     def grid(self, spec: TensorSpec) -> LevelGrid | None:
         """All integers of 4 bits around zero; `awq` states the zero point of 8 for them, as `gptq` has it."""
         scales: Literal["BF16", "F16"] = "BF16" if self.integers.dtype == "BF16" else "F16"
-        return LevelGrid(tuple(float(level) for level in range(-8, 8)), self.integers.group or spec.columns, scales)
+        return LevelGrid(self.integers.levels, self.integers.group or spec.columns, scales)
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Every part, whole."""
         encoder = InterleavedEncoder(spec, self)
-        encoder.take((chosen.codes.astype(np.int16) - 8).astype(np.int8), chosen.scales)
+        encoder.take(self.integers.codes(chosen.codes), chosen.scales)
         return encoder.seal()
 
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, Raw]) -> Chosen:
+    def chosen(self, spec: TensorSpec, parts: Stored) -> Chosen:
         """Numbers of levels and the scales; zero points other than 8 have none and are not asked for."""
         whole = range(spec.rows)
-        scales, codes = self._scales(spec, parts, whole), self._codes(spec, parts, whole)[0]
-        return Chosen((codes.astype(np.int16) + 8).astype(np.uint8), scales)
+        codes, _ = self._codes(spec, parts, whole)
+        return Chosen(self.integers.numbers(codes), self._scales(spec, parts, whole))
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What the loaders of AutoGPTQ and AutoAWQ, GPTQModel and vLLM read."""
@@ -180,7 +159,7 @@ class InterleavedEncoder:
     def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
         """Codes, zero points and scales of some rows into their columns; nothing is ready before the seal."""
         grid = self._layout.integers
-        rows = self._rounded(values)
+        rows = rows_in(values, self._spec, grid.dtype)
         scales, zeros = integers.fit(rows, grid)
         if self._layout.searches:
             stored = replace(grid, dtype="F16" if grid.dtype == "F32" else grid.dtype)
@@ -219,43 +198,30 @@ class InterleavedEncoder:
         for name, held in self._held.items():
             yield Piece(f"{self._spec.module}.{name}", 0, held.reshape(-1).view(np.uint8))
 
-    def _rounded(self, values: Float32) -> Float32:
-        dtype = self._layout.integers.dtype
-        rounded = widen(narrow(values, dtype), dtype)
-        if not all_finite(rounded.view(np.uint32)):
-            largest = np.abs(kernels.to_host(values)).max()
-            raise self._refused(f"holds {largest:.6g}, which the model's dtype {dtype} cannot")
-        return rounded.reshape(-1, self._spec.columns)
-
     def _in_half(self, scales: Float32) -> Float32:
         """Scales as float16 has them, none of them zero."""
         half = widen(narrow(scales.reshape(-1), "F16"), "F16").reshape(scales.shape)
         if not all_finite(half.reshape(-1).view(np.uint32)):
-            what = f"needs a scale of {scales.max():.6g}, {self._layout.name} stores scales in float16, up to 65504"
-            raise self._refused(what)
+            limit = f"{self._layout.name} stores scales in float16, up to 65504"
+            raise InputError(f"tensor {self._spec.name} needs a scale of {scales.max():.6g}, {limit}", ANOTHER_FORMAT)
         return np.maximum(half, SMALLEST_HALF)
 
-    def _refused(self, what: str) -> InputError:
-        return InputError(
-            f"tensor {self._spec.name} {what}", "choose another format for this artifact, or `keep` the module dense"
-        )
 
-
-def _of_part(raw: Raw, part: Part) -> NDArray[Any]:
+def _of_part(raw: NDArray[np.uint8], part: Part) -> NDArray[Any]:
     return raw.view(np.float16 if part.dtype == "F16" else np.uint32).reshape(part.shape)
-
-
-def _grid(name: str, training: TrainingQuantization, group_size: int, symmetric: bool) -> Grid:
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"{name}: group_size {group_size!r}; known: {', '.join(str(size) for size in GROUP_SIZES)}")
-    return Grid(4, group_size, symmetric, training.storage_dtype)
 
 
 def gptq(training: TrainingQuantization, *, group_size: int = 128) -> Interleaved:
     """Merged weights in GPTQ's layout, symmetric; raises UsageError for another group size."""
-    return Interleaved("gptq", _grid("gptq", training, group_size, True))
+    return _interleaved("gptq", training, group_size, True)
 
 
 def awq(training: TrainingQuantization, *, group_size: int = 128) -> Interleaved:
     """Merged weights in AWQ's layout, with zero points; raises UsageError for another group size."""
-    return Interleaved("awq", _grid("awq", training, group_size, False))
+    return _interleaved("awq", training, group_size, False)
+
+
+def _interleaved(name: str, training: TrainingQuantization, group_size: int, symmetric: bool) -> Interleaved:
+    require_choice(name, "group_size", group_size, GROUP_SIZES)
+    dtype = training.storage_dtype
+    return Interleaved(name=name, dense_dtype=dtype, integers=Grid(4, group_size, symmetric, dtype))

@@ -12,43 +12,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qlora_export.catalog import FORMATS
 from qlora_export.errors import UsageError
-from qlora_export.formats.base import Format, TensorEncoder
-from qlora_export.types import Consumes, Float32, Part, TensorSpec
+from qlora_export.formats.base import Format, Stored, TensorEncoder
+from qlora_export.types import Float32, Part, Rounding, TensorSpec
 
 METHOD = "compressed-tensors"
-Raw = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Mixed:
+@dataclass(frozen=True, kw_only=True)
+class Mixed(Format):
     """A format for most layers, `others` by stored module, and the names that the live model may know those by."""
 
     main: Format
     others: Mapping[str, Format]
     names: Mapping[str, tuple[str, ...]]
-    consumes: Consumes = "merged"
-    quantises: bool = True
-    keeps_adapter: bool = False
 
     @property
-    def name(self) -> str:
-        """That of the main format."""
-        return self.main.name
-
-    @property
-    def beside_experts(self) -> bool:
-        """Whether a folder loads in which experts stay dense."""
-        return self.main.beside_experts and all(form.beside_experts for form in self.others.values())
-
-    @property
-    def dense_dtype(self) -> str:
-        """That of the model, which all of them share."""
-        return self.main.dense_dtype
+    def roundings(self) -> tuple[Rounding, ...]:
+        """None: its formats are rounded before they are mixed."""
+        return ()
 
     def of(self, spec: TensorSpec) -> Format:
         """The format of a layer."""
@@ -70,7 +53,7 @@ class Mixed:
         """Start encoding a tensor."""
         return self.of(spec).open(spec)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, Raw], rows: range) -> Float32:
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of whole blocks of rows."""
         return self.of(spec).decode(spec, parts, rows)
 
@@ -118,7 +101,11 @@ def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[st
                 f"{form.name} does not mix with other formats in one folder",
                 f"{', '.join(mixing[:-1])} and {mixing[-1]} do; `keep` leaves modules dense",
             )
-    return Mixed(main, others, names) if others else main
+    if not others:
+        return main
+    beside = all(form.beside_experts for form in (main, *others.values()))
+    dtype = main.dense_dtype
+    return Mixed(name=main.name, dense_dtype=dtype, beside_experts=beside, main=main, others=others, names=names)
 
 
 def _has_zero_points(stated: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from qlora_export.quant import float8
 from qlora_export.quant.floats import Float32, UInt8
-from qlora_export.quant.scales import absmax, symmetric
+from qlora_export.quant.scales import group_absmax, symmetric
 
 LARGEST = 6.0
 VALUES: Float32 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -71,7 +71,7 @@ def decode(codes: UInt8, steps: Float32, levels: Float32, out: Float32) -> None:
 
 def fit_nvfp4(values: Float32, group: int, global_scale: float) -> UInt8:
     """The e4m3 scales [rows, groups] of bf16 values, saturated at 448."""
-    largest = _largest(values, group)
+    largest = group_absmax(values, values.shape[1] // group)
     # A division by 6 in bf16, but no epsilon: a group of zeros is told by the scale that comes out.
     sixths = symmetric(largest, LARGEST, "BF16")
     sixths[largest == 0] = 0
@@ -95,7 +95,7 @@ def nvfp4_steps(scales: UInt8, global_scale: float) -> Float32:
 
 def fit_mxfp4(values: Float32, group: int) -> UInt8:
     """The E8M0 exponents [rows, groups] of bf16 values."""
-    bits = _largest(values, group).view(np.uint32)
+    bits = group_absmax(values, values.shape[1] // group).view(np.uint32)
     exponents = ((bits + np.uint32(1 << 21)) >> np.uint32(23)).astype(np.int32) - 2
     return np.maximum(exponents, 0).astype(np.uint8)
 
@@ -111,9 +111,3 @@ def mxfp4_steps(exponents: UInt8) -> Float32:
     """The steps of exponents of any shape."""
     steps: Float32 = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
     return steps
-
-
-def _largest(values: Float32, group: int) -> Float32:
-    largest = np.empty((values.shape[0], values.shape[1] // group), np.float32)
-    absmax(values, largest)
-    return largest

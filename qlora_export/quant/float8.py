@@ -18,16 +18,14 @@ import numpy as np
 
 from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.quant.precision import DROPPED_BITS, VANISHING, round_normal
-from qlora_export.quant.scales import absmax, symmetric
+from qlora_export.quant.scales import group_absmax, symmetric
 
 LARGEST = 448.0
 
 
-def fit_e4m3(values: Float32, dtype: str) -> Float32:
-    """Scales [rows, 1] of [rows, columns]."""
-    largest = np.empty((values.shape[0], 1), np.float32)
-    absmax(values, largest)
-    return symmetric(largest, LARGEST, dtype)
+def fit_e4m3(values: Float32, dtype: str, groups: int = 1, height: int = 1) -> Float32:
+    """Scales [blocks, groups] of [rows, columns], where `height` rows share theirs."""
+    return symmetric(group_absmax(values, groups, height), LARGEST, dtype)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

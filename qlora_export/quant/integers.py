@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from qlora_export.quant.floats import Float32
+from qlora_export.quant.floats import Float32, UInt8
 from qlora_export.quant.precision import DROPPED_BITS, round_normal, to_int8
-from qlora_export.quant.scales import Int8, absmax, asymmetric, extremes, symmetric
+from qlora_export.quant.scales import Int8, asymmetric, extremes, group_absmax, symmetric
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,31 @@ class Grid:
             raise ValueError(f"{columns} columns are no multiple of the group of {size}")
         return columns // max(size, 1)
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All integers of so many bits around zero, ascending."""
+        return tuple(float(level) for level in range(-self._half, self._half))
+
+    def codes(self, numbers: UInt8) -> Int8:
+        """The integers that numbers of levels stand for."""
+        return (numbers.astype(np.int16) - self._half).astype(np.int8)
+
+    def numbers(self, codes: Int8) -> UInt8:
+        """The numbers of the levels that are these integers."""
+        return (codes.astype(np.int16) + self._half).astype(np.uint8)
+
+    @property
+    def _half(self) -> int:
+        return 1 << (self.bits - 1)
+
 
 def fit(values: Float32, grid: Grid) -> tuple[Float32, Int8]:
     """Scales and zero points of [rows, columns]."""
-    shape = (values.shape[0], grid.groups(values.shape[1]))
-    high = np.empty(shape, np.float32)
+    groups = grid.groups(values.shape[1])
     if grid.symmetric:
-        absmax(values, high)
-        return symmetric(high, ((1 << grid.bits) - 1) / 2, grid.dtype), np.zeros(shape, np.int8)
-    low = np.empty(shape, np.float32)
+        scales = symmetric(group_absmax(values, groups), ((1 << grid.bits) - 1) / 2, grid.dtype)
+        return scales, np.zeros(scales.shape, np.int8)
+    low, high = np.empty((2, len(values), groups), np.float32)
     extremes(values, low, high)
     return asymmetric(low, high, grid.bits, grid.dtype)
 

@@ -24,7 +24,7 @@ import numpy as np
 from qlora_export.quant.floats import Float32
 from qlora_export.quant.group_sums import Float64, add_errors, products_of
 from qlora_export.quant.mse_scales import FRACTIONS, REFITS
-from qlora_export.quant.scales import absmax
+from qlora_export.quant.scales import group_absmax
 
 # What a layout can store of scales, elementwise.
 Stored = Callable[[Float32], Float32]
@@ -57,7 +57,7 @@ def search_float_groups(
 
     `height` rows share a scale; the last block may be short.
     """
-    largest = _largest(values, scales.shape[1], height) / np.float32(small.largest)
+    largest = group_absmax(values, scales.shape[1], height) / np.float32(small.largest)
     tried = np.concatenate([scales[..., None], stored(largest[..., None] * FRACTIONS)], axis=2)
     errors = np.empty(tried.shape, np.float64)
     _errors(values, tried, height, small.levels, errors)
@@ -70,13 +70,6 @@ def search_float_groups(
         better = error[..., 0] < least
         best, least = np.where(better, refit, best), np.where(better, error[..., 0], least)
     return best
-
-
-def _largest(values: Float32, groups: int, height: int) -> Float32:
-    """The largest magnitude [blocks, groups]."""
-    of_rows = np.empty((len(values), groups), np.float32)
-    absmax(values, of_rows)
-    return np.maximum.reduceat(of_rows, np.arange(0, len(values), height), axis=0)
 
 
 def _refit(values: Float32, scales: Float32, height: int, small: SmallFloat, stored: Stored) -> Float32:

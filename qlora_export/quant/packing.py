@@ -19,6 +19,7 @@ from qlora_export.quant.scales import Int8
 
 Int32 = NDArray[np.int32]
 CODES_PER_WORD = {4: 8, 8: 4}
+HIGHEST_BIT = np.uint8(0x80)
 
 
 def words(codes: int, bits: int) -> int:
@@ -36,17 +37,6 @@ def _pack4(codes: Int8, out: UInt8) -> None:
             target[pair] = np.uint8((low | (high << 4)) ^ 0x88)
         if columns % 2:
             target[columns // 2] = np.uint8((source[columns - 1] & 15) ^ 8)
-        target[(columns + 1) // 2 :] = 0
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _pack8(codes: Int8, out: UInt8) -> None:
-    rows, columns = codes.shape
-    for row in range(rows):
-        source, target = codes[row], out[row]
-        for index in range(columns):
-            target[index] = np.uint8(source[index]) ^ np.uint8(0x80)
-        target[columns:] = 0
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -61,35 +51,34 @@ def _unpack4(packed: UInt8, out: Int8) -> None:
             target[columns - 1] = np.int8((source[columns // 2] & 15) - 8)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _unpack8(packed: UInt8, out: Int8) -> None:
-    rows, columns = out.shape
-    for row in range(rows):
-        source, target = packed[row], out[row]
-        for index in range(columns):
-            target[index] = np.int8(source[index] ^ np.uint8(0x80))
+def pack(codes: Int8, bits: int) -> Int32:
+    """Codes [rows, columns] as words [rows, words(columns, bits)]."""
+    rows, columns = codes.shape
+    out = np.zeros((rows, words(columns, bits)), np.int32)
+    raw = out.view(np.uint8)
+    if bits == 4:
+        _pack4(codes, raw)
+    else:
+        np.bitwise_xor(codes.view(np.uint8), HIGHEST_BIT, out=raw[:, :columns])
+    return out
 
 
-def pack(codes: Int8, bits: int, out: Int32) -> None:
-    """Pack codes [rows, columns] into `out` [rows, words(columns, bits)]."""
-    (_pack4 if bits == 4 else _pack8)(codes, out.view(np.uint8))
-
-
-def unpack(packed: Int32, bits: int, out: Int8) -> None:
-    """Unpack [rows, words] into codes `out` [rows, columns]."""
-    (_unpack4 if bits == 4 else _unpack8)(packed.view(np.uint8), out)
+def unpack(packed: Int32, bits: int, columns: int) -> Int8:
+    """Codes [rows, columns] of words [rows, words(columns, bits)]."""
+    out = np.empty((len(packed), columns), np.int8)
+    raw = packed.view(np.uint8)
+    if bits == 4:
+        _unpack4(raw, out)
+    else:
+        np.bitwise_xor(raw[:, :columns], HIGHEST_BIT, out=out.view(np.uint8))
+    return out
 
 
 def pack_down(zeros: Int8, bits: int) -> Int32:
     """Zero points [rows, groups] as words [words(rows, bits), groups]."""
-    rows, groups = zeros.shape
-    out = np.empty((groups, words(rows, bits)), np.int32)
-    pack(np.ascontiguousarray(zeros.T), bits, out)
-    return np.ascontiguousarray(out.T)
+    return np.ascontiguousarray(pack(np.ascontiguousarray(zeros.T), bits).T)
 
 
 def unpack_down(packed: Int32, bits: int, rows: int) -> Int8:
     """Zero points [rows, groups] of words [words(rows, bits), groups]."""
-    out = np.empty((packed.shape[1], rows), np.int8)
-    unpack(np.ascontiguousarray(packed.T), bits, out)
-    return np.ascontiguousarray(out.T)
+    return np.ascontiguousarray(unpack(np.ascontiguousarray(packed.T), bits, rows).T)

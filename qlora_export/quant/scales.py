@@ -38,6 +38,13 @@ def absmax(values: Float32, out: Float32) -> None:
             largest[row, group] = most
 
 
+def group_absmax(values: Float32, groups: int, height: int = 1) -> Float32:
+    """Largest magnitudes [blocks, groups] of [rows, columns], `height` rows a block; the last may have fewer."""
+    largest = np.empty((len(values), groups), np.float32)
+    absmax(values, largest)
+    return largest if height == 1 else np.maximum.reduceat(largest, np.arange(0, len(values), height), axis=0)
+
+
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def extremes(values: Float32, lows: Float32, highs: Float32) -> None:
     """Smallest and largest value of every group, zero included, of [rows, columns] into two [rows, groups].

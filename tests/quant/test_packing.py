@@ -29,22 +29,15 @@ def random_codes(rows: int, columns: int, bits: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(-half, half, (rows, columns)).astype(np.int8)
 
 
-def pack(codes: Any, bits: int) -> Any:
-    out = np.full((codes.shape[0], packing.words(codes.shape[1], bits)), -1, np.int32)
-    packing.pack(codes, bits, out)
-    return out
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_words_are_those_of_the_library(shape: tuple[int, int], bits: int) -> None:
     codes = random_codes(*shape, bits)
     expected = pack_to_int32(torch.from_numpy(codes), bits)
-    packed = pack(codes, bits)
+    packed = packing.pack(codes, bits)
     assert packed.shape == expected.shape
     assert packed.tobytes() == expected.numpy().tobytes()
-    back = np.empty_like(codes)
-    packing.unpack(packed, bits, back)
+    back = packing.unpack(packed, bits, codes.shape[1])
     assert back.tobytes() == unpack_from_int32(expected, bits, torch.Size(shape)).contiguous().numpy().tobytes()
 
 
@@ -64,7 +57,7 @@ def test_row_blocks_have_the_bytes_of_the_whole(bits: int) -> None:
     codes = random_codes(40, 33, bits)
     rows = packing.CODES_PER_WORD[bits]
     blocks = [codes[start : start + rows] for start in range(0, 40, rows)]
-    assert b"".join(pack(block, bits).tobytes() for block in blocks) == pack(codes, bits).tobytes()
+    assert b"".join(packing.pack(block, bits).tobytes() for block in blocks) == packing.pack(codes, bits).tobytes()
     down = b"".join(packing.pack_down(block, bits).tobytes() for block in blocks)
     assert down == packing.pack_down(codes, bits).tobytes()
 
@@ -85,7 +78,7 @@ def test_a_layer_is_stored_as_the_library_compresses_it(bits: int, symmetric: bo
     _, zeros = fitted = integers.fit(values, grid)
     codes = np.empty(values.shape, np.int8)
     integers.encode(values, *fitted, grid, codes)
-    assert pack(codes, bits).tobytes() == expected["weight_packed"].numpy().tobytes()
+    assert packing.pack(codes, bits).tobytes() == expected["weight_packed"].numpy().tobytes()
     assert ("weight_zero_point" in expected) is not symmetric
     if not symmetric:
         assert packing.pack_down(zeros, bits).tobytes() == expected["weight_zero_point"].numpy().tobytes()
@@ -95,5 +88,5 @@ def test_a_layer_is_stored_as_the_library_compresses_it(bits: int, symmetric: bo
 def test_what_was_packed_comes_back(rows: int, columns: int, bits: int, seed: int) -> None:
     codes = random_codes(rows, columns, bits, seed)
     back = np.empty_like(codes)
-    packing.unpack(pack(codes, bits), bits, back)
+    back = packing.unpack(packing.pack(codes, bits), bits, codes.shape[1])
     assert back.tobytes() == codes.tobytes()

@@ -187,7 +187,6 @@ def _scales(layers: Mapping[str, Layer], files: SourceFiles, runs: tuple[Run, ..
 def _zeros(layers: Mapping[str, Layer], files: SourceFiles, runs: tuple[Run, ...]) -> Iterator[Raw]:
     for layer, first, count in _slices(layers, runs):
         zeros, bits = layer.zeros(files, first, count), layer.blocks.bits
-        words = np.empty((count, packing.words(zeros.shape[1], bits)), np.int32)
-        packing.pack(np.ascontiguousarray(zeros), bits, words)
+        words = packing.pack(np.ascontiguousarray(zeros), bits)
         row_bytes = -(-zeros.shape[1] * bits // 8)
         yield np.ascontiguousarray(words.view(np.uint8)[:, :row_bytes]).reshape(-1)

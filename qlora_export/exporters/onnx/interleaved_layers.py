@@ -73,9 +73,7 @@ class AwqLayer:
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """Unpacked from the words that hold these outputs, and packed along the inputs."""
         codes = _outputs(files, self.parts.words, first, count)
-        packed = np.empty((count, packing.words(codes.shape[1], BITS)), np.int32)
-        packing.pack(codes, BITS, packed)
-        return packed.reshape(-1).view(np.uint8)
+        return packing.pack(codes, BITS).reshape(-1).view(np.uint8)
 
     def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
         """Widened."""

@@ -101,9 +101,7 @@ class RoundedLayer:
         scales, zeros = integers.fit(values, self._grid)
         codes = np.empty(values.shape, np.int8)
         integers.encode(values, scales, zeros, self._grid, codes)
-        packed = np.empty((count, packing.words(self.spec.columns, self.blocks.bits)), np.int32)
-        packing.pack(codes, self.blocks.bits, packed)
-        return packed.reshape(-1).view(np.uint8)
+        return packing.pack(codes, self.blocks.bits).reshape(-1).view(np.uint8)
 
     def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
         """Half the range of a block over half the range of the codes."""

@@ -18,21 +18,20 @@ bits, the delta goes onto its codes by chance (`quant/stochastic_rounding.py`). 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_export.formats.base import Chosen, LevelGrid
+from qlora_export.formats.base import Chosen, GridFormat, LevelGrid, Stored
 from qlora_export.quant import double_quant, four_bit, stochastic_rounding
 from qlora_export.quant.device import kernels
 from qlora_export.quant.four_bit import FP4, NF4, FourBitGrid
 from qlora_export.quant.mse_scales import search_blocks
 from qlora_export.types import (
     TORCH_NAMES,
-    Consumes,
     Float32,
     Part,
     Piece,
@@ -45,18 +44,16 @@ from qlora_export.types import (
 LONGEST_OFFSET = -1.2345678901234567e-100
 
 
-@dataclass(frozen=True)
-class FourBit:
-    """Weights of a 4-bit grid in bitsandbytes' layout; `training` gives block size, dtypes, absmax means."""
+@dataclass(frozen=True, kw_only=True)
+class FourBit(GridFormat):
+    """Weights of a 4-bit grid in bitsandbytes' layout; `training` gives block size, dtypes, absmax means.
 
-    name: str
+    A block may be short, and bitsandbytes has layers for both orders of a weight.
+    """
+
     levels: FourBitGrid
     training: TrainingQuantization
-    consumes: Consumes = "merged"
-    quantises: bool = True
-    keeps_adapter: bool = False
-    beside_experts: bool = True
-    rounding: Rounding = "nearest"
+    dithers: bool = False
     seed: int = 0
 
     @property
@@ -69,27 +66,18 @@ class FourBit:
     def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> FourBit:
         """Dithered, in the blocks and by the rules of training; searched, in its own."""
         if rounding == "dithered":
-            return replace(self, rounding=rounding, training=training, seed=seed)
-        return replace(self, rounding=rounding)
+            return replace(self, dithers=True, training=training, dense_dtype=training.storage_dtype, seed=seed)
+        return replace(self, searches=rounding == "search")
 
     @property
     def as_trained(self) -> bool:
         """Whether absmax are sealed by the rules and recorded means of training."""
-        return self.consumes == "base" or self.rounding == "dithered"
-
-    @property
-    def dense_dtype(self) -> str:
-        """What is not quantised keeps the dtype the base was loaded in."""
-        return self.training.storage_dtype
+        return self.consumes == "base" or self.dithers
 
     @property
     def state_suffix(self) -> str:
         """The last part of the name of the JSON state."""
         return f"quant_state.bitsandbytes__{self.levels.name}"
-
-    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
-        """None: a block may be short, and bitsandbytes has layers for both orders."""
-        return None
 
     def row_multiple(self, spec: TensorSpec) -> int:
         """Blocks run over row ends unless the rows hold whole blocks."""
@@ -119,7 +107,7 @@ class FourBit:
         """Start adding a delta to stored codes."""
         return FourBitDitherer(spec, self, stored)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of whole blocks of rows, before any rounding to the model's dtype."""
         block = self.training.block_size
         out = np.empty(len(rows) * spec.columns, np.float32)
@@ -165,7 +153,7 @@ class FourBit:
         state = self.state(spec, np.float32(scales.offset))
         yield Piece(f"{spec.name}.{self.state_suffix}", 0, np.frombuffer(state, np.uint8))
 
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+    def chosen(self, spec: TensorSpec, parts: Stored) -> Chosen:
         """Numbers of ascending levels, the scales, and their second level as the JSON state has it."""
         numbers = four_bit.unpack(parts[spec.name], spec.size, self.levels).reshape(spec.rows, spec.columns)
         raw = parts[f"{spec.name}.absmax"]
@@ -219,17 +207,17 @@ def _fresh(training: TrainingQuantization) -> TrainingQuantization:
 
 def nf4(training: TrainingQuantization) -> FourBit:
     """Merged weights in NF4."""
-    return FourBit("nf4", NF4, _fresh(training))
+    return FourBit(name="nf4", dense_dtype=training.storage_dtype, levels=NF4, training=_fresh(training))
 
 
 def fp4(training: TrainingQuantization) -> FourBit:
     """Merged weights in FP4."""
-    return FourBit("fp4", FP4, _fresh(training))
+    return FourBit(name="fp4", dense_dtype=training.storage_dtype, levels=FP4, training=_fresh(training))
 
 
 def nf4_adapter(training: TrainingQuantization) -> FourBit:
     """The base exactly as it was quantised in training, with the adapter kept beside it."""
-    return FourBit("nf4-adapter", NF4, training, consumes="base", keeps_adapter=True)
+    return replace(nf4(training), name="nf4-adapter", training=training, consumes="base", keeps_adapter=True)
 
 
 class FourBitEncoder:
@@ -247,7 +235,7 @@ class FourBitEncoder:
         first_block = first // self._block
         scales = self._scales[first_block : first_block - (-len(values) // self._block)]
         kernels.block_absmax(values, self._block, scales)
-        if self._layout.rounding == "search":
+        if self._layout.searches:
             values = kernels.to_host(values)
             scales[:] = search_blocks(values, scales, self._block, self._layout.levels)
         codes = kernels.encode_four_bit(values, scales, self._block, self._layout.levels)

@@ -9,51 +9,28 @@ that reach `llm_int8_threshold`; on a CPU it multiplies with the decoded weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qlora_export.errors import InputError
-from qlora_export.formats.base import Chosen, LevelGrid
+from qlora_export.formats.base import Chosen, GridFormat, LevelGrid, RowEncoder, Stored
+from qlora_export.formats.rows import ANOTHER_FORMAT, overflow, row_piece, stored_rows
 from qlora_export.quant import llm_int8
-from qlora_export.quant.device import kernels
 from qlora_export.quant.floats import all_finite
 from qlora_export.quant.scales import Int8 as Codes
-from qlora_export.quant.scales import absmax
+from qlora_export.quant.scales import group_absmax
 from qlora_export.tensors.dtypes import narrow, round_to, widen
-from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
+from qlora_export.types import Float32, Part, Piece, TensorSpec, TrainingQuantization
 
 THRESHOLD = 6.0
 LAST = 127
 
 
-@dataclass(frozen=True)
-class Int8:
-    """Rows of int8 in bitsandbytes' layout; what is not quantised has the dtype the base was loaded in."""
-
-    dense_dtype: str
-    name: str = "int8"
-    consumes: Consumes = "merged"
-    quantises: bool = True
-    keeps_adapter: bool = False
-    beside_experts: bool = True
-    searches: bool = False
-    roundings: tuple[Rounding, ...] = ("search",)
-
-    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Int8:
-        """With absmax that a search finds; what is larger has the last code."""
-        return replace(self, searches=rounding == "search")
-
-    def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
-        """None: bitsandbytes has layers for both orders."""
-        return None
-
-    def row_multiple(self, spec: TensorSpec) -> int:
-        """Any row stands alone."""
-        return 1
+@dataclass(frozen=True, kw_only=True)
+class Int8(GridFormat):
+    """Rows of int8 in bitsandbytes' layout, which has layers for both orders of a weight."""
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, absmax, and the mark of their order."""
@@ -63,16 +40,36 @@ class Int8:
             Part(f"{spec.module}.weight_format", "U8", ()),
         )
 
-    def open(self, spec: TensorSpec) -> Int8Encoder:
+    def open(self, spec: TensorSpec) -> RowEncoder:
         """Start encoding a tensor."""
-        return Int8Encoder(spec, self.dense_dtype, self.searches)
+        return RowEncoder(self._encode, spec, self._known(spec))
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def _encode(self, spec: TensorSpec, values: Float32, first_row: int) -> Iterable[Piece]:
+        """Raises InputError for a value that fp16 cannot hold."""
+        rounded = round_to(widen(narrow(values, self.dense_dtype), self.dense_dtype), "F16")
+        if not all_finite(rounded.view(np.uint32)):
+            raise overflow(values, spec, "int8 weights pass float16, up to 65504", ANOTHER_FORMAT)
+        rows = rounded.reshape(-1, spec.columns)
+        largest, codes = group_absmax(rows, 1), np.empty(rows.shape, np.int8)
+        if self.searches:
+            largest = llm_int8.searched_absmax(rows, largest)
+            rows = np.clip(rows, -largest, largest)
+        llm_int8.encode(rows, largest, codes)
+        return self._pieces(spec, codes, largest, first_row)
+
+    def _pieces(self, spec: TensorSpec, codes: Codes, largest: Float32, first_row: int) -> Iterable[Piece]:
+        of_codes, of_absmax, _ = self.parts(spec)
+        return row_piece(of_codes, codes, first_row), row_piece(of_absmax, largest, first_row)
+
+    def _known(self, spec: TensorSpec) -> tuple[Piece, ...]:
+        """Zero: rows in their order."""
+        return (row_piece(self.parts(spec)[2], np.zeros(1, np.uint8), 0),)
+
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of some rows."""
-        codes = parts[spec.name][rows.start * spec.columns : rows.stop * spec.columns].view(np.int8)
-        largest = np.array(parts[f"{spec.module}.SCB"][4 * rows.start : 4 * rows.stop]).view(np.float32)
+        codes, largest = (stored_rows(parts, part, rows) for part in self.parts(spec)[:2])
         out = np.empty((len(rows), spec.columns), np.float32)
-        llm_int8.decode(codes.reshape(out.shape), largest.reshape(-1, 1), out)
+        llm_int8.decode(codes, largest, out)
         return out.reshape(-1)
 
     def grid(self, spec: TensorSpec) -> LevelGrid | None:
@@ -81,15 +78,13 @@ class Int8:
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Codes, absmax, and the mark of their order."""
-        encoder = Int8Encoder(spec, self.dense_dtype)
-        yield from encoder.pieces((chosen.codes.astype(np.int16) - LAST).astype(np.int8), chosen.scales, 0)
-        yield from encoder.seal()
+        codes = (chosen.codes.astype(np.int16) - LAST).astype(np.int8)
+        return *self._pieces(spec, codes, chosen.scales, 0), *self._known(spec)
 
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+    def chosen(self, spec: TensorSpec, parts: Stored) -> Chosen:
         """Numbers of levels and the absmax."""
-        codes = (parts[spec.name].view(np.int8).astype(np.int16) + LAST).astype(np.uint8)
-        largest = np.array(parts[f"{spec.module}.SCB"]).view(np.float32)
-        return Chosen(codes.reshape(spec.shape), largest.reshape(-1, 1))
+        codes, largest = (stored_rows(parts, part, range(spec.rows)) for part in self.parts(spec)[:2])
+        return Chosen((codes.astype(np.int16) + LAST).astype(np.uint8).reshape(spec.shape), largest)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """What transformers' bitsandbytes loader reads; `kept` lists every linear module that stays dense."""
@@ -104,42 +99,6 @@ class Int8:
         }
 
 
-@dataclass(frozen=True)
-class Int8Encoder:
-    """Rounds rows; keeps no state."""
-
-    spec: TensorSpec
-    dtype: str
-    searches: bool = False
-
-    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
-        """Codes and absmax of some rows; raises InputError for a value that fp16 cannot hold."""
-        rounded = round_to(widen(narrow(values, self.dtype), self.dtype), "F16")
-        if not all_finite(rounded.view(np.uint32)):
-            most = np.abs(kernels.to_host(values)).max()
-            raise InputError(
-                f"tensor {self.spec.name} holds {most:.6g}, int8 weights pass float16, up to 65504",
-                "choose another format for this artifact, or `keep` the module dense",
-            )
-        rows = rounded.reshape(-1, self.spec.columns)
-        largest, codes = np.empty((len(rows), 1), np.float32), np.empty(rows.shape, np.int8)
-        absmax(rows, largest)
-        if self.searches:
-            largest = llm_int8.searched_absmax(rows, largest)
-            rows = np.clip(rows, -largest, largest)
-        llm_int8.encode(rows, largest, codes)
-        yield from self.pieces(codes, largest, first_row)
-
-    def pieces(self, codes: Codes, largest: Float32, first_row: int) -> Iterable[Piece]:
-        """Rows of codes and their absmax at their places."""
-        yield Piece(self.spec.name, first_row * self.spec.columns, codes.reshape(-1).view(np.uint8))
-        yield Piece(f"{self.spec.module}.SCB", 4 * first_row, largest.reshape(-1).view(np.uint8))
-
-    def seal(self) -> Iterable[Piece]:
-        """Zero: rows in their order."""
-        yield Piece(f"{self.spec.module}.weight_format", 0, np.zeros(1, np.uint8))
-
-
 def int8(training: TrainingQuantization) -> Int8:
     """Merged weights in int8."""
-    return Int8(training.storage_dtype)
+    return Int8(name="int8", dense_dtype=training.storage_dtype)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlora_export.errors import UsageError
+from qlora_export.formats.base import Stored
 from qlora_export.formats.bitsandbytes.four_bit import FourBit, FourBitEncoder, nf4
 from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
 from qlora_export.types import Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
@@ -29,7 +29,7 @@ FOLDER = "adapter"
 WEIGHTS_FILE = f"{FOLDER}/adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorrectedFourBit(FourBit):
     """4-bit weights with factors beside them; `modules` are the live names of the layers that have any, by tensor."""
 
@@ -64,7 +64,7 @@ class CorrectedFourBit(FourBit):
         """Start encoding a tensor that is left without a correction."""
         return _Uncorrected(spec, self)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of whole blocks of rows with their correction, the weight not rounded to any dtype."""
         values: Float32 = super().decode(spec, parts, rows) + self.product(spec, parts, rows)
         return values
@@ -75,7 +75,7 @@ class CorrectedFourBit(FourBit):
         for part, values in zip(parts, (a, b)[: len(parts)], strict=True):
             yield Piece(part.name, 0, narrow(np.ascontiguousarray(values).reshape(-1), FACTOR_DTYPE))
 
-    def product(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def product(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of B A for some rows; zeros for a layer without factors."""
         if not self.corrects(spec):
             return np.zeros(len(rows) * spec.columns, np.float32)
@@ -148,5 +148,6 @@ def nf4_lowrank(
     bits = CORRECTION_BITS if correction_bits is None else correction_bits
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
         raise UsageError(f"nf4-lowrank: correction_bits is {bits!r}, expected a number above 0")
-    plain = nf4(training)
-    return CorrectedFourBit("nf4-lowrank", plain.levels, plain.training, rank=rank or 0, budget_bits=float(bits))
+    plain, bits = nf4(training), float(bits)
+    facts = {item.name: getattr(plain, item.name) for item in fields(plain)}
+    return CorrectedFourBit(**{**facts, "name": "nf4-lowrank", "rank": rank or 0, "budget_bits": bits})

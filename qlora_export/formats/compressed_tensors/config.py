@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-import numpy as np
-
-from qlora_export.errors import InputError
-from qlora_export.quant.device import kernels
-from qlora_export.quant.floats import all_finite
-from qlora_export.tensors.dtypes import narrow, round_to, widen
-from qlora_export.types import Float32, TensorSpec
+from qlora_export.tensors.dtypes import round_to
+from qlora_export.types import Float32
 
 VERSION = "0.20.0"
 PER_CHANNEL = {"group_size": None, "strategy": "channel", "dynamic": False}
 PER_TOKEN = {"group_size": None, "strategy": "token", "dynamic": True}
 INPUT_MAJOR = "its module is a Conv1D, and compressed-tensors loads nothing but Linear"
+# The hint for values that the model's dtype cannot hold.
+WIDER_DTYPE = "choose a dense format of a wider dtype for this artifact"
 
 
 def arguments(bits: int, kind: str, symmetric: bool, cut: dict[str, Any]) -> dict[str, Any]:
@@ -63,15 +60,3 @@ def scale_dtype(dtype: str) -> Literal["F32", "BF16", "F16"]:
 def scales_in(dtype: str) -> Callable[[Float32], Float32]:
     """Rounds scales of any shape to the dtype."""
     return lambda scales: round_to(scales.reshape(-1).copy(), dtype).reshape(scales.shape)
-
-
-def rows_in(values: Float32, spec: TensorSpec, dtype: str) -> Float32:
-    """Rows [rows, columns] rounded to the dtype; raises InputError for a value that it cannot hold."""
-    rounded = widen(narrow(values, dtype), dtype)
-    if not all_finite(rounded.view(np.uint32)):
-        largest = np.abs(kernels.to_host(values)).max()
-        raise InputError(
-            f"tensor {spec.name} holds {largest:.6g}, which the model's dtype {dtype} cannot",
-            "choose a dense format of a wider dtype for this artifact",
-        )
-    return rounded.reshape(-1, spec.columns)

@@ -1,130 +1,115 @@
-"""compressed-tensors FP8: `fp8`, merged weights in float8_e4m3 with one scale a row, activations in FP8 token by token.
+"""compressed-tensors FP8: `fp8` with one scale a row, `fp8-block` with one for 128 x 128 weights, in float8_e4m3.
 
-For a linear `x.weight` of shape [out, in]: `x.weight` float8_e4m3fn [out, in]; `x.weight_scale` [out, 1] in the model's
-dtype. Equations: `quant/float8.py`. vLLM calls it FP8_DYNAMIC; it multiplies in FP8 on GPUs from compute capability 8.9
-on. Source: compressed-tensors `compressors/naive_quantized`. Cost: 8 bits a weight.
+For a linear `x.weight` of shape [out, in]: `x.weight` float8_e4m3fn [out, in]; `x.weight_scale` [out, 1], or
+[ceil(out / 128), in / 128], in the model's dtype; the last block of rows may be short, as the library pads it with
+zeros. Equations: `quant/float8.py`. Activations are rounded to FP8 while it runs: token by token, or in groups of 128.
+vLLM calls the first FP8_DYNAMIC; it multiplies in FP8 on GPUs from compute capability 8.9 on. Source:
+compressed-tensors `compressors/naive_quantized`, preset FP8_BLOCK. Cost: 8 bits a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qlora_export.formats.base import Chosen, LevelGrid
+from qlora_export.formats.base import Chosen, GridFormat, LevelGrid, RowEncoder, Stored
 from qlora_export.formats.compressed_tensors.config import (
     INPUT_MAJOR,
     PER_CHANNEL,
     PER_TOKEN,
+    WIDER_DTYPE,
     arguments,
-    rows_in,
     scale_dtype,
     scales_in,
     table,
 )
-from qlora_export.quant import float8, ordered_codes
+from qlora_export.formats.rows import row_piece, rows_in, stored_rows
+from qlora_export.quant import float8
 from qlora_export.quant.floats import UInt8
 from qlora_export.quant.mse_float_scales import E4M3, search_float_groups
-from qlora_export.tensors.dtypes import ITEM_BYTES, narrow, widen
-from qlora_export.types import Consumes, Float32, Part, Piece, Rounding, TensorSpec, TrainingQuantization
+from qlora_export.quant.ordered_codes import E4M3 as ORDER
+from qlora_export.types import Float32, Part, Piece, TensorSpec, TrainingQuantization
 
 
-@dataclass(frozen=True)
-class Float8:
-    """Weights in float8_e4m3; dense tensors and scales have the dtype that the base was loaded in."""
+@dataclass(frozen=True, kw_only=True)
+class Float8(GridFormat):
+    """Weights in float8_e4m3, a scale for each row or for each square `block`; scales are of the model's dtype."""
 
-    dense_dtype: str
-    name: str = "fp8"
-    consumes: Consumes = "merged"
-    quantises: bool = True
-    keeps_adapter: bool = False
-    beside_experts: bool = True
-    searches: bool = False
-    roundings: tuple[Rounding, ...] = ("search",)
+    block: int | None = None
 
-    def rounded(self, rounding: Rounding, training: TrainingQuantization, seed: int) -> Float8:
-        """With scales that a search finds."""
-        return replace(self, searches=rounding == "search")
+    @property
+    def _height(self) -> int:
+        return self.block or 1
 
     def obstacle(self, spec: TensorSpec, input_major: bool) -> str | None:
-        """Layers are `Linear`."""
+        """Activations come in whole groups, layers are `Linear`."""
+        if self.block and spec.columns % self.block:
+            return f"{spec.columns} columns are no multiple of the block of {self.block}"
         return INPUT_MAJOR if input_major else None
 
     def row_multiple(self, spec: TensorSpec) -> int:
-        """Any row stands alone."""
-        return 1
+        """The height of a block."""
+        return self._height
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes and scales."""
-        return (
-            Part(spec.name, "F8_E4M3", spec.shape),
-            Part(f"{spec.module}.weight_scale", self.dense_dtype, (spec.rows, 1)),
-        )
+        shape = (-(-spec.rows // self._height), spec.columns // (self.block or spec.columns))
+        return Part(spec.name, "F8_E4M3", spec.shape), Part(f"{spec.module}.weight_scale", self.dense_dtype, shape)
 
-    def open(self, spec: TensorSpec) -> Float8Encoder:
+    def open(self, spec: TensorSpec) -> RowEncoder:
         """Start encoding a tensor."""
-        return Float8Encoder(spec, self.dense_dtype, self.searches)
+        return RowEncoder(self._encode, spec)
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]], rows: range) -> Float32:
+    def _encode(self, spec: TensorSpec, values: Float32, first_row: int) -> Iterable[Piece]:
+        rows = rows_in(values, spec, self.dense_dtype, WIDER_DTYPE)
+        height, groups = self._height, self.parts(spec)[1].shape[1]
+        scales = float8.fit_e4m3(rows, self.dense_dtype, groups, height)
+        codes, dtype = np.empty(rows.shape, np.uint8), self.dense_dtype
+        if self.searches:
+            scales, dtype = search_float_groups(rows, scales, E4M3, scales_in(dtype), height), "F32"
+        float8.encode_e4m3(rows, scales[np.arange(len(rows)) // height], dtype, codes)
+        return self._pieces(spec, codes, scales, first_row)
+
+    def _pieces(self, spec: TensorSpec, codes: UInt8, scales: Float32, first_row: int) -> Iterable[Piece]:
+        of_codes, of_scales = self.parts(spec)
+        return row_piece(of_codes, codes, first_row), row_piece(of_scales, scales, first_row // self._height)
+
+    def decode(self, spec: TensorSpec, parts: Stored, rows: range) -> Float32:
         """Flat float32 values of some rows, before rounding to the dtype."""
-        item = ITEM_BYTES[self.dense_dtype]
-        raw = np.array(parts[f"{spec.module}.weight_scale"][rows.start * item : rows.stop * item])
-        codes = parts[spec.name][rows.start * spec.columns : rows.stop * spec.columns]
+        of_codes, of_scales = self.parts(spec)
+        blocks = range(rows.start // self._height, -(-rows.stop // self._height))
+        scales = stored_rows(parts, of_scales, blocks)
         out = np.empty((len(rows), spec.columns), np.float32)
-        float8.decode_e4m3(codes.reshape(out.shape), widen(raw, self.dense_dtype).reshape(-1, 1), out)
+        places = np.arange(rows.start, rows.stop) // self._height - blocks.start
+        float8.decode_e4m3(stored_rows(parts, of_codes, rows), scales[places], out)
         return out.reshape(-1)
 
     def grid(self, spec: TensorSpec) -> LevelGrid | None:
-        """All finite values of e4m3, one scale a row."""
-        return LevelGrid(ordered_codes.E4M3.levels, spec.columns, scale_dtype(self.dense_dtype))
+        """All finite values of e4m3; rows of a block share scales."""
+        return LevelGrid(ORDER.levels, self.block or spec.columns, scale_dtype(self.dense_dtype), self._height)
 
     def assemble(self, spec: TensorSpec, chosen: Chosen) -> Iterable[Piece]:
         """Codes and scales."""
-        return Float8Encoder(spec, self.dense_dtype).pieces(ordered_codes.E4M3.codes[chosen.codes], chosen.scales, 0)
+        return self._pieces(spec, ORDER.codes[chosen.codes], chosen.scales, 0)
 
-    def chosen(self, spec: TensorSpec, parts: Mapping[str, NDArray[np.uint8]]) -> Chosen:
+    def chosen(self, spec: TensorSpec, parts: Stored) -> Chosen:
         """Numbers of levels, of either zero the same, and the scales."""
-        scales = widen(np.array(parts[f"{spec.module}.weight_scale"]), self.dense_dtype)
-        return Chosen(ordered_codes.E4M3.numbers[parts[spec.name]].reshape(spec.shape), scales.reshape(-1, 1))
+        of_codes, of_scales = self.parts(spec)
+        scales = stored_rows(parts, of_scales, range(of_scales.shape[0]))
+        return Chosen(ORDER.numbers[parts[of_codes.name]].reshape(spec.shape), scales)
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any] | None:
         """The table of compressed-tensors."""
-        weights, activations = arguments(8, "float", True, PER_CHANNEL), arguments(8, "float", True, PER_TOKEN)
-        return table("float-quantized", weights, activations, kept)
-
-
-@dataclass(frozen=True)
-class Float8Encoder:
-    """Codes rows; keeps no state."""
-
-    spec: TensorSpec
-    dtype: str
-    searches: bool = False
-
-    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
-        """Codes and scales of some rows at their places."""
-        rows = rows_in(values, self.spec, self.dtype)
-        scales = float8.fit_e4m3(rows, self.dtype)
-        codes, dtype = np.empty(rows.shape, np.uint8), self.dtype
-        if self.searches:
-            scales, dtype = search_float_groups(rows, scales, E4M3, scales_in(self.dtype)), "F32"
-        float8.encode_e4m3(rows, scales, dtype, codes)
-        yield from self.pieces(codes, scales, first_row)
-
-    def pieces(self, codes: UInt8, scales: Float32, first_row: int) -> Iterable[Piece]:
-        """Rows of codes and scales at their places."""
-        yield Piece(self.spec.name, first_row * self.spec.columns, codes.reshape(-1))
-        raw = narrow(scales.reshape(-1), self.dtype)
-        yield Piece(f"{self.spec.module}.weight_scale", first_row * ITEM_BYTES[self.dtype], raw)
-
-    def seal(self) -> Iterable[Piece]:
-        """Nothing is left to write."""
-        return ()
+        block: dict[str, Any] = {"block_structure": [self.block, self.block], "dynamic": False}
+        group: dict[str, Any] = {"group_size": self.block, "strategy": "group", "dynamic": True}
+        cut = {"group_size": None, "strategy": "block", **block} if self.block else PER_CHANNEL
+        weights = arguments(8, "float", True, cut)
+        return table("float-quantized", weights, arguments(8, "float", True, group if self.block else PER_TOKEN), kept)
 
 
 def fp8(training: TrainingQuantization) -> Float8:
     """Merged weights in FP8."""
-    return Float8(training.storage_dtype)
+    return Float8(name="fp8", dense_dtype=training.storage_dtype)
