@@ -87,6 +87,5 @@ def test_a_layer_is_stored_as_the_library_compresses_it(bits: int, symmetric: bo
 @given(st.integers(1, 9), st.integers(1, 150), st.sampled_from([4, 8]), st.integers(0, 1 << 30))
 def test_what_was_packed_comes_back(rows: int, columns: int, bits: int, seed: int) -> None:
     codes = random_codes(rows, columns, bits, seed)
-    back = np.empty_like(codes)
     back = packing.unpack(packing.pack(codes, bits), bits, codes.shape[1])
     assert back.tobytes() == codes.tobytes()

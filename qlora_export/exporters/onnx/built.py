@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_export.exporters.onnx.builder import Order, require_packages, run_builder
-from qlora_export.exporters.onnx.graphs import CONFIG_NAME, is_built, obstacle
+from qlora_export.exporters.onnx.builder import Order, run_builder
+from qlora_export.exporters.onnx.exporter import OnnxExporter
+from qlora_export.exporters.onnx.graphs import CONFIG_NAME, is_built
 from qlora_export.exporters.onnx.options import BITS, Float16Options, Float32Options, Int8Options, IntegerOptions
 from qlora_export.exporters.onnx.rounded_products import BlockRounding
 from qlora_export.exporters.onnx.traced.rounded import TracedRounding, trace_rounded
 from qlora_export.exporters.onnx.traced.tracer import trace
-from qlora_export.exporters.transformers_js import GENAI_CONFIG, lay_out
+from qlora_export.exporters.transformers_js import GENAI_CONFIG
 from qlora_export.sources.checkpoint import read_json
+
 
 # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
 STACKED_BYTES_PER_WEIGHT = 0.5
 
+BuiltOptions = Float32Options | Float16Options | IntegerOptions | Int8Options
 
-@dataclass(frozen=True)
-class BuiltExporter:
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltExporter(OnnxExporter):
     """Makes the graph with one precision."""
 
-    name: str
     precision: str
-    bytes_per_weight: float
-    options: Float32Options | Float16Options | IntegerOptions | Int8Options
+    options: BuiltOptions
     takes: str = "dense"
-    runtime: str = "onnxruntime"
-
-    def facts(self) -> Mapping[str, Any]:
-        """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
-        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
 
     def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
         """What the builder stacks, or the dense graph that traced integers are rounded from."""
@@ -50,7 +47,7 @@ class BuiltExporter:
             return (
                 f"{self.name}: the model builder chooses sensitive_layers and does not make this graph: leave them out"
             )
-        return obstacle(self.name, config)
+        return super().obstacle(config)
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination`; raises Refused for what cannot be traced, EnvironmentProblem for a builder that fails."""
@@ -75,10 +72,6 @@ class BuiltExporter:
         """That of activations: the builder, too, has float16 in integer graphs for other providers than a CPU."""
         elsewhere = not isinstance(self.options, Float32Options) and self.options.provider != "cpu"
         return "fp16" if self.precision == "fp16" or elsewhere else "fp32"
-
-    def finish(self, source: Path, destination: Path) -> None:
-        """Give the complete folder the layout that was asked for."""
-        lay_out(self.options.layout, source, destination)
 
 
 def _rounding(options: IntegerOptions | Int8Options) -> TracedRounding:

@@ -17,7 +17,7 @@ Source: ONNX Runtime `docs/ContribOperators.md`, MatMulNBits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,13 @@ from typing import Any
 import numpy as np
 
 from qlora_export.errors import InputError, Refused
-from qlora_export.exporters.onnx.builder import require_packages
+from qlora_export.exporters.onnx.exporter import OnnxExporter
 from qlora_export.exporters.onnx.graph import FLOAT, UINT8, NewTensor, Product, Raw, Replacement, node
-from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.interleaved_layers import interleaved_layer
 from qlora_export.exporters.onnx.layers import Blocks, Layer, RoundedLayer, block_of, packed_layer
 from qlora_export.exporters.onnx.options import BITS, BLOCK_SIZES, SameIntegerOptions
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run, renamed, untied
-from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
-from qlora_export.exporters.transformers_js import lay_out
+from qlora_export.exporters.onnx.surgery import Model, make_exact
 from qlora_export.quant import packing
 from qlora_export.sources.checkpoint import read_json, read_tensors
 from qlora_export.tensors.header import StoredTensor
@@ -49,31 +47,17 @@ PACKED = ("weight_packed", ("weight_scale", "weight_zero_point", "weight_shape")
 INTERLEAVED = ("qweight", ("qzeros", "scales", "g_idx"))
 
 
-@dataclass(frozen=True)
-class SameIntegersExporter:
+@dataclass(frozen=True, kw_only=True)
+class SameIntegersExporter(OnnxExporter):
     """Takes a packed artifact and the builder's graph, and brings them together."""
 
-    name: str
-    takes: str
     rounding: Rounding
-    bytes_per_weight: float
     options: SameIntegerOptions
     sources: tuple[str, ...]
-    runtime: str = "onnxruntime"
 
     def facts(self) -> Mapping[str, Any]:
         """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
-        integers_of = {"integers": self.takes, "rounding": self.rounding}
-        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options), **integers_of}
-
-    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
-        """Marks and the graph around them."""
-        del config
-        return SURGERY_BYTES_PER_WEIGHT
-
-    def obstacle(self, config: Mapping[str, Any]) -> str | None:
-        """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
-        return obstacle(self.name, config)
+        return {**super().facts(), "integers": self.takes, "rounding": self.rounding}
 
     def accepts(self, options: Options) -> bool:
         """Whether block and grid, where they are stated, are those of a packed artifact with these options."""
@@ -87,10 +71,6 @@ class SameIntegersExporter:
         with SourceFiles() as files:
             replace = partial(_replacement, layers, files, self.options.accuracy_level)
             make_exact(self.name, model, True, replace, destination)
-
-    def finish(self, source: Path, destination: Path) -> None:
-        """Give the complete folder the layout that was asked for."""
-        lay_out(self.options.layout, source, destination)
 
     def _read(self, source: Path) -> tuple[Model, dict[str, Layer]]:
         config = read_json(source / "config.json")
@@ -128,7 +108,7 @@ def _head(
             f"{name}: {values.spec.columns} columns are no multiple of {BLOCK_SIZES[0]}", "last_matrix: float32"
         )
     others = [tensor for tensor in dense if not by_end[HEAD] or tensor is not values]
-    return RoundedLayer(renamed(values, name).spec, values, Blocks(BITS[kind], block, False)), others, untied(config)
+    return RoundedLayer(renamed(values, name).spec, Blocks(BITS[kind], block, False), values), others, untied(config)
 
 
 def _replacement(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.graph import Raw
-from qlora_export.exporters.onnx.layers import Blocks, block_of
+from qlora_export.exporters.onnx.layers import Blocks, Layer, block_of
 from qlora_export.quant import packing
 from qlora_export.quant.gptq_awq_packing import AWQ_ORDER, PER_WORD, unpack_outputs
 from qlora_export.quant.scales import Int8
@@ -41,12 +41,10 @@ class Interleaved:
 
 
 @dataclass(frozen=True)
-class GptqLayer:
+class GptqLayer(Layer):
     """A layer whose words hold eight inputs of an output."""
 
-    spec: TensorSpec
     parts: Interleaved
-    blocks: Blocks
 
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """The words of some columns, column by column."""
@@ -57,34 +55,21 @@ class GptqLayer:
         """Widened."""
         return _scales(files, self.parts.scales, first, count)
 
-    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """None."""
-        raise ValueError(f"{self.spec.name} is symmetric")
-
 
 @dataclass(frozen=True)
-class AwqLayer:
+class AwqLayer(GptqLayer):
     """A layer whose words hold eight outputs of an input."""
-
-    spec: TensorSpec
-    parts: Interleaved
-    blocks: Blocks
 
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """Unpacked from the words that hold these outputs, and packed along the inputs."""
-        codes = _outputs(files, self.parts.words, first, count)
-        return packing.pack(codes, BITS).reshape(-1).view(np.uint8)
-
-    def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
-        """Widened."""
-        return _scales(files, self.parts.scales, first, count)
+        return packing.pack(_outputs(files, self.parts.words, first, count), BITS).reshape(-1).view(np.uint8)
 
     def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
         """Unpacked."""
         return _outputs(files, self.parts.zeros, first, count)
 
 
-def interleaved_layer(module: str, tensors: Mapping[str, StoredTensor], dtype: str) -> GptqLayer | AwqLayer:
+def interleaved_layer(module: str, tensors: Mapping[str, StoredTensor], dtype: str) -> Layer:
     """A layer by its parts, of `gptq` where it has `g_idx`; raises Refused where no MatMulNBits holds it as it is."""
     parts = Interleaved(*(tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales")))
     groups, rows = parts.scales.spec.shape
@@ -95,9 +80,9 @@ def interleaved_layer(module: str, tensors: Mapping[str, StoredTensor], dtype: s
         raise Refused(f"{module}: no MatMulNBits has groups of {block} columns", "keep the layer dense")
     spec = TensorSpec(f"{module}.weight", dtype, (rows, columns))
     if of_inputs is None:
-        return AwqLayer(spec, parts, Blocks(BITS, block, True))
+        return AwqLayer(spec, Blocks(BITS, block, True), parts)
     _require_plain(module, parts.zeros, of_inputs, block)
-    return GptqLayer(spec, parts, Blocks(BITS, block, False))
+    return GptqLayer(spec, Blocks(BITS, block, False), parts)
 
 
 def _require_plain(module: str, zeros: StoredTensor, of_inputs: StoredTensor, block: int) -> None:

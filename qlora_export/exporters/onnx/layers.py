@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -30,41 +30,33 @@ class Blocks:
     zeros: bool
 
 
-class Layer(Protocol):
-    """A weight [out, in] on an integer grid."""
+@dataclass(frozen=True)
+class Layer(ABC):
+    """A weight [out, in] on an integer grid, and how it is cut."""
 
-    @property
-    def spec(self) -> TensorSpec:
-        """Name, dtype and shape of the weight."""
-        ...
+    spec: TensorSpec
+    blocks: Blocks
 
-    @property
-    def blocks(self) -> Blocks:
-        """How it is cut."""
-        ...
-
+    @abstractmethod
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """Packed codes of some rows."""
-        ...
 
+    @abstractmethod
     def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
         """Scales of some rows, one for each block."""
-        ...
 
     def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """Zero points [rows, blocks] of some rows."""
-        ...
+        """Zero points [rows, blocks] of some rows; raises ValueError for a symmetric layer."""
+        raise ValueError(f"{self.spec.name} is symmetric")
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class PackedLayer(Layer):
     """A layer as `w4a16` and `w8a16` store it."""
 
-    spec: TensorSpec
     packed: StoredTensor
     scale: StoredTensor
     zero: StoredTensor | None
-    blocks: Blocks
 
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """The words as they are."""
@@ -78,7 +70,7 @@ class PackedLayer:
     def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
         """Unpacked from the words that hold these rows."""
         if self.zero is None:
-            raise ValueError(f"{self.spec.name} is symmetric")
+            return super().zeros(files, first, count)
         height = CODES_PER_WORD[self.blocks.bits]
         skipped = first % height
         words = files.read(self.zero, first // height, -(-(skipped + count) // height)).view(np.int32)
@@ -88,12 +80,10 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
-class RoundedLayer:
+class RoundedLayer(Layer):
     """A dense weight, rounded to the nearest symmetric code of each block while it is written."""
 
-    spec: TensorSpec
     values: StoredTensor
-    blocks: Blocks
 
     def codes(self, files: SourceFiles, first: int, count: int) -> Raw:
         """Rounded and packed."""
@@ -106,10 +96,6 @@ class RoundedLayer:
     def scales(self, files: SourceFiles, first: int, count: int) -> Float32:
         """Half the range of a block over half the range of the codes."""
         return integers.fit(self._values(files, first, count), self._grid)[0].reshape(-1)
-
-    def zeros(self, files: SourceFiles, first: int, count: int) -> Int8:
-        """None."""
-        raise ValueError(f"{self.spec.name} is symmetric")
 
     @property
     def _grid(self) -> Grid:
@@ -135,9 +121,8 @@ def packed_layer(module: str, tensors: Mapping[str, StoredTensor], dtype: str) -
             f"{name}: {columns} columns in {scale.spec.columns} groups of {bits} bits have no MatMulNBits of their own",
             f"its blocks have {', '.join(map(str, BLOCK_SIZES))} columns; keep the layer dense",
         )
-    return PackedLayer(
-        TensorSpec(name, dtype, (rows, columns)), packed, scale, zero, Blocks(bits, block, zero is not None)
-    )
+    blocks = Blocks(bits, block, zero is not None)
+    return PackedLayer(TensorSpec(name, dtype, (rows, columns)), blocks, packed, scale, zero)
 
 
 def block_of(group: int, columns: int) -> int | None:

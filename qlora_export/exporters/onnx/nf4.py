@@ -20,7 +20,7 @@ which ONNX Runtime computes once, while it loads, and holds in float32. Source: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from qlora_export.errors import Refused
 from qlora_export.exporters.onnx.adapted import AdaptedLayer, adapted_base
 from qlora_export.exporters.onnx.adapter_file import FILE_NAME, own_factors, write_factors
 from qlora_export.exporters.onnx.beside import Beside, as_constants, as_inputs
-from qlora_export.exporters.onnx.builder import require_packages
+from qlora_export.exporters.onnx.exporter import OnnxExporter
 from qlora_export.exporters.onnx.graph import (
     BFLOAT16,
     FLOAT,
@@ -46,11 +46,9 @@ from qlora_export.exporters.onnx.graph import (
     node,
     numbers,
 )
-from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.options import BLOCK_SIZES, Nf4Options
 from qlora_export.exporters.onnx.skeleton import MixedRows, Run
-from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT, Model, make_exact
-from qlora_export.exporters.transformers_js import lay_out
+from qlora_export.exporters.onnx.surgery import Model, make_exact
 from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.quant import four_bit
 from qlora_export.sources.adapter import Adapter, open_adapter
@@ -69,28 +67,14 @@ Step = tuple[str, list[str], dict[str, int | list[int]]]
 Multiply = Callable[[Product, int, NewTensor, NewTensor, str], Nodes]
 
 
-@dataclass(frozen=True)
-class Nf4AdapterExporter:
+@dataclass(frozen=True, kw_only=True)
+class Nf4AdapterExporter(OnnxExporter):
     """Takes an `nf4-adapter` folder and the builder's graph of its base, and brings them together."""
 
     options: Nf4Options
     name: str = "onnx-nf4-adapter"
     takes: str = "nf4-adapter"
     bytes_per_weight: float = 0.8
-    runtime: str = "onnxruntime"
-
-    def facts(self) -> Mapping[str, Any]:
-        """Versions and options that decide the bytes; raises EnvironmentProblem when the builder is not installed."""
-        return {"versions": dict(require_packages(self.name)), "options": asdict(self.options)}
-
-    def working_bytes_per_weight(self, config: Mapping[str, Any]) -> float:
-        """Marks and the graph around them."""
-        del config
-        return SURGERY_BYTES_PER_WEIGHT
-
-    def obstacle(self, config: Mapping[str, Any]) -> str | None:
-        """That of an architecture which neither the builder nor torch.onnx.export makes a graph of."""
-        return obstacle(self.name, config)
 
     def export(self, source: Path, destination: Path) -> None:
         """Fill `destination` from a folder of codes with its adapter."""
@@ -107,10 +91,6 @@ class Nf4AdapterExporter:
             make_exact(self.name, model, False, partial(_replacement, base.layers, files, parts), destination)
             if replaceable:
                 write_factors(own_factors(base, files), destination / FILE_NAME)
-
-    def finish(self, source: Path, destination: Path) -> None:
-        """Give the complete folder the layout that was asked for."""
-        lay_out(self.options.layout, source, destination)
 
 
 @dataclass(frozen=True)

@@ -60,20 +60,10 @@ class IntegerOptions:
 
     def words(self) -> tuple[str, ...]:
         """The builder's key=value words."""
-        # The builder shares a tied embedding with the last matrix, and loses it when that one is int8 (0.18.0).
-        shared = ("shared_embeddings=false",) if self.last_matrix == "int8" else ()
         # Each group of bits that is named takes all products that are left (0.18.0), so 4, the usual, is not named.
         mixed = ["last_matmul:int8"] if self.last_matrix == "int8" else []
         mixed += ["mixed_layers:int8"] if self.sensitive_layers == "int8" else []
-        return (
-            *shared,
-            *(() if self.symmetric else ("is_symmetric=false",)),
-            f"block_size={self.block_size}",
-            f"algo_config={self.algorithm}",
-            f"accuracy_level={self.accuracy_level}",
-            *((f"matmul_mixed_precision={','.join(mixed)}",) if mixed else ()),
-            *((f"nodes_to_exclude={self.exclude}",) if self.exclude else ()),
-        )
+        return _words(self, self.last_matrix == "int8", mixed)
 
 
 @dataclass(frozen=True)
@@ -90,14 +80,21 @@ class Int8Options:
 
     def words(self) -> tuple[str, ...]:
         """The builder's key=value words."""
-        return (
-            "shared_embeddings=false",
-            *(() if self.symmetric else ("is_symmetric=false",)),
-            f"block_size={self.block_size}",
-            f"algo_config={self.algorithm}",
-            f"accuracy_level={self.accuracy_level}",
-            *((f"nodes_to_exclude={self.exclude}",) if self.exclude else ()),
-        )
+        return _words(self, True, [])
+
+
+def _words(options: IntegerOptions | Int8Options, last_is_int8: bool, mixed: list[str]) -> tuple[str, ...]:
+    stated = {
+        # The builder shares a tied embedding with the last matrix, and loses it when that one is int8 (0.18.0).
+        "shared_embeddings": "false" if last_is_int8 else "",
+        "is_symmetric": "" if options.symmetric else "false",
+        "block_size": options.block_size,
+        "algo_config": options.algorithm,
+        "accuracy_level": options.accuracy_level,
+        "matmul_mixed_precision": ",".join(mixed),
+        "nodes_to_exclude": options.exclude,
+    }
+    return tuple(f"{key}={value}" for key, value in stated.items() if value != "")
 
 
 @dataclass(frozen=True)
