@@ -86,7 +86,7 @@ class Mixed(Format):
         return found
 
 
-def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format | Mixed:
+def mix(main: Format, others: Mapping[str, Format], names: Mapping[str, tuple[str, ...]]) -> Format:
     """The formats in one folder; raises UsageError for those that do not go together."""
     for form in (main, *others.values()):
         stated = form.quantization_config(())

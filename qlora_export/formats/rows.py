@@ -31,9 +31,11 @@ def row_piece(part: Part, values: NDArray[Any], first_row: int) -> Piece:
 
 
 def stored_rows(parts: Stored, part: Part, rows: range) -> Any:
-    """Some rows of a part [rows, columns], in new memory."""
+    """Some rows of a part [rows, columns]; may share memory with it."""
     size = _row_bytes(part)
-    raw = np.array(parts[part.name][rows.start * size : rows.stop * size])
+    raw = parts[part.name][rows.start * size : rows.stop * size]
+    if raw.ctypes.data % ITEM_BYTES[part.dtype]:
+        raw = raw.copy()
     values = widen(raw, part.dtype) if part.dtype in FLOATS else raw.view(INTEGERS.get(part.dtype, np.uint8))
     return values.reshape(len(rows), -1)
 

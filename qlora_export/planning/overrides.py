@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 from qlora_export.errors import UsageError
 from qlora_export.formats.base import Format
@@ -27,7 +26,7 @@ def mixed(
         pattern = next((pattern for pattern in item.overrides if fnmatch.fnmatchcase(module, pattern)), None)
         if pattern is not None:
             forms[module] = item.rounded(item.overrides[pattern], rounding)
-    return cast(Format, mix(main, forms, names))
+    return mix(main, forms, names)
 
 
 def override_problems(item: ResolvedFormat, modules: Iterable[str]) -> list[str]:
