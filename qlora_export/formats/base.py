@@ -87,10 +87,6 @@ class Format(ABC):
         return None
 
 
-# Every format states its roundings; those that know none have an empty list.
-RoundingFormat = Format
-
-
 @dataclass(frozen=True)
 class RowEncoder:
     """Encodes rows and keeps nothing of them; `encode_rows` takes the tensor, its rows, and the number of the first.

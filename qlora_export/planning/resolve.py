@@ -13,7 +13,7 @@ from qlora_export import catalog
 from qlora_export.errors import UsageError
 from qlora_export.exporters.base import Exporter
 from qlora_export.exporters.registry import load_exporter
-from qlora_export.formats.base import Format, RoundingFormat
+from qlora_export.formats.base import Format
 from qlora_export.formats.registry import load_format
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
 from qlora_export.types import Rounding, TrainingQuantization
@@ -33,9 +33,7 @@ class ResolvedFormat:
 
     def rounded(self, form: Format, rounding: Rounding) -> Format:
         """The format, or that of an override, with a rounding where it has that."""
-        if isinstance(form, RoundingFormat) and rounding in form.roundings:
-            return form.rounded(rounding, self.training, self.recipe.seed)
-        return form
+        return form.rounded(rounding, self.training, self.recipe.seed) if rounding in form.roundings else form
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export.errors import UsageError
-from qlora_export.formats.base import CorrectedFormat, Format, RoundingFormat
+from qlora_export.formats.base import CorrectedFormat, Format
 from qlora_export.merge.merged_model import Output
 from qlora_export.planning.inputs import Inputs
 from qlora_export.planning.overrides import mixed
@@ -83,7 +83,7 @@ class RoundingChoice:
         lowest = found.survival[found.lowest]
         if found.median >= WARNED and lowest + 3 * found.stderr[found.lowest] >= WARNED:
             return None
-        dithers = isinstance(self.form, RoundingFormat) and "dithered" in self.form.roundings
+        dithers = "dithered" in self.form.roundings
         better = "nf4 dithered or calibrated, " if dithers and self.chosen != "dithered" else ""
         return (
             f"{name}: of the adapter's delta about {found.median:.0%} will survive in the median layer and "

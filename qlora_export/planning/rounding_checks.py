@@ -12,7 +12,7 @@ What cannot be is told before anything is built.
 from __future__ import annotations
 
 from qlora_export.errors import ExitCode, Problem, UsageError
-from qlora_export.formats.base import CorrectedFormat, GridFormat, RoundingFormat
+from qlora_export.formats.base import CorrectedFormat, GridFormat
 from qlora_export.planning.inputs import Inputs
 from qlora_export.planning.resolve import ResolvedArtifact, ResolvedExport, ResolvedFormat
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
@@ -30,8 +30,7 @@ def usual_rounding(inputs: Inputs, item: ResolvedFormat) -> Rounding:
         return item.recipe.rounding
     if isinstance(item.form, CorrectedFormat):
         return "calibrated"
-    knows = isinstance(item.form, RoundingFormat) and "dithered" in item.form.roundings
-    return "dithered" if knows and undithered(inputs, item.recipe) is None else "nearest"
+    return "dithered" if "dithered" in item.form.roundings and undithered(inputs, item.recipe) is None else "nearest"
 
 
 def rounding_problems(inputs: Inputs) -> list[Problem]:
@@ -60,7 +59,7 @@ def _obstacle(inputs: Inputs, found: ResolvedArtifact) -> tuple[str, str] | None
         return _uncalibrated(inputs.recipe, found)
     if item.rounding == "nearest":
         return None
-    if not isinstance(form, RoundingFormat) or item.rounding not in form.roundings:
+    if item.rounding not in form.roundings:
         hint = SEE
         if item.rounding == "dithered":
             hint = "dithering is for a base that sits on the grid already: `format: nf4`; other grids need none"

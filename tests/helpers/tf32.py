@@ -7,27 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_export.formats.dense import Dense, DenseEncoder
+from qlora_export.formats.dense import Dense
 from qlora_export.types import Float32, Piece, TensorSpec, TrainingQuantization
 
 DROPPED_BITS = 13
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tf32(Dense):
-    """Weights stored in 32 bits, the last 13 of them zero."""
+    """Weights stored in 32 bits, the last 13 of them zero; rounded to nearest even before they are stored."""
 
-    def open(self, spec: TensorSpec) -> Tf32Encoder:
-        """Start encoding a tensor."""
-        return Tf32Encoder(spec, self.dense_dtype)
-
-
-class Tf32Encoder(DenseEncoder):
-    """Rounds rows to nearest even before they are stored."""
-
-    def encode(self, values: Float32, first_row: int) -> Iterable[Piece]:
-        """The rows' bytes at their place."""
-        return super().encode(rounded(values), first_row)
+    def _encode(self, spec: TensorSpec, values: Float32, first_row: int) -> Iterable[Piece]:
+        return super()._encode(spec, rounded(values), first_row)
 
 
 def rounded(values: Float32) -> Float32:
@@ -40,4 +31,4 @@ def rounded(values: Float32) -> Float32:
 
 def tf32(training: TrainingQuantization) -> Tf32:
     """The format, as its row names it."""
-    return Tf32("tf32", "F32")
+    return Tf32(name="tf32", dense_dtype="F32")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from qlora_export.errors import UsageError
 from qlora_export.exporters.onnx.built import BuiltExporter, BuiltOptions
 from qlora_export.exporters.onnx.integers import SameIntegersExporter

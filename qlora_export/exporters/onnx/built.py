@@ -18,7 +18,6 @@ from qlora_export.exporters.onnx.traced.tracer import trace
 from qlora_export.exporters.transformers_js import GENAI_CONFIG
 from qlora_export.sources.checkpoint import read_json
 
-
 # Where q, k and v are as wide as each other, the builder stacks a quarter of all weights.
 STACKED_BYTES_PER_WEIGHT = 0.5
 

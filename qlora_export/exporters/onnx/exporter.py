@@ -11,7 +11,6 @@ from qlora_export.exporters.onnx.builder import require_packages
 from qlora_export.exporters.onnx.graphs import obstacle
 from qlora_export.exporters.onnx.surgery import SURGERY_BYTES_PER_WEIGHT
 from qlora_export.exporters.transformers_js import lay_out
-from qlora_export.types import Takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +18,7 @@ class OnnxExporter:
     """An exporter that puts weights into a graph with marks, unless it states otherwise."""
 
     name: str
-    takes: Takes
+    takes: str
     bytes_per_weight: float
     options: Any
     runtime: str = "onnxruntime"
