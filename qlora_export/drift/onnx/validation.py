@@ -90,7 +90,7 @@ def validate(folder: Path, tokens: TokenSet, source: Source | None) -> GraphFind
             accuracy_level=accuracy_level(model),
             window_tokens=tuple(len(window) for window in windows),
             source=source.name if source else None,
-            ways=tuple(_ways(runs, in_source, _source_limit(model, source), accuracy_level(model))),
+            ways=tuple(_all_distances(runs, in_source, _source_limit(model, source), accuracy_level(model))),
             departs=None,
             breaches=(),
         )
@@ -120,21 +120,21 @@ class _Runs:
     has_adapter: bool
 
     @property
-    def ways(self) -> tuple[Variant, ...]:
+    def variants(self) -> tuple[Variant, ...]:
         """Those beside prefill that the graph should agree in; a classifier decodes nothing."""
-        same = tuple(way for way in SAME_GRAPH if not (way.decoded and self.is_classifier))
+        same = tuple(variant for variant in SAME_GRAPH if not (variant.decoded and self.is_classifier))
         return (*same, FROM_FILE) if self.has_adapter else same
 
-    def rows(self, way: Variant, output: str = LOGITS) -> list[Float32]:
+    def rows(self, variant: Variant, output: str = LOGITS) -> list[Float32]:
         """An array for each window."""
         request = {
             "windows": [list(window) for window in self.windows],
-            "decoded": way.decoded,
-            "batched": way.batched,
-            "optimised": way.optimised,
-            "accuracy_level": way.accuracy_level,
+            "decoded": variant.decoded,
+            "batched": variant.batched,
+            "optimised": variant.optimised,
+            "accuracy_level": variant.accuracy_level,
             "output": output,
-            "adapter": way.adapter,
+            "adapter": variant.adapter,
         }
         return self.worker.ask(request, len(self.windows))
 
@@ -153,7 +153,7 @@ def _source_limit(model: object, source: Source | None) -> float | None:
     return SAME_INTEGERS_KL if source is not None and source.same_integers else None
 
 
-def _ways(
+def _all_distances(
     runs: _Runs, in_source: list[Float32] | None, source_limit: float | None, shipped: int | None
 ) -> list[VariantDistances]:
     """Prefill, the other ways of the same graph, and its other accuracies."""
@@ -161,12 +161,12 @@ def _ways(
     rounds = shipped not in (None, *EXACT_LEVELS)
     apart = None if in_source is None else distance(in_source, prefill, None if rounds else source_limit)
     others = []
-    for way in _other_levels(shipped):
-        to_source = source_limit if rounds and way.accuracy_level in EXACT_LEVELS else None
-        others.append(_way(runs, way, prefill, in_source, None, to_source))
-    rounding = [way.from_prefill.mean_kl for way in others if way.from_prefill] if rounds else []
+    for variant in _other_levels(shipped):
+        to_source = source_limit if rounds and variant.accuracy_level in EXACT_LEVELS else None
+        others.append(_distances(runs, variant, prefill, in_source, None, to_source))
+    rounding = [variant.from_prefill.mean_kl for variant in others if variant.from_prefill] if rounds else []
     limit = max([SAME_MODEL_KL, *rounding[:1]])
-    same = [_way(runs, way, prefill, in_source, limit) for way in runs.ways]
+    same = [_distances(runs, variant, prefill, in_source, limit) for variant in runs.variants]
     return [VariantDistances(PREFILL.name, None, apart), *same, *others]
 
 
@@ -176,23 +176,23 @@ def _other_levels(shipped: int | None) -> list[Variant]:
     return [Variant(f"accuracy_level {level}", accuracy_level=level) for level in levels]
 
 
-def _way(
+def _distances(
     runs: _Runs,
-    way: Variant,
+    variant: Variant,
     prefill: list[Float32],
     in_source: list[Float32] | None,
     limit: float | None,
     source_limit: float | None = None,
 ) -> VariantDistances:
     """One way beside prefill and source; of a way that decodes only what was decoded."""
-    rows = runs.rows(way)
-    decoded = min(way.decoded, *(len(window) - 1 for window in rows))
+    rows = runs.rows(variant)
+    decoded = min(variant.decoded, *(len(window) - 1 for window in rows))
 
     def apart(first: list[Float32], limit: float | None) -> Distance:
         return distance([window[-decoded:] for window in first], [window[-decoded:] for window in rows], limit)
 
     return VariantDistances(
-        way.name, apart(prefill, limit), None if in_source is None else apart(in_source, source_limit)
+        variant.name, apart(prefill, limit), None if in_source is None else apart(in_source, source_limit)
     )
 
 
@@ -206,14 +206,14 @@ class _Search:
     weights: str
     folder: Path
 
-    def between_ways(self, way: Variant) -> str | None:
+    def between_variants(self, variant: Variant) -> str | None:
         """The first layer that a way computes otherwise than prefill."""
         layers = layers_of(self.model)
         return first_differing(
-            layers, lambda name: self.runs.rows(way, name), lambda name: self.runs.rows(PREFILL, name), self.weights
+            layers, lambda name: self.runs.rows(variant, name), lambda name: self.runs.rows(PREFILL, name), self.weights
         )
 
-    def from_source(self, way: Variant) -> str | None:
+    def from_source(self, variant: Variant) -> str | None:
         """The first layer that a way computes otherwise than the source; None where torch shows no layers."""
         if self.source is None:
             return None
@@ -226,7 +226,7 @@ class _Search:
                 found = (recording.outputs(number, names[output], 0) for number in range(count))
                 return [rows for rows in found if rows is not None]
 
-            return first_differing(layers, lambda name: self.runs.rows(way, name), theirs, self.weights)
+            return first_differing(layers, lambda name: self.runs.rows(variant, name), theirs, self.weights)
 
     def _record(self, source: Source, recording: Recording) -> dict[str, str]:
         """Keep what the layers in torch give that the graph has too; their names by the graph's."""
@@ -246,15 +246,17 @@ class _Search:
 
 def _judged(found: GraphFindings, search: _Search) -> GraphFindings:
     """The findings with what is wrong, and of the first such thing the layer that it begins at."""
-    known = {way.name: way for way in (PREFILL, *SAME_GRAPH, FROM_FILE, *_other_levels(found.accuracy_level))}
+    known = {
+        variant.name: variant for variant in (PREFILL, *SAME_GRAPH, FROM_FILE, *_other_levels(found.accuracy_level))
+    }
     wrong: list[tuple[str, Callable[[], str | None]]] = []
-    for way in found.ways:
-        if way.from_source is not None and not way.from_source.agrees:
-            what = f"{way.name} differs from {found.source} in torch: {way.from_source.said()}"
-            wrong.append((what, partial(search.from_source, known[way.name])))
-        if way.from_prefill is not None and not way.from_prefill.agrees:
-            what = f"{way.name} differs from prefill: {way.from_prefill.said()}"
-            wrong.append((what, partial(search.between_ways, known[way.name])))
+    for variant in found.ways:
+        if variant.from_source is not None and not variant.from_source.agrees:
+            what = f"{variant.name} differs from {found.source} in torch: {variant.from_source.said()}"
+            wrong.append((what, partial(search.from_source, known[variant.name])))
+        if variant.from_prefill is not None and not variant.from_prefill.agrees:
+            what = f"{variant.name} differs from prefill: {variant.from_prefill.said()}"
+            wrong.append((what, partial(search.between_variants, known[variant.name])))
     if not wrong:
         return found
     departs = wrong[0][1]()

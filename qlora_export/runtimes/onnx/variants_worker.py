@@ -45,15 +45,15 @@ class GraphVariants:
         except onnx.checker.ValidationError as error:
             sys.exit(f"the ONNX checker: {' '.join(str(error).split())}")
 
-    def run(self, way: dict[str, Any]) -> list[Rows]:
+    def run(self, variant: dict[str, Any]) -> list[Rows]:
         """An array for each window."""
-        key = {name: way[name] for name in SESSION_KEYS}
+        key = {name: variant[name] for name in SESSION_KEYS}
         if self._opened is None or self._opened[0] != key:
             self._opened = None
             self._opened = key, self._open(**key)
-        windows, output = way["windows"], way["output"]
-        batches = [windows] if way["batched"] else [[window] for window in windows]
-        found = [rows for batch in batches for rows in self._opened[1].rows(batch, way["decoded"], output)]
+        windows, output = variant["windows"], variant["output"]
+        batches = [windows] if variant["batched"] else [[window] for window in windows]
+        found = [rows for batch in batches for rows in self._opened[1].rows(batch, variant["decoded"], output)]
         return [log_softmax(rows) for rows in found] if output == LOGITS else found
 
     def _open(
@@ -80,10 +80,10 @@ class GraphVariants:
 def main() -> None:
     """Answer until stdin ends."""
     stream = answers()
-    ways = GraphVariants(Path(sys.argv[1]))
-    ways.check()
+    graph = GraphVariants(Path(sys.argv[1]))
+    graph.check()
     for line in sys.stdin:
-        for rows in ways.run(json.loads(line)):
+        for rows in graph.run(json.loads(line)):
             put(stream, rows)
 
 
