@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_export.errors import UsageError
-from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import DriftRecipe
 from qlora_export.recipe.protocols import LABELS, USUAL, Kind, ProtocolChoice, choose_protocol, protocol_of_name
-from qlora_export.sources.model_config import context_tokens, is_classifier, label_names
+from qlora_export.sources.model_config import is_classifier, label_names
 
 USUAL_WINDOW_TOKENS = 1024
 # What transformers' page on perplexity takes, and lm-evaluation-harness for a model that states no context.
@@ -28,12 +27,6 @@ class SizedProtocol:
     window_tokens: int
     stride_tokens: int | None = None
     labels: tuple[str, ...] = ()
-
-
-def protocol_of(plan: Plan) -> SizedProtocol:
-    """The protocol that the recipe asks for, on the base's context; raises UsageError where they do not fit."""
-    drift = plan.recipe.drift or DriftRecipe(text="")
-    return protocol_for(drift, plan.config, context_tokens(plan.checkpoint.text_config))
 
 
 def protocol_for(drift: DriftRecipe, config: Mapping[str, Any], context: int | None) -> SizedProtocol:

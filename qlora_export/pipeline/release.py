@@ -16,6 +16,7 @@ from qlora_export.drift.gate import recall
 from qlora_export.drift.ledger import Ledger
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.results import Verified
+from qlora_export.drift.tokens import TokenSet
 from qlora_export.engine.build import locked
 from qlora_export.errors import ExportError, GateFailed, UsageError
 from qlora_export.pipeline.auto_format import resolve_auto_formats
@@ -200,14 +201,19 @@ def _publish(
     return replace(run, receipts=tuple(receipts))
 
 
+def _tokens(run: Run) -> TokenSet | None:
+    """What an earlier run measured on; None where the recipe measures nothing."""
+    recipe, model = run.plan.recipe, trained_model(run.plan)
+    if recipe.drift is None:
+        return None
+    return model.tokens(texts_of(recipe).drift, model.tokenizer(run.artifacts), recipe.drift)
+
+
 def _proven(
     run: Run, receipts: Sequence[Receipt], recorded: Mapping[str, Any], publisher: Publisher, options: RunOptions
 ) -> list[Receipt]:
     """The receipts with the proof of each: fetched, compared, opened, and its sample repeated."""
-    recipe = run.plan.recipe
-    model = trained_model(run.plan)
-    tokenizer = model.tokenizer(run.artifacts)
-    tokens = model.tokens(texts_of(recipe).drift, tokenizer, recipe.drift) if recipe.drift else None
+    tokens = run.ledger.tokens if run.ledger is not None else _tokens(run)
     proven = []
     for receipt in receipts:
         sample = recorded_sample(recorded, receipt.artifact)

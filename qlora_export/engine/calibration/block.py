@@ -10,7 +10,7 @@ one whole pass for the next block's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +143,3 @@ def _give(block: Any, name: str, values: Tensor | None) -> None:
 def _columns(module: Any) -> int:
     """Number of inputs; a Conv1D stores [in, out]."""
     return int(module.weight.shape[0] if hasattr(module, "nf") else module.weight.shape[1])
-
-
-def facts_by_layer(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Facts of layers in a fixed order."""
-    return {name: dict(found[name]) for name in sorted(found)}

@@ -70,10 +70,6 @@ class Grid:
         """The largest of the rows of every block, none of which is negative: [rows, groups] to [blocks, groups]."""
         return by_rows if self.height == 1 else _in_blocks(by_rows, self.height).amax(dim=1)
 
-    def of_rows(self, by_blocks: Tensor, rows: int) -> Tensor:
-        """What holds for a block, for each of its rows: [blocks] to [rows]."""
-        return by_blocks if self.height == 1 else by_blocks.repeat_interleave(self.height, dim=0)[:rows]
-
     def nearest(self, values: Tensor, scales: Tensor) -> Tensor:
         """Codes [rows, columns] (int64) of the levels nearest to values [rows, columns]."""
         return torch.bucketize(values / nonzero(self.spread(scales, len(values))), self.midpoints(values))
