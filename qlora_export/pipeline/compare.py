@@ -18,7 +18,7 @@ from qlora_export.drift.comparison.costs import cost_of, fp32_cost, linear_modul
 from qlora_export.drift.comparison.rows import Comparison, Measured, Row, by_size
 from qlora_export.drift.comparison.speed import Speed, speed_of
 from qlora_export.drift.ledger import Entry, References, make_ledger
-from qlora_export.drift.probes import NO_PROBES, NO_TEXTS
+from qlora_export.drift.probes import NO_PROBES
 from qlora_export.drift.reference import require_reference
 from qlora_export.drift.reference_store import ReferenceProbabilities, open_reference
 from qlora_export.engine.build import locked
@@ -55,7 +55,7 @@ def compare(recipe: Recipe, options: RunOptions, formats: Sequence[str] = ()) ->
     when none can be measured.
     """
     found = candidates(formats, recipe)
-    texts = texts_of(recipe)
+    texts = texts_of(recipe, probes=False)
     recipe, notes = _for_trial(recipe)
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
@@ -119,7 +119,7 @@ class _Trial:
         try:
             plan = self.plan([item])
             require_reference(plan)
-            replace(texts, asked=NO_TEXTS).require_measurable(trained_model(plan).protocol(self.recipe.drift))
+            texts.require_measurable(trained_model(plan).protocol(self.recipe.drift))
         except ExportError as error:
             self.failures[item] = error
             return False

@@ -24,7 +24,7 @@ from qlora_export.drift.layers import KeptLayer
 from qlora_export.drift.ledger import Entry, Ledger, Measured, References, enter, make_ledger
 from qlora_export.drift.measure import measure
 from qlora_export.drift.onnx.artifacts import validated
-from qlora_export.drift.probes import Probes, ProbeTexts, ask, read_probes
+from qlora_export.drift.probes import NO_TEXTS, Probes, ProbeTexts, ask, read_probes
 from qlora_export.drift.protocols import require_kind
 from qlora_export.drift.reference_store import Reference, ReferenceProbabilities, ReferenceStore, open_reference
 from qlora_export.drift.results import Measurement
@@ -91,13 +91,16 @@ class Candidate:
         return Measured(self.artifact, self.recipe, found, self.layers(), source=self.source)
 
 
-def texts_of(recipe: Recipe) -> Texts:
-    """What the recipe measures on; raises UsageError where it names no text, InputError naming file and line."""
+def texts_of(recipe: Recipe, probes: bool = True) -> Texts:
+    """What the recipe measures on, without what it asks beside that where `probes` are not wanted.
+
+    Raises UsageError where it names no text, InputError naming file and line.
+    """
     if recipe.drift is None:
         raise UsageError("the recipe has no drift.text to measure on", "add `drift: {text: FILE}` or give --text")
     text = read_text(recipe.drift.text, recipe.folder)
     require_kind(text, recipe.drift.protocol or USUAL)
-    return Texts(text, read_probes(recipe.drift, recipe.folder))
+    return Texts(text, read_probes(recipe.drift, recipe.folder) if probes else NO_TEXTS)
 
 
 def planned_candidate(plan: Plan, artifact: Artifact, recipe: ArtifactRecipe, device: str) -> Candidate:

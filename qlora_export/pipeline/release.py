@@ -206,7 +206,7 @@ def _tokens(run: Run) -> TokenSet | None:
     recipe, model = run.plan.recipe, trained_model(run.plan)
     if recipe.drift is None:
         return None
-    return model.tokens(texts_of(recipe).drift, model.tokenizer(run.artifacts), recipe.drift)
+    return model.tokens(texts_of(recipe, probes=False).drift, model.tokenizer(run.artifacts), recipe.drift)
 
 
 def _proven(

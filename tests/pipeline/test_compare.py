@@ -61,6 +61,16 @@ def test_a_second_comparison_builds_nothing(compared: Comparison, compared_recip
     assert [row.measured.prefill_ratio for row in found.rows if row.measured] == [None, None]
 
 
+def test_what_a_recipe_asks_beside_its_text_is_not_read(
+    compared: Comparison, compared_recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.copytree(trial_of(compared) / "bf16", tmp_path / "compare-trial/bf16")
+    assert compared_recipe.drift is not None
+    drift = compared_recipe.drift.model_copy(update={"choices": "nowhere.jsonl"})
+    found = compare(changed(compared_recipe, drift=drift), RunOptions(tmp_path), ["bf16"])
+    assert [row.reason for row in found.rows] == [None]
+
+
 def test_what_another_plan_left_makes_room(compared: Comparison, compared_recipe: Recipe, tmp_path: Path) -> None:
     trial = tmp_path / "compare-trial"
     shutil.copytree(trial_of(compared) / "bf16", trial / "bf16")
