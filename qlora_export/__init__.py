@@ -44,7 +44,7 @@ __all__ = [
     "write_onnx_adapter",
 ]
 
-_HOMES = {
+_PUBLIC_NAMES = {
     "Comparison": "drift.comparison.rows",
     "compare": "pipeline.compare",
     "Recipe": "recipe.config",
@@ -62,6 +62,6 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module when it is first asked for."""
-    if name not in _HOMES:
+    if name not in _PUBLIC_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC_NAMES[name]}"), name)

@@ -49,23 +49,23 @@ class Parameters:
         self._onto: Onto = onto
         self._files = files
         self._names = names_of(plan.checkpoint, False, live)
-        self._homes = {name: self._names.parameter(name) for name in self._names.parameters}
+        self._places = {name: self._names.parameter(name) for name in self._names.parameters}
 
     def has(self, name: str) -> bool:
         """Whether a parameter is stored."""
-        return bool(self._homes.get(name))
+        return bool(self._places.get(name))
 
     def stored(self, name: str) -> str | None:
         """The stored name of a parameter that is one tensor of its own."""
-        homes = self._homes.get(name, ())
-        return homes[0].tensor if len(homes) == 1 and homes[0].window is None else None
+        places = self._places.get(name, ())
+        return places[0].tensor if len(places) == 1 and places[0].window is None else None
 
     def trained(self, name: str) -> Float32:
         """The values of a stored parameter that the merged model computes with, in the shape of the live one."""
-        homes = self._homes[name]
-        if homes[0].window is None:
-            return self._tensor(homes[0].tensor)
-        return self._packed(homes)
+        places = self._places[name]
+        if places[0].window is None:
+            return self._tensor(places[0].tensor)
+        return self._packed(places)
 
     def layer(self, stored: str) -> LayerValues:
         """A linear layer by its stored name."""
@@ -93,15 +93,15 @@ class Parameters:
             return np.ascontiguousarray(values.T)
         return values.reshape(output.spec.shape)
 
-    def _packed(self, homes: tuple[StoredPlace, ...]) -> Float32:
+    def _packed(self, places: tuple[StoredPlace, ...]) -> Float32:
         """Experts that are stored one by one, the parts of each below one another."""
-        windows = [home.window for home in homes if home.window is not None]
+        windows = [place.window for place in places if place.window is not None]
         experts = 1 + max(window.expert for window in windows)
         rows = max(window.first + window.count for window in windows)
-        first = self._tensor(homes[0].tensor)
+        first = self._tensor(places[0].tensor)
         packed = np.empty((experts, rows, first.shape[1]), np.float32)
-        for home, window in zip(homes, windows, strict=True):
-            packed[window.expert, window.first : window.first + window.count] = self._tensor(home.tensor)
+        for place, window in zip(places, windows, strict=True):
+            packed[window.expert, window.first : window.first + window.count] = self._tensor(place.tensor)
         return packed
 
 

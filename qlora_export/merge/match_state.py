@@ -39,18 +39,18 @@ class MatchState:
 
     def stored_shape(self, parameter: str) -> tuple[int, ...] | None:
         """The shape of a parameter that is stored in one tensor, as it is stored."""
-        homes = self.names.parameter(parameter)
-        if len(homes) != 1 or homes[0].window is not None:
+        places = self.names.parameter(parameter)
+        if len(places) != 1 or places[0].window is not None:
             return None
-        return self.names.checkpoint.weights[homes[0].tensor].spec.shape
+        return self.names.checkpoint.weights[places[0].tensor].spec.shape
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         """The shape [out, in] of a parameter or of its replacement; of a tied head, that of the embedding."""
         if parameter in self.replaced:
             return self.replaced[parameter].spec.shape
         if (shape := self.stored_shape(parameter)) is not None:
-            homes = self.names.parameter(parameter)
-            return shape[::-1] if homes[0].tensor in self.names.input_major else shape
+            places = self.names.parameter(parameter)
+            return shape[::-1] if places[0].tensor in self.names.input_major else shape
         if self.names.tied and parameter == f"{self.names.head}.weight":
             embedding = f"{self.names.embedding}.weight"
             return self.shape(embedding)

@@ -34,102 +34,102 @@ def match_adapter(adapter: Adapter, checkpoint: Checkpoint) -> Match:
     found = sort_tensors(adapter.tensors)
     modules = [item.module for item in found.modules] + list(adapter.training.modules)
     names = names_of(checkpoint, adapter.classifier, [*(f"{module}.weight" for module in modules), *found.whole])
-    draft = MatchState(adapter, names)
+    state = MatchState(adapter, names)
     try:
-        _match_all(draft, found)
-        if not draft.problems:
-            model = finish_model(draft)
-            _require_all_used(draft, found, model)
-            if not draft.problems:
+        _match_all(state, found)
+        if not state.problems:
+            model = finish_model(state)
+            _require_all_used(state, found, model)
+            if not state.problems:
                 return Match(model, names, ())
     except ExportError as error:
-        draft.problems.append(Problem.of(error))
-    return Match(MergedModel({}), names, tuple(draft.problems))
+        state.problems.append(Problem.of(error))
+    return Match(MergedModel({}), names, tuple(state.problems))
 
 
-def _match_all(draft: MatchState, found: AdapterTensors) -> None:
+def _match_all(state: MatchState, found: AdapterTensors) -> None:
     if not found.modules and not found.whole:
-        draft.problem("no tensor at all", SAVE_AGAIN)
-    for tensor in draft.adapter.tensors.values():
+        state.problem("no tensor at all", SAVE_AGAIN)
+    for tensor in state.adapter.tensors.values():
         if tensor.spec.dtype not in FLOATS:
-            draft.problem(f"tensor {tensor.spec.name} has dtype {tensor.spec.dtype}", "16 and 32-bit floats are merged")
-    if draft.problems:
+            state.problem(f"tensor {tensor.spec.name} has dtype {tensor.spec.dtype}", "16 and 32-bit floats are merged")
+    if state.problems:
         return
-    _settle_doubles(draft, found)
+    _finish_doubles(state, found)
     for name, tensor in found.whole.items():
-        _replace(draft, name, tensor)
+        _replace(state, name, tensor)
     for item in found.modules:
         for part in ("base_layer.weight", "base_layer.bias"):
             if (copy := item.part(part)) is not None:
-                _replace(draft, f"{item.module}.{part.removeprefix('base_layer.')}", copy)
-    parameters = parameter_names(draft, found)
+                _replace(state, f"{item.module}.{part.removeprefix('base_layer.')}", copy)
+    parameters = parameter_names(state, found)
     for item in found.modules:
         if item.part("lora_embedding_A") is not None or item.part("lora_embedding_B") is not None:
-            match_embedding(draft, item)
+            match_embedding(state, item)
         elif (item.module, item.depth) in parameters:
-            match_parameter(draft, item, parameters[item.module, item.depth])
+            match_parameter(state, item, parameters[item.module, item.depth])
         elif any(part.startswith("lora_") for part in item.parts):
-            match_linear(draft, item)
+            match_linear(state, item)
         if (rows := item.part("token_adapter.trainable_tokens_delta")) is not None:
-            match_tokens(draft, item.module, rows)
-    if not draft.problems:
-        match_config(draft, found, parameters)
+            match_tokens(state, item.module, rows)
+    if not state.problems:
+        match_config(state, found, parameters)
 
 
-def _settle_doubles(draft: MatchState, found: AdapterTensors) -> None:
+def _finish_doubles(state: MatchState, found: AdapterTensors) -> None:
     """Two tensors of one name may be copies of each other; two spellings of one module may not be."""
     for first, second in found.doubled:
         if same_values(first, second):
-            draft.account(first)
+            state.account(first)
         else:
-            draft.twice(second)
+            state.twice(second)
     live: dict[tuple[str, int], str] = {}
     for item in found.modules:
-        key = (draft.names.live_module(item.module), item.depth)
+        key = (state.names.live_module(item.module), item.depth)
         if key in live:
-            draft.problem(f"{live[key]} and {item.module} are two names of one module", SAVE_AGAIN)
+            state.problem(f"{live[key]} and {item.module} are two names of one module", SAVE_AGAIN)
         live[key] = item.module
 
 
-def _require_all_used(draft: MatchState, found: AdapterTensors, model: MergedModel) -> None:
+def _require_all_used(state: MatchState, found: AdapterTensors, model: MergedModel) -> None:
     """Note every tensor that has no part in the merged model."""
     used = {id(tensor) for output in model.outputs.values() for change in output.changes for tensor in change.tensors}
     used |= {id(tensor) for output in model.outputs.values() for tensor in output.source.stored}
     for tensor in [*found.whole.values(), *(tensor for item in found.modules for tensor in item.parts.values())]:
-        if id(tensor) not in used and tensor.spec.name not in draft.accounted:
-            draft.problem(f"tensor {tensor.spec.name} has no home: nothing in the merged model uses it", DISAGREE)
+        if id(tensor) not in used and tensor.spec.name not in state.accounted:
+            state.problem(f"tensor {tensor.spec.name} has no home: nothing in the merged model uses it", DISAGREE)
 
 
-def _replace(draft: MatchState, parameter: str, tensor: StoredTensor) -> None:
+def _replace(state: MatchState, parameter: str, tensor: StoredTensor) -> None:
     """A tensor that was saved whole takes the place of the base's; a classifier's head may be new."""
-    names = draft.names
+    names = state.names
     module = parameter.rpartition(".")[0]
-    if parameter in draft.replaced:
-        if same_values(draft.replaced[parameter], tensor):
-            draft.account(tensor)
+    if parameter in state.replaced:
+        if same_values(state.replaced[parameter], tensor):
+            state.account(tensor)
         else:
-            draft.twice(tensor)
+            state.twice(tensor)
         return
-    homes = names.parameter(parameter)
-    expected = draft.stored_shape(parameter)
+    places = names.parameter(parameter)
+    expected = state.stored_shape(parameter)
     untied_head = names.tied and parameter == f"{names.head}.weight"
-    labels = draft.adapter.classifier and module.split(".")[-1] in CLASSIFIER_HEADS
+    labels = state.adapter.classifier and module.split(".")[-1] in CLASSIFIER_HEADS
     vocabulary = labels or (module in (names.embedding, names.head) and parameter.endswith(".weight"))
-    if len(homes) > 1 or (homes and homes[0].window is not None):
-        message = f"tensor {tensor.spec.name} was saved whole, the base stores it in {len(homes)} tensors"
-        draft.problem(message, "experts that were trained whole cannot be merged yet; adapt them by target_parameters")
+    if len(places) > 1 or (places and places[0].window is not None):
+        message = f"tensor {tensor.spec.name} was saved whole, the base stores it in {len(places)} tensors"
+        state.problem(message, "experts that were trained whole cannot be merged yet; adapt them by target_parameters")
         return
     if expected is None and untied_head:
-        expected = draft.stored_shape(f"{names.embedding}.weight")
+        expected = state.stored_shape(f"{names.embedding}.weight")
     if expected is None and names.classifier and module in names.architecture.modules:
         # The number of labels is the adapter's, the width the model's.
         expected, vocabulary = names.architecture.parameters.get(parameter), True
     if expected is None:
         why = "it is no LoRA tensor of a known module, and the base has no tensor of this name"
-        draft.problem(f"tensor {tensor.spec.name} has no home", why)
+        state.problem(f"tensor {tensor.spec.name} has no home", why)
         return
     found = tensor.spec.shape
     if len(found) != len(expected) or (found[1:] != expected[1:] if vocabulary else found != expected) or 0 in found:
-        draft.problem(f"tensor {tensor.spec.name} is {list(found)}, the base has {list(expected)}")
+        state.problem(f"tensor {tensor.spec.name} is {list(found)}, the base has {list(expected)}")
         return
-    draft.replaced[parameter] = tensor
+    state.replaced[parameter] = tensor

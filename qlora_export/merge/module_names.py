@@ -67,14 +67,14 @@ class Names:
             return (StoredPlace(name),) if name in self.checkpoint.weights else ()
         module, _, last = name.rpartition(".")
         live = self.architecture.module(module)
-        return self.architecture.homes.get(f"{live}.{last}", ())
+        return self.architecture.places.get(f"{live}.{last}", ())
 
     def stored_module(self, module: str) -> str | None:
         """The stored name of a module that has one weight of its own."""
-        homes = self.parameter(f"{module}.weight")
-        if len(homes) != 1 or homes[0].window is not None:
+        places = self.parameter(f"{module}.weight")
+        if len(places) != 1 or places[0].window is not None:
             return None
-        return homes[0].tensor.removesuffix(".weight")
+        return places[0].tensor.removesuffix(".weight")
 
     def live_module(self, module: str) -> str:
         """The name of a module in the live model of today's transformers."""
@@ -85,10 +85,10 @@ class Names:
         modules = set(stored)
         if self.direct and not self._renames:
             return modules
-        homes = self.architecture.homes.items()
+        places = self.architecture.places.items()
         return modules | {
             name.removesuffix(".weight")
-            for name, found in homes
+            for name, found in places
             if len(found) == 1 and found[0].tensor.removesuffix(".weight") in modules
         }
 
@@ -96,9 +96,9 @@ class Names:
         """The stored modules that are one module of the live model each, by its name there; asks transformers."""
         modules = set(stored)
         found = {
-            name.removesuffix(".weight"): homes[0].tensor.removesuffix(".weight")
-            for name, homes in self.architecture.homes.items()
-            if name.endswith(".weight") and len(homes) == 1 and homes[0].window is None
+            name.removesuffix(".weight"): places[0].tensor.removesuffix(".weight")
+            for name, places in self.architecture.places.items()
+            if name.endswith(".weight") and len(places) == 1 and places[0].window is None
         }
         return {live: module for live, module in found.items() if module in modules}
 
@@ -110,7 +110,7 @@ class Names:
     @cached_property
     def live_parameters(self) -> tuple[str, ...]:
         """Parameters of the live model that are stored, under their own names."""
-        return tuple(self.checkpoint.weights if self.direct else self.architecture.homes)
+        return tuple(self.checkpoint.weights if self.direct else self.architecture.places)
 
     @cached_property
     def linear(self) -> frozenset[str]:
@@ -124,8 +124,8 @@ class Names:
                 and not DENSE_BY_DEFAULT.search(weight.spec.module)
                 and name not in self.carried
             )
-        homes = self.architecture.homes
-        found = [homes.get(f"{module}.weight", ()) for module in self.architecture.linear]
+        places = self.architecture.places
+        found = [places.get(f"{module}.weight", ()) for module in self.architecture.linear]
         return frozenset(
             one[0].tensor.removesuffix(".weight") for one in found if len(one) == 1 and one[0].window is None
         )
@@ -143,8 +143,8 @@ class Names:
         if self.direct:
             named = {name: name for name in weights}
         else:
-            homes = self.architecture.homes.items()
-            named = {name: found[0].tensor for name, found in homes if len(found) == 1 and found[0].window is None}
+            places = self.architecture.places.items()
+            named = {name: found[0].tensor for name, found in places if len(found) == 1 and found[0].window is None}
         return tuple(
             name.removesuffix(".weight")
             for name, stored in named.items()
@@ -162,12 +162,12 @@ class Names:
         if not odd:
             return odd
         try:
-            known = {home.tensor for homes in self.architecture.homes.values() for home in homes}
+            known = {place.tensor for places in self.architecture.places.values() for place in places}
             rearranged = bool(self.architecture.rearranged)
         except ExportError:
             return odd
-        live = {*self.architecture.homes} & {*self.architecture.parameters}
-        used = {home.tensor for name in live for home in self.architecture.homes[name]}
+        live = {*self.architecture.places} & {*self.architecture.parameters}
+        used = {place.tensor for name in live for place in self.architecture.places[name]}
         return frozenset() if rearranged or not known else odd - used
 
     def _usual(self, module: str) -> bool:

@@ -24,16 +24,16 @@ from qlora_export.tensors.header import StoredTensor
 from qlora_export.tensors.reading import same_values
 
 
-def finish_model(draft: MatchState) -> MergedModel:
+def finish_model(state: MatchState) -> MergedModel:
     """The merged model that a matched draft describes; raises InputError where its parts contradict each other."""
-    names, adapter = draft.names, draft.adapter
-    live = {name: list(items) for name, items in draft.changes.items()}
-    sources: dict[str, Weight] = {name: PlainWeight(tensor) for name, tensor in draft.replaced.items()}
+    names, adapter = state.names, state.adapter
+    live = {name: list(items) for name, items in state.changes.items()}
+    sources: dict[str, Weight] = {name: PlainWeight(tensor) for name, tensor in state.replaced.items()}
     settings, notes = stated_tie(names)
     dropped: dict[str, str] = {}
     added: dict[str, Output] = {}
     if names.head is not None and names.tied and _touches_vocabulary(names, {*live, *sources}):
-        pair = TiedPair(draft, live, sources)
+        pair = TiedPair(state, live, sources)
         if pair.stays_tied:
             pair.keep_tied()
         else:
@@ -51,7 +51,7 @@ def finish_model(draft: MatchState) -> MergedModel:
             dropped[name] = "a classifier has no output head"
             continue
         known = origin.pop(name, "")
-        found = [*draft.stored_changes.get(name, ()), *live.get(known, ())]
+        found = [*state.stored_changes.get(name, ()), *live.get(known, ())]
         carried = name in names.carried and not found and known not in sources
         outputs[name] = Output(name, sources.get(known, weight), tuple(found), name in names.input_major, carried)
     for name in origin.values():
@@ -84,11 +84,11 @@ def _touches_vocabulary(names: Names, touched: set[str]) -> bool:
 class TiedPair:
     """An embedding and the head that shares its weight; `live` and `sources` are changed in place."""
 
-    def __init__(self, draft: MatchState, live: dict[str, list[Change]], sources: dict[str, Weight]) -> None:
-        self._draft, self._live, self._sources = draft, live, sources
-        names = draft.names
+    def __init__(self, state: MatchState, live: dict[str, list[Change]], sources: dict[str, Weight]) -> None:
+        self._draft, self._live, self._sources = state, live, sources
+        names = state.names
         self._embedding, self._head = f"{names.embedding}.weight", f"{names.head}.weight"
-        saved = draft.adapter.config.get("modules_to_save") or []
+        saved = state.adapter.config.get("modules_to_save") or []
         sides = (f".{self._embedding}", f".{self._head}")
         self._copied = not any(side.endswith(f".{name}.weight") for name in saved for side in sides)
         if self._copied:
@@ -199,8 +199,8 @@ def _tied_in_training(adapter: Adapter, names: Names) -> bool:
 
 def _stored_name(names: Names, parameter: str) -> str:
     """The stored name of a live parameter that is one tensor; its own name when it is new."""
-    homes = names.parameter(parameter)
-    return homes[0].tensor if len(homes) == 1 else parameter
+    places = names.parameter(parameter)
+    return places[0].tensor if len(places) == 1 else parameter
 
 
 def _classifier_settings(checkpoint: Checkpoint, sources: Mapping[str, Weight]) -> dict[str, Any]:

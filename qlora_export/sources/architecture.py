@@ -41,13 +41,13 @@ class StoredPlace:
 class Architecture:
     """A live model's names; modules and parameters carry the names that adapters know them by.
 
-    `homes` has an entry for each parameter whose values lie in stored tensors, `rearranged` names the operation for
+    `places` has an entry for each parameter whose values lie in stored tensors, `rearranged` names the operation for
     those that transformers computes from them. `linear` are the modules that bitsandbytes quantises, `tied` maps a
     parameter to the one whose values it shares, `order` lists the parameters of a module itself.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
-    homes: Mapping[str, tuple[StoredPlace, ...]]
+    places: Mapping[str, tuple[StoredPlace, ...]]
     rearranged: Mapping[str, str]
     modules: AbstractSet[str]
     linear: AbstractSet[str]
@@ -110,7 +110,7 @@ def _read(checkpoint: Checkpoint, config: Any, class_name: str) -> Architecture:
     from transformers.pytorch_utils import Conv1D
 
     model = _empty_model(checkpoint, config, class_name)
-    homes, rearranged, rename = _homes(checkpoint, model)
+    places, rearranged, rename = _places(checkpoint, model)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -118,7 +118,7 @@ def _read(checkpoint: Checkpoint, config: Any, class_name: str) -> Architecture:
     dense = {name.removesuffix(".weight") for pair in tied.items() for name in pair} | {names.get(id(head))}
     return Architecture(
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        homes=homes,
+        places=places,
         rearranged=rearranged,
         modules=frozenset(modules),
         linear=frozenset(
@@ -157,7 +157,7 @@ def _empty_model(checkpoint: Checkpoint, config: Any, class_name: str) -> Any:
         ) from None
 
 
-def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any]:
+def _places(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any]:
     """Homes and rearranged parameters by transformers' own conversion, and its renaming of a single name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -190,13 +190,13 @@ def _homes(checkpoint: Checkpoint, model: Any) -> tuple[Any, dict[str, str], Any
         )
         if packed and live in parameters:
             patterns = [sources.get(key, []) for key in entry.source_patterns]
-            single[live] = tuple(_expert_homes(checkpoint, live, parameters[live].shape[0], patterns))
+            single[live] = tuple(_expert_places(checkpoint, live, parameters[live].shape[0], patterns))
         else:
             rearranged[live] = " and ".join(operations)
     return single, rearranged, rename
 
 
-def _expert_homes(checkpoint: Checkpoint, live: str, experts: int, patterns: list[list[str]]) -> Iterable[StoredPlace]:
+def _expert_places(checkpoint: Checkpoint, live: str, experts: int, patterns: list[list[str]]) -> Iterable[StoredPlace]:
     """Homes of a packed parameter: experts in order, the patterns one below the other in each expert."""
     first = 0
     for names in patterns:

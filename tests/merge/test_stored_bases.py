@@ -248,6 +248,6 @@ def test_the_layers_that_bitsandbytes_quantises_are_known(
     live = {name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     for asked in ((), ("nothing.weight",)):
         names = names_of(open_checkpoint(base), False, asked)
-        homes = names.architecture.homes
+        homes = names.architecture.places
         expected = {homes[f"{name}.weight"][0].tensor.removesuffix(".weight") for name in live}
         assert names.linear == expected

@@ -89,10 +89,10 @@ def value_problems(folder: WeightFolder) -> Iterator[Problem]:
 
 
 def _doubled(folder: WeightFolder) -> Iterator[Problem]:
-    homes: dict[str, str] = {}
+    places: dict[str, str] = {}
     for name, tensors in folder.files.items():
         for tensor in tensors:
-            first = homes.setdefault(tensor, name)
+            first = places.setdefault(tensor, name)
             if first != name:
                 yield finding("index", name, f"tensor {tensor} is in {base_of(first)} as well", BUILD_AGAIN)
 
@@ -103,14 +103,14 @@ def _against_index(contents: Contents, folder: WeightFolder, index: str) -> Iter
     except (InputError, Refused) as error:
         yield contents.finding("index", index, error)
         return
-    homes = {tensor: base_of(name) for name, tensors in folder.files.items() for tensor in tensors}
-    for tensor in sorted(set(table) | set(homes)):
-        if tensor not in homes:
+    places = {tensor: base_of(name) for name, tensors in folder.files.items() for tensor in tensors}
+    for tensor in sorted(set(table) | set(places)):
+        if tensor not in places:
             yield finding("index", index, f"names tensor {tensor}, which is in no shard", BUILD_AGAIN)
         elif tensor not in table:
-            yield finding("index", index, f"does not name tensor {tensor} of {homes[tensor]}", BUILD_AGAIN)
-        elif table[tensor] != homes[tensor]:
-            what = f"says that tensor {tensor} is in {table[tensor]}, it is in {homes[tensor]}"
+            yield finding("index", index, f"does not name tensor {tensor} of {places[tensor]}", BUILD_AGAIN)
+        elif table[tensor] != places[tensor]:
+            what = f"says that tensor {tensor} is in {table[tensor]}, it is in {places[tensor]}"
             yield finding("index", index, what, BUILD_AGAIN)
     stated = (contents.table(index, "index") or {}).get("metadata")
     total = stated.get("total_size") if isinstance(stated, Mapping) else None

@@ -59,13 +59,13 @@ def fill(
 def _stored(
     weight: TracedWeight, shape: tuple[int, ...], checkpoint: Checkpoint, architecture: Architecture
 ) -> StoredTensor:
-    homes = architecture.homes.get(weight.name) or architecture.homes.get(architecture.tied.get(weight.name, ""), ())
-    if len(homes) > 1 or any(home.window for home in homes) or weight.name in architecture.rearranged:
+    places = architecture.places.get(weight.name) or architecture.places.get(architecture.tied.get(weight.name, ""), ())
+    if len(places) > 1 or any(place.window for place in places) or weight.name in architecture.rearranged:
         raise Refused(
             f"{checkpoint.folder}: {weight.name} is put together from several stored tensors",
             "a traced graph takes weights that are stored one by one",
         )
-    stored = checkpoint.tensors.get(homes[0].tensor) if homes else None
+    stored = checkpoint.tensors.get(places[0].tensor) if places else None
     if stored is None:
         raise InputError(
             f"{checkpoint.folder}: has no weight {weight.name}, which config.json's architecture has", ONE_MODEL
