@@ -41,8 +41,8 @@ def check_against(
     drift = drift_from(flags)
     if drift is None:
         raise UsageError("--against without a text to measure on", "add --text FILE: .jsonl, .parquet or .txt")
-    question = CheckRequest(str(artifact), against, flags["--base"], flags["--training-quantization"])
-    return _reported(check_folder(question, drift, settings, options), options.out)
+    request = CheckRequest(str(artifact), against, flags["--base"], flags["--training-quantization"])
+    return _reported(check_folder(request, drift, settings, options), options.out)
 
 
 def _reported(run: Reported, out: Path) -> Outcome:

@@ -22,6 +22,7 @@ from qlora_export.errors import UsageError
 from qlora_export.planning.make import make_plan
 from qlora_export.planning.plan import Plan
 from qlora_export.recipe.config import ArtifactRecipe, Recipe
+from qlora_export.report.templating import write_whole
 from qlora_export.sources.text import read_text
 from qlora_export.types import Onto
 
@@ -93,9 +94,7 @@ def _decided(recipe: Recipe, base: Plan, out: Path, measure: Measure) -> dict[st
         "tokens": ledger.tokens.count,
         "tokens_sha256": ledger.tokens.sha256,
     }
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(decision, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_whole(json.dumps(decision, indent=2) + "\n", path)
     shutil.rmtree(out / ONTO_TRIAL)
     return decision
 

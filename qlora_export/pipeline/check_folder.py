@@ -31,6 +31,7 @@ from qlora_export.recipe.load import make_recipe
 from qlora_export.report.run import Checked, Run, RunFacts
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.detect import CONFIG, detect_artifact
+from qlora_export.runtimes.registry import load_runtime
 from qlora_export.sources.adapter import adapter_config
 from qlora_export.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora_export.sources.locate import fetch_small_files, fetch_weights, hub_id, local_folder
@@ -39,7 +40,6 @@ from qlora_export.sources.text import DriftText
 
 if TYPE_CHECKING:
     from qlora_export.runtimes.tokenizer import FolderTokenizer
-from qlora_export.runtimes.registry import load_runtime
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 BASE_HINT = "name the base that the adapter was trained on: --base FOLDER"
@@ -59,16 +59,16 @@ class CheckRequest:
 
 
 def check_against(
-    question: CheckRequest, drift: Mapping[str, Any], settings: Sequence[str], options: RunOptions
+    request: CheckRequest, drift: Mapping[str, Any], settings: Sequence[str], options: RunOptions
 ) -> Checked:
     """Measure one folder and judge it; `drift` is a recipe's section of that name, `settings` are KEY=VALUE of it.
 
     Raises InputError for a folder that does not load, or whose tokenizer is another one.
     """
-    artifact = detect_artifact(_folder(question.artifact))
+    artifact = detect_artifact(_folder(request.artifact))
     look_over(artifact)
-    base, adapter = _parts(question.against)
-    recipe = _recipe(_folder(base), adapter, question.training, artifact.name, drift, settings)
+    base, adapter = _parts(request.against)
+    recipe = _recipe(_folder(base), adapter, request.training, artifact.name, drift, settings)
     model = _model(recipe, options.out)
     texts, tokenizer = texts_of(recipe), model.tokenizer()
     notes = _require_same_tokenizer(artifact, tokenizer, texts.drift)
@@ -78,7 +78,7 @@ def check_against(
     tokens = model.tokens(texts.drift, tokenizer, recipe.drift)
     asked = Evaluation(tokens, model.probes(texts.asked, tokenizer), tokenizer.decode)
     _require_rows(artifact, asked)
-    candidate = Candidate(artifact, recipe.artifacts[0], partial(_opening, artifact, model, question, options))
+    candidate = Candidate(artifact, recipe.artifacts[0], partial(_opening, artifact, model, request, options))
     ledger = ledger_of(model, [candidate], asked, recipe, options)
     return Checked(_facts(model, recipe.drift, notes), (artifact,), ledger)
 
@@ -176,28 +176,26 @@ def _has_tokenizer(folder: Path) -> bool:
 
 @contextmanager
 def _opening(
-    candidate: Artifact, model: ReferenceModel, question: CheckRequest, options: RunOptions
+    candidate: Artifact, model: ReferenceModel, request: CheckRequest, options: RunOptions
 ) -> Iterator[Session]:
     """The candidate in its runtime."""
     if candidate.runtime != "as-trained":
         with load_runtime(candidate.runtime).open(candidate.path, options.device) as session:
             yield session
         return
-    from qlora_export.runtimes.as_trained import open_as_trained
-
-    base = _base_of(candidate, model, question)
-    recipe = _recipe(base, str(candidate.path), question.training, candidate.name, {"text": ""}, ())
+    base = _base_of(candidate, model, request)
+    recipe = _recipe(base, str(candidate.path), request.training, candidate.name, {"text": ""}, ())
     plan = make_plan(recipe, options.out)
     if plan.adapter is None:
         raise UsageError(f"{candidate.path}: no adapter", BASE_HINT)
-    rows = plan.model.settings.get("vocab_size")
-    yield open_as_trained(plan.checkpoint, plan.adapter, plan.live_training, rows, options.device).tuned()
+    with trained_model(plan).open(options.device) as session:
+        yield session
 
 
-def _base_of(candidate: Artifact, model: ReferenceModel, question: CheckRequest) -> Path:
+def _base_of(candidate: Artifact, model: ReferenceModel, request: CheckRequest) -> Path:
     """The base that an adapter is opened on: as stated, else that of the reference's adapter, else as it names it."""
-    if question.base is not None:
-        return _folder(question.base)
+    if request.base is not None:
+        return _folder(request.base)
     if model.plan is not None:
         return model.checkpoint.folder
     stated = adapter_config(candidate.path).get("base_model_name_or_path")

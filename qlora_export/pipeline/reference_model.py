@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +59,7 @@ class ReferenceModel:
     checkpoint: Checkpoint
     plan: Plan | None = None
 
-    @cached_property
+    @property
     def trained(self) -> Plan | None:
         """The plan where it has an adapter; without one the checkpoint is the model itself."""
         return self.plan if self.plan is not None and self.plan.adapter is not None else None
@@ -81,7 +80,8 @@ class ReferenceModel:
         from qlora_export.runtimes.tokenizer import FolderTokenizer
 
         folders = [artifact.path for artifact in artifacts]
-        folders += [self.plan.adapter.folder] if self.plan is not None and self.plan.adapter is not None else []
+        if self.plan is not None and self.plan.adapter is not None:
+            folders.append(self.plan.adapter.folder)
         having = (folder for folder in folders if (folder / "tokenizer_config.json").is_file())
         return FolderTokenizer(next(having, self.checkpoint.folder))
 

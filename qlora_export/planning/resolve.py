@@ -63,12 +63,11 @@ def resolve(item: ArtifactRecipe, training: TrainingQuantization) -> ResolvedArt
     """One line of a recipe; raises UsageError for a name that nothing has."""
     if item.format in catalog.EXPORTERS:
         return ResolvedExport(item, _exporter(item))
-    form, error = load_format(item.format, training), None
-    if item.options:
-        try:
-            form = load_format(item.format, training, item.options)
-        except UsageError as found:
-            error = found
+    error = None
+    try:
+        form = load_format(item.format, training, item.options)
+    except UsageError as found:
+        form, error = load_format(item.format, training), found
     dense = load_format(catalog.DENSE_FORMATS[form.dense_dtype], training) if form.quantises else form
     try:
         overrides = {

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from qlora_export.runtimes.base import InputOverride, LayerCallback, Session, TracedLayer
-from qlora_export.runtimes.layer_trace import run_traced, traced_layers
-from qlora_export.runtimes.session import ModelSession, computing, filled, out_of_memory
+from qlora_export.runtimes.base import Session
+from qlora_export.runtimes.session import ModelSession, TorchSession, computing, filled, out_of_memory
 from qlora_export.sources.model_config import CLASSIFIER
 from qlora_export.types import Float32
 
@@ -24,12 +23,8 @@ def session_of(model: Any) -> Session:
     return ClassifierSession(model) if type(whole).__name__.endswith(CLASSIFIER) else ModelSession(model)
 
 
-class ClassifierSession:
-    """A loaded sequence classifier; with a `dtype`, linear layers round to that one."""
-
-    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
-        self._model = model
-        self._dtype = dtype
+class ClassifierSession(TorchSession):
+    """A loaded sequence classifier."""
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [1, labels] of the labels of a text, in nats."""
@@ -47,22 +42,3 @@ class ClassifierSession:
         if pad is None or pad < 0:
             return (filled([window], self._model.device) for window in windows)
         return iter([filled(windows, self._model.device, pad)])
-
-    def narrowed(self, dtype: str) -> ClassifierSession:
-        """The same model with linear layers that round to this dtype."""
-        return ClassifierSession(self._model, getattr(torch, dtype))
-
-    def layers(self) -> tuple[TracedLayer, ...]:
-        """The decoder blocks, and every innermost module with values of its own."""
-        return traced_layers(self._model)
-
-    def trace(
-        self,
-        tokens: Sequence[int],
-        names: Sequence[str],
-        on_layer: LayerCallback,
-        replaced_input: InputOverride | None = None,
-    ) -> None:
-        """Run a text and hand `on_layer` what these layers get and give; `replaced_input` may have other inputs."""
-        with out_of_memory(), computing(self._dtype):
-            run_traced(self._model, tokens, names, on_layer, replaced_input)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -42,12 +42,35 @@ def computing(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else _Rounding(dtype)
 
 
-class ModelSession:
-    """A loaded causal language model; with a `dtype`, linear layers round to that one."""
+class TorchSession:
+    """A loaded model of torch, whose layers can be looked at; with a `dtype`, linear layers round to that one."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         self._model = model
         self._dtype = dtype
+
+    def narrowed(self, dtype: str) -> Self:
+        """The same model with linear layers that round to this dtype."""
+        return type(self)(self._model, getattr(torch, dtype))
+
+    def layers(self) -> tuple[TracedLayer, ...]:
+        """The decoder blocks, and every innermost module with values of its own."""
+        return traced_layers(self._model)
+
+    def trace(
+        self,
+        tokens: Sequence[int],
+        names: Sequence[str],
+        on_layer: LayerCallback,
+        replaced_input: InputOverride | None = None,
+    ) -> None:
+        """Run a window and hand `on_layer` what these layers get and give; `replaced_input` may have other inputs."""
+        with out_of_memory(), computing(self._dtype):
+            run_traced(self._model, tokens, names, on_layer, replaced_input)
+
+
+class ModelSession(TorchSession):
+    """A loaded causal language model."""
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float32:
         """Log-probabilities [tokens, vocabulary] of the token that follows each position, in nats."""
@@ -61,10 +84,6 @@ class ModelSession:
             chosen = [logits[row, _index(at, logits.device)] for row, at in enumerate(places)]
             del logits
             return [torch.log_softmax(rows.float(), dim=-1).cpu().numpy() for rows in chosen]
-
-    def narrowed(self, dtype: str) -> ModelSession:
-        """The same model with linear layers that round to this dtype."""
-        return ModelSession(self._model, getattr(torch, dtype))
 
     @property
     def ends(self) -> frozenset[int]:
@@ -82,21 +101,6 @@ class ModelSession:
                 cache, inputs = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
                 found.append(int(inputs))
         return found
-
-    def layers(self) -> tuple[TracedLayer, ...]:
-        """The decoder blocks, and every innermost module with values of its own."""
-        return traced_layers(self._model)
-
-    def trace(
-        self,
-        tokens: Sequence[int],
-        names: Sequence[str],
-        on_layer: LayerCallback,
-        replaced_input: InputOverride | None = None,
-    ) -> None:
-        """Run a window and hand `on_layer` what these layers get and give; `replaced_input` may have other inputs."""
-        with out_of_memory(), computing(self._dtype):
-            run_traced(self._model, tokens, names, on_layer, replaced_input)
 
 
 def _index(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_export.merge.companion_files import ADAPTER_FOLDER
 from qlora_export.runtimes.asymmetric_int4 import is_asymmetric, load_asymmetric
 from qlora_export.runtimes.base import Session
 from qlora_export.runtimes.classifier import session_of
@@ -29,8 +30,6 @@ from qlora_export.runtimes.loading import (
 )
 from qlora_export.runtimes.lora_layers import pin_dora
 from qlora_export.sources.adapter import open_adapter
-
-ADAPTER_FOLDER = "adapter"
 
 
 class TransformersRuntime:
